@@ -1,0 +1,1 @@
+"""Natural gradients: one exact Fisher, one conjugate gradient, one trust region, for classifiers and for policies."""

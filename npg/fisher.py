@@ -1,0 +1,235 @@
+"""The Fisher information of a network as a linear operator: the pull-back of its family's metric.
+
+For outputs η(θ) of a network on N events and the metric M(η) of its predictive family,
+
+    F = (1/N) Σₙ Jₙᵀ M(ηₙ) Jₙ,        J = ∂η/∂θ
+
+which for the Fisher–Rao metric is E[∇log p ∇log pᵀ] over the model's own labels, and the generalised Gauss–Newton
+matrix of the mean negative log-likelihood (Amari 1998; Martens 2020, equation 6). Sampled and empirical Fishers are
+the same pull-back with M replaced by the outer products of output scores, and any other metric on the outputs may be
+put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor
+
+from npg.families import Family, LinearMap
+from npg.linearize import Linearization, Model
+from npg.parallel import mean_
+
+__all__ = ["Fisher", "Kind"]
+
+Kind = Literal["exact", "sampled", "empirical"]
+Metric = Callable[[Tensor], LinearMap]
+
+_CHUNK = 64  # right-hand sides, or rows of the Jacobian, that are treated at once
+
+
+class Fisher:
+    """The Fisher information matrix F of a network, matrix-free: ``fisher @ v``.
+
+    ``F = (1/N) Σₙ Jₙᵀ M(ηₙ) Jₙ`` over all N events, that is over every axis of the outputs but the last. The network
+    is linearised once, at construction, in the mode it is in (training or evaluation), without moving running
+    statistics; the operator is symmetric and positive semi-definite, and stays valid until the parameters change.
+
+    Args:
+        model: a module, or a function ``f(parameters, *inputs)``.
+        inputs: a tensor, or a tuple of positional arguments.
+        family: the predictive distribution of the outputs.
+        kind: ``"exact"`` (the expectation over labels in closed form), ``"sampled"`` (labels drawn from the model,
+            once, so that all products are with one matrix) or ``"empirical"`` (the labels of the data).
+        targets: the labels, for ``"empirical"``.
+        samples: how many labels to draw per event, for ``"sampled"``.
+        generator: the source of randomness of ``"sampled"``.
+        metric: another metric on the outputs than the family's Fisher information: a function of the outputs η
+            that returns the map u ↦ M(η)u.
+        parameters: the mapping of parameters, where ``model`` is a function.
+        process_group: average over the processes of this group, each of which holds an equal share of the events.
+        linearization: of the same model at the same inputs, where one exists already.
+
+    Raises:
+        ValueError: if an argument is out of its range, or if nothing is trainable.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inputs: Any,
+        family: Family,
+        *,
+        kind: Kind = "exact",
+        targets: Tensor | None = None,
+        samples: int = 1,
+        generator: Generator | None = None,
+        metric: Metric | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        linearization: Linearization | None = None,
+    ) -> None:
+        if kind not in ("exact", "sampled", "empirical"):
+            raise ValueError(f"kind must be 'exact', 'sampled' or 'empirical', got {kind!r}")
+        if (kind == "empirical") != (targets is not None):
+            raise ValueError(f"targets must be given for kind='empirical', and only for it (kind={kind!r})")
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        if metric is not None and kind != "exact":
+            raise ValueError(f"metric replaces the family's own and goes with kind='exact' only, got kind={kind!r}")
+        self.linearization = linearization or Linearization(model, inputs, parameters)
+        self.parameters = self.linearization.parameters
+        self.family = family
+        self.process_group = process_group
+        outputs = self.linearization.outputs
+        self.events = outputs.numel() // outputs.shape[-1]
+        if self.events == 0:
+            raise ValueError(f"inputs must hold at least one event, got outputs of shape {tuple(outputs.shape)}")
+        self._own_metric = metric is None
+        self._scores: Tensor | None = None
+        if kind == "exact":
+            self._metric = (metric or family.metric)(outputs)
+        else:
+            labels = [targets] if targets is not None else [family.sample(outputs, generator) for _ in range(samples)]
+            self._scores = torch.stack([family.score(outputs, y) for y in labels])
+            self._metric = self._outer_products
+
+    def _outer_products(self, u: Tensor) -> Tensor:
+        # M = (1/S) Σ g gᵀ with the scores g, (S, …, D)
+        assert self._scores is not None
+        u = u.unsqueeze(-1 - self._scores[0].ndim)
+        return (self._scores * (self._scores * u).sum(-1, keepdim=True)).mean(-1 - self._scores[0].ndim)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self.parameters.numel, self.parameters.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors it takes and returns."""
+        return self.parameters.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.parameters.device
+
+    @property
+    def outputs(self) -> Tensor:
+        """η at the point of linearisation, (…, D), detached."""
+        return self.linearization.outputs
+
+    def __repr__(self) -> str:
+        return f"Fisher({self.parameters.numel} parameters, {self.events} events, {self.family!r})"
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """F v; (P,) → (P,), or (P, K) → (P, K).
+
+        Raises:
+            ValueError: if ``v`` has not P rows.
+            RuntimeError: if the parameters have changed since construction.
+        """
+        self.parameters.check(v)
+        u = self._metric(self.linearization.push_forward(v.to(self.dtype)))
+        return mean_(self.linearization.pull_back(u).div_(self.events), self.process_group)
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        """vᵀFv for (P,) → (), at the cost of a push forward alone."""
+        u = self.linearization.push_forward(v.to(self.dtype))
+        return mean_((u * self._metric(u)).sum(dtype=torch.float64) / self.events, self.process_group).to(self.dtype)
+
+    # ------------------------------------------------------------------------------------------ for small models
+
+    def _factor_rows(self) -> Iterator[Tensor]:
+        """The rows of B with F = BᵀB, (events·D, P), in chunks; exact also where events interact (BatchNorm)."""
+        outputs = self.outputs
+        if self._scores is not None:
+            per_sample = (self.events * len(self._scores)) ** -0.5
+            for scores in self._scores:
+                flat = scores.reshape(self.events, -1)
+                for index in torch.arange(self.events, device=outputs.device).split(_CHUNK):
+                    u = flat.new_zeros(len(index), *flat.shape)
+                    u[torch.arange(len(index)), index] = flat[index] * per_sample
+                    yield self.linearization.pull_back(u.reshape(len(index), *outputs.shape)).T
+        else:
+            factor = self.family.metric_factor(outputs)
+            for index in torch.arange(outputs.numel(), device=outputs.device).split(_CHUNK):
+                units = outputs.new_zeros(len(index), outputs.numel())
+                units[torch.arange(len(index)), index] = self.events**-0.5
+                yield self.linearization.pull_back(factor(units.reshape(len(index), *outputs.shape))).T
+
+    def _columns(self) -> Iterator[Tensor]:
+        for index in torch.arange(self.parameters.numel, device=self.device).split(_CHUNK):
+            units = torch.zeros(self.parameters.numel, len(index), dtype=self.dtype, device=self.device)
+            units[index, torch.arange(len(index))] = 1.0
+            yield self @ units
+
+    @property
+    def _few_rows(self) -> bool:
+        rows = self.events * len(self._scores) if self._scores is not None else self.outputs.numel()
+        return self._own_metric and rows < self.parameters.numel
+
+    def dense(self) -> Tensor:
+        """F as a matrix (P, P); costs min(P, events·D) products with Jᵀ or with F."""
+        if self._few_rows:
+            total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            for rows in self._factor_rows():
+                total.addmm_(rows.T, rows)
+            return mean_(total, self.process_group)
+        matrix = torch.cat(list(self._columns()), 1)
+        return 0.5 * (matrix + matrix.T)
+
+    def diagonal(self, probes: int | None = None, generator: Generator | None = None) -> Tensor:
+        """The diagonal of F, (P,).
+
+        Exact by default, at the cost of ``dense``. With ``probes``, an unbiased estimate from that many backward
+        passes: ``diag(JᵀMJ) = E[(Jᵀ L ε)²]`` for M = LLᵀ and independent signs ε, one per event and output. The
+        events need not be independent of each other, so it holds through BatchNorm in training mode as well.
+        """
+        if probes is None:
+            total = torch.zeros(self.parameters.numel, dtype=self.dtype, device=self.device)
+            if self._few_rows:
+                for rows in self._factor_rows():
+                    total += rows.square().sum(0)
+                return mean_(total, self.process_group)
+            for start, columns in zip(range(0, self.parameters.numel, _CHUNK), self._columns()):
+                index = torch.arange(columns.shape[1], device=self.device)
+                total[start : start + len(index)] = columns[start + index, index]
+            return total
+        if probes < 1:
+            raise ValueError(f"probes must be at least 1, got {probes}")
+        if not self._own_metric:
+            raise ValueError(
+                "probes need a factor of the metric, which only the family's own metric has: leave them out"
+            )
+        total = torch.zeros(self.parameters.numel, dtype=self.dtype, device=self.device)
+        for _ in range(probes):
+            total += self.linearization.pull_back(self._random_factor(generator)).square()
+        return mean_(total.div_(probes * self.events), self.process_group)
+
+    def _random_factor(self, generator: Generator | None) -> Tensor:
+        """L ε for fresh random signs ε, (…, D)."""
+
+        def signs(*shape: int) -> Tensor:
+            like = {"dtype": self.outputs.dtype, "device": self.outputs.device}
+            return torch.randint(0, 2, shape, generator=generator, **like).mul_(2).sub_(1)  # type: ignore[call-overload]
+
+        if self._scores is None:
+            return self.family.metric_factor(self.outputs)(signs(*self.outputs.shape))
+        epsilon = signs(*self._scores.shape[:-1], 1)
+        return (self._scores * epsilon).sum(0) / len(self._scores) ** 0.5
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` over float64 NumPy vectors, for SciPy's solvers on small models."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(v: Any) -> Any:
+            w = self @ torch.as_tensor(v, dtype=self.dtype, device=self.device)
+            return w.to("cpu", torch.float64).numpy()
+
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=np.dtype("float64"))

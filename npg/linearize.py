@@ -1,0 +1,478 @@
+"""The first-order model of a network: η(θ + v) ≈ η + J v, formed once and applied as often as a solver asks.
+
+A Fisher-vector product is Jᵀ M J v. Here are its two outer maps:
+
+* **pull back**, u ↦ Jᵀu: reverse mode over one recorded forward pass, which is kept;
+* **push forward**, v ↦ J v: forward mode. The tangent of the network is traced once per network and batch shape into a
+  straight-line program, which is split into the part that depends on θ (run once per linearisation) and the part
+  that depends on v (run once per product), and then simplified: what is known to be zero is dropped, sums of matrix
+  products are fused. No derivative is written here by hand: the program is what PyTorch's own forward mode executed.
+
+The traced program is only ever used after its outputs were seen to equal those of the network itself on this very
+batch; a network whose control flow or constants changed is traced again. Where an operation has no forward rule, the
+push forward falls back to differentiating the pull back, u ↦ Jᵀu, in u (the double-backward trick), and says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from npg.parameters import Parameters
+
+__all__ = ["Linearization", "Model", "frozen_statistics", "replayed_randomness"]
+
+aten = torch.ops.aten
+
+
+class FunctionalModel(Protocol):
+    """A network as a function of its parameters: ``f(parameters, *inputs) → outputs``."""
+
+    def __call__(self, parameters: Mapping[str, Tensor], /, *inputs: Any) -> Tensor: ...
+
+
+Model = nn.Module | FunctionalModel
+
+
+@contextmanager
+def frozen_statistics(model: Model) -> Iterator[None]:
+    """Normalise with the batch's own statistics, as in training, without moving the running ones.
+
+    Dropping ``track_running_stats`` is the one switch that BatchNorm and InstanceNorm look at in training mode.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    moved = [
+        m for m in modules if m.training and getattr(m, "track_running_stats", False) and hasattr(m, "running_mean")
+    ]
+    for m in moved:
+        m.track_running_stats = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for m in moved:
+            m.track_running_stats = True  # type: ignore[assignment]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextmanager
+def replayed_randomness(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers (dropout masks) as the forward pass that began at ``state``; leave no trace."""
+    after = _random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(after, device)
+
+
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _at_least_float(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.ndim < 1:
+        kind = f"a {outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(
+            "model must return one floating-point tensor whose last axis holds the parameters of a distribution, "
+            f"got {kind}"
+        )
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+class Linearization:
+    """η(θ + v) ≈ η + J v around the present parameters.
+
+    Args:
+        model: a module, or a function ``f(parameters, *inputs)`` of a mapping of parameters.
+        inputs: a tensor, or a tuple of positional arguments.
+        parameters: for a function, the mapping of parameters to differentiate; for a module, its trainable
+            parameters by default.
+        move_statistics: let this forward pass move running statistics, as one training step does.
+
+    Attributes:
+        outputs: η, (…, D), detached, at least float32.
+        parameters: the `Parameters` whose vector the maps take and return.
+        random_state: of the generators before the forward pass, so that it can be repeated (see
+            `replayed_randomness`).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inputs: Any,
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        move_statistics: bool = False,
+    ) -> None:
+        if parameters is None:
+            if not isinstance(model, nn.Module):
+                raise ValueError("parameters must be given for a model that is a function: pass a mapping of tensors")
+            self.parameters = Parameters(model)
+        else:
+            self.parameters = Parameters(parameters)
+        self._model = model
+        self._inputs = _as_tuple(inputs)
+        # A function, or a module asked for some of its parameters only, is differentiated at detached copies.
+        if isinstance(model, nn.Module) and parameters is None:
+            self._leaves: list[Tensor] = self.parameters.tensors
+        else:
+            self._leaves = [p.detach().requires_grad_() for p in self.parameters.tensors]
+        self.random_state = _random_state(self.parameters.device)
+        self._versions = self._present_versions()
+        with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
+            self._graph = self.forward(self._leaves)
+        self.outputs = self._graph.detach()
+        if not self._graph.requires_grad:
+            raise ValueError("the outputs of model do not depend on any trainable parameter")
+        self._push: Callable[[list[Tensor]], Tensor] | None = None
+
+    def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
+        """η at the given values of the parameters, by default at the present ones; (…, D)."""
+        values = self.parameters.tensors if values is None else values
+        if isinstance(self._model, nn.Module) and values is self.parameters.tensors:
+            return _at_least_float(self._model(*self._inputs))
+        return _at_least_float(self._call(self.parameters.named(values)))
+
+    def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
+        inputs = inputs or self._inputs
+        if isinstance(self._model, nn.Module):
+            return functional_call(self._model, dict(parameters), inputs)
+        return self._model(parameters, *inputs)
+
+    def _present_versions(self) -> list[int]:
+        return [p._version for p in self.parameters.tensors]
+
+    def _check(self) -> None:
+        if self._versions != self._present_versions():
+            raise RuntimeError(
+                "the parameters have changed since they were linearised here: make a new Fisher (or Linearization) "
+                "at the present parameters"
+            )
+
+    # ------------------------------------------------------------------------------------------------ the two maps
+
+    def pull_back(self, u: Tensor) -> Tensor:
+        """Jᵀ u; (…, D) → (P,), or (K, …, D) → (P, K)."""
+        self._check()
+        batched = u.ndim == self._graph.ndim + 1
+        cotangents = torch.autograd.grad(
+            self._graph,
+            self._leaves,
+            u.to(self._graph.dtype),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+            is_grads_batched=batched,
+        )
+        if not batched:
+            return self.parameters.flatten(cotangents)
+        return torch.cat([c.flatten(1).to(self.parameters.dtype) for c in cotangents], 1).T
+
+    @torch.no_grad()
+    def push_forward(self, v: Tensor) -> Tensor:
+        """J v; (P,) → (…, D), or (P, K) → (K, …, D)."""
+        self._check()
+        self.parameters.check(v)
+        if self._push is None:
+            self._push = self._trace() or self._double_backward()
+        if v.ndim == 1:
+            return self._push(self.parameters.unflatten(v))
+        push = self._push
+        return torch.vmap(lambda column: push(self.parameters.unflatten(column)))(v.T)
+
+    # ------------------------------------------------------------------------------------ how the push forward is had
+
+    def _trace(self) -> Callable[[list[Tensor]], Tensor] | None:
+        """The push forward by the traced program; None if this network has none."""
+        flat, spec = pytree.tree_flatten(self._inputs)
+        buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
+        frozen = (
+            {n: p for n, p in self._model.named_parameters() if n not in set(self.parameters.names)}
+            if isinstance(self._model, nn.Module)
+            else {}
+        )
+        constants = [*buffers.values(), *frozen.values()]
+        names = [*buffers, *frozen]
+        is_tensor = [isinstance(x, Tensor) for x in flat]
+        primals = [p.detach() for p in self._leaves]
+        arguments = [
+            *primals,
+            *(c.detach() for c in constants),
+            *(x.detach() for x in flat if isinstance(x, Tensor)),
+        ]
+
+        def tangent(*values: Tensor) -> tuple[Tensor, Tensor]:
+            n, c = len(primals), len(constants)
+            fixed = dict(zip(names, values[n : n + c]))
+            tensors = iter(values[n + c : len(arguments)])
+            inputs = pytree.tree_unflatten([next(tensors) if t else x for t, x in zip(is_tensor, flat)], spec)
+            outputs, moved = jvp(  # type: ignore[misc]  # its stub forgets that has_aux=False gives two
+                lambda *p: _at_least_float(self._call({**self.parameters.named(p), **fixed}, *inputs)),
+                values[:n],
+                values[len(arguments) :],
+            )
+            return outputs, moved
+
+        key = (
+            tuple((t.shape, t.dtype, t.device) for t in arguments),
+            tuple(self.parameters.names),
+            tuple(x for x, t in zip(flat, is_tensor) if not t and isinstance(x, (int, float, str, bool))),
+            str(spec),
+            tuple(m.training for m in self._model.modules()) if isinstance(self._model, nn.Module) else (),
+            torch.is_autocast_enabled(self.parameters.device.type)
+            and torch.get_autocast_dtype(self.parameters.device.type),
+        )
+        programs = _programs.setdefault(self._model, {})
+        for fresh in (False, True):
+            if fresh or key not in programs:
+                try:
+                    with self._tracing():
+                        programs[key] = _Program(tangent, arguments, primals)
+                except Exception as error:  # whatever an exotic operation raises, the other mode is exact too
+                    _say_once(self._model, error)
+                    return None
+                while len(programs) > _PROGRAMS_PER_MODEL:
+                    programs.pop(next(iter(programs)))
+                fresh = True
+            with replayed_randomness(self.random_state, self.parameters.device):
+                outputs, push = programs[key].linearize(arguments)
+            if _agree(outputs, self.outputs):
+                return push
+            if fresh:
+                break
+        _say_once(self._model, RuntimeError("a second forward pass gives other outputs than the first"))
+        return None
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        # The fused attention kernels have no forward rule; the plain formula, which is the same function, has.
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                frozen_statistics(self._model),
+                replayed_randomness(self.random_state, self.parameters.device),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+    def _double_backward(self) -> Callable[[list[Tensor]], Tensor]:
+        """J v as the derivative of the linear map u ↦ Jᵀu, applied to v."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self._graph, requires_grad=True)
+            pulled = torch.autograd.grad(
+                self._graph, self._leaves, u, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        used = [i for i, c in enumerate(pulled) if c.requires_grad]
+
+        def push(tangents: list[Tensor]) -> Tensor:
+            (moved,) = torch.autograd.grad(
+                [pulled[i] for i in used],
+                u,
+                [tangents[i] for i in used],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            return moved
+
+        return push
+
+
+_PROGRAMS_PER_MODEL = 8
+_programs: WeakKeyDictionary[Any, dict[Any, _Program]] = WeakKeyDictionary()
+_told: set[str] = set()
+
+
+def _say_once(model: Model, error: Exception) -> None:
+    name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", repr(model))
+    if name not in _told:
+        _told.add(name)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"no forward mode for {name} ({reason}); its Fisher-vector products use double backward, "
+            "which is exact and slower",
+            stacklevel=6,
+        )
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    # Not a precision test: a program of another branch or constant differs grossly, rounding does not.
+    scale = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
+    return a.shape == b.shape and not bool((a - b).abs().amax() > 1e-2 * scale)
+
+
+# ------------------------------------------------------------------------------------------------- the traced program
+
+
+class _Program:
+    """A traced ``(θ and constants, v) ↦ (η, J v)``, split into what needs v and what does not."""
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, Tensor]],
+        arguments: Sequence[Tensor],
+        primals: Sequence[Tensor],
+    ) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        traced = make_fx(function)(*arguments, *(torch.zeros_like(p) for p in primals))
+        placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        self._primal, self._tangent = _split(traced, placeholders[len(arguments) :])
+
+    def linearize(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
+        outputs, *residuals = self._primal.forward(*arguments)
+        tangent = self._tangent.forward
+        return outputs, lambda tangents: tangent(*residuals, *tangents)
+
+
+def _split(traced: GraphModule, tangents: Sequence[Node]) -> tuple[GraphModule, GraphModule]:
+    """Cut a graph with outputs (η, J v) into θ ↦ (η, residuals) and (residuals, v) ↦ J v."""
+    moving = set(tangents)
+    for node in traced.graph.nodes:
+        if any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
+    (results,) = (node for node in traced.graph.nodes if node.op == "output")
+    primal_result, tangent_result = results.args[0]
+    if not isinstance(tangent_result, Node) or tangent_result not in moving:
+        raise NotImplementedError("the outputs do not move with the parameters")
+
+    second = Graph()
+    inner: dict[Node, Node] = {}
+    residuals: list[Node] = []
+    for node in traced.graph.nodes:  # residuals come first among the placeholders of the second graph
+        if node.op != "output" and node not in moving and any(user in moving - {results} for user in node.users):
+            inner[node] = second.placeholder(node.name)
+            inner[node].meta = node.meta
+            residuals.append(node)
+    for node in tangents:
+        inner[node] = second.placeholder(node.name)
+        inner[node].meta = node.meta
+    for node in traced.graph.nodes:
+        if node in moving and node not in inner and node is not results:
+            inner[node] = second.node_copy(node, lambda source: inner[source])
+    second.output(inner[tangent_result])
+    _simplify(second, {inner[node] for node in residuals if _is_zero(node)})
+    for node in residuals:
+        if not inner[node].users:
+            second.erase_node(inner[node])
+    residuals = [node for node in residuals if inner[node].users]
+
+    first = Graph()
+    outer: dict[Node, Node] = {}
+    for node in traced.graph.nodes:
+        if node not in moving and node.op != "output":
+            outer[node] = first.node_copy(node, lambda source: outer[source])
+    first.output((outer[primal_result], *(outer[node] for node in residuals)))
+    first.eliminate_dead_code()
+    return GraphModule(traced, first), GraphModule(traced, second)
+
+
+_ZEROS = {
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten._efficientzerotensor.default,
+    aten.new_zeros.default,
+}
+_SHAPES = {
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.clone.default,
+}
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor}
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether this node of the primal part is identically zero, by construction."""
+    if node.op != "call_function":
+        return False
+    if node.target in _ZEROS:
+        return True
+    sources = [a for a in node.args if isinstance(a, Node)]
+    if node.target in _SHAPES:
+        return _is_zero(sources[0])
+    if node.target in _PRODUCTS:
+        return any(_is_zero(source) for source in sources)
+    return node.target is aten.convolution.default and (
+        len(sources) > 1 and (_is_zero(sources[0]) or _is_zero(sources[1])) and node.args[2] is None
+    )
+
+
+def _shape(node: Node) -> torch.Size | None:
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return getattr(value, "shape", None)
+
+
+def _simplify(graph: Graph, zeros: set[Node]) -> None:
+    """Drop copies and additions of zero, and fuse a + m₁m₂ into one call; the function stays the same."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.add.Tensor and not node.kwargs and all(isinstance(a, Node) for a in node.args):
+            first, second = node.args
+            shape = _shape(node)
+            for zero, other in ((first, second), (second, first)):
+                if zero in zeros and shape is not None and _shape(other) is not None:
+                    if _shape(other) == shape:
+                        node.replace_all_uses_with(other)
+                    else:
+                        with graph.inserting_before(node):
+                            wide = graph.call_function(aten.expand.default, (other, list(shape)))
+                        wide.meta = node.meta
+                        node.replace_all_uses_with(wide)
+                    break
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for product, other in ((node.args[1], node.args[0]), (node.args[0], node.args[1])):
+            if (
+                isinstance(product, Node)
+                and isinstance(other, Node)
+                and product.target is aten.mm.default
+                and len(product.users) == 1
+                and _shape(product) == _shape(node)
+            ):
+                addend = other.args[0] if other.target is aten.expand.default else other
+                with graph.inserting_before(node):
+                    fused = graph.call_function(aten.addmm.default, (addend, *product.args))
+                fused.meta = node.meta
+                node.replace_all_uses_with(fused)
+                graph.erase_node(node)
+                graph.erase_node(product)
+                break
+    graph.eliminate_dead_code()
+    graph.lint()

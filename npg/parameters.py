@@ -1,0 +1,95 @@
+"""The one place where parameters become a flat vector and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Parameters"]
+
+
+class Parameters:
+    """The trainable parameters of a model as one vector θ of length P.
+
+    The order is that of ``model.parameters()``; frozen parameters are left out, shared ones count once. The vector
+    lives in at least float32, whatever the precision of the parameters.
+
+    Args:
+        source: a module, or a mapping from names to tensors.
+
+    Raises:
+        ValueError: if nothing is trainable, or if parameters lie on several devices.
+    """
+
+    def __init__(self, source: nn.Module | Mapping[str, Tensor]) -> None:
+        named: dict[str, Tensor] = (
+            {name: p for name, p in source.named_parameters() if p.requires_grad}
+            if isinstance(source, nn.Module)
+            else dict(source)
+        )
+        if not named:
+            raise ValueError("model has no trainable parameter: set requires_grad on at least one")
+        devices = {p.device for p in named.values()}
+        if len(devices) > 1:
+            raise ValueError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
+        self.names = list(named)
+        self.tensors = list(named.values())
+        self.sizes = [p.numel() for p in self.tensors]
+        self.numel = sum(self.sizes)
+        self.device = self.tensors[0].device
+        self.dtype = torch.float32
+        for p in self.tensors:
+            self.dtype = torch.promote_types(self.dtype, p.dtype)
+
+    def __len__(self) -> int:
+        return self.numel
+
+    def named(self, tensors: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """``tensors`` (or the parameters) under the parameters' names."""
+        return dict(zip(self.names, self.tensors if tensors is None else tensors, strict=True))
+
+    def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
+        """Tensors shaped like the parameters → (P,); None counts as zeros."""
+        parts = [
+            (torch.zeros_like(p) if t is None else t).reshape(-1).to(self.dtype)
+            for p, t in zip(self.tensors, tensors, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """(P,) → tensors shaped and typed like the parameters; views of ``vector`` where the dtype allows it."""
+        self.check(vector)
+        parts = vector.split(self.sizes)
+        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.tensors)]
+
+    def check(self, vector: Tensor) -> None:
+        """Raise ValueError unless ``vector`` has P rows."""
+        if vector.ndim not in (1, 2) or vector.shape[0] != self.numel:
+            raise ValueError(
+                f"vector must have shape ({self.numel},) or ({self.numel}, K), one row per trainable parameter, "
+                f"got {tuple(vector.shape)}"
+            )
+
+    @torch.no_grad()
+    def get(self) -> Tensor:
+        """A copy of θ, (P,)."""
+        return self.flatten(self.tensors).clone()
+
+    @torch.no_grad()
+    def copy(self) -> list[Tensor]:
+        """Bit-exact copies of the parameter tensors, for `restore`."""
+        return [p.detach().clone() for p in self.tensors]
+
+    @torch.no_grad()
+    def restore(self, copies: Sequence[Tensor]) -> None:
+        """Put the values of `copy` back, bit for bit."""
+        for p, value in zip(self.tensors, copies, strict=True):
+            p.copy_(value)
+
+    @torch.no_grad()
+    def move(self, origin: Sequence[Tensor], step: Tensor, scale: float | Tensor = 1.0) -> None:
+        """θ ← origin + scale·step, in place."""
+        for p, value, change in zip(self.tensors, origin, self.unflatten(step), strict=True):
+            p.copy_(value + change * scale)

@@ -1,0 +1,216 @@
+"""The natural-gradient step, on one page: the same for a classifier and for a policy.
+
+    outputs ──► Fisher F and gradient g ──► solve (F + λI)s = g ──► scale to the KL radius, backtrack ──► StepReport
+
+Everything in `npg.optim` and in `agents` that moves parameters by a natural gradient passes through `natural_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from npg.families import Family
+from npg.fisher import Fisher
+from npg.linearize import Linearization, Model, frozen_statistics, replayed_randomness
+from npg.parallel import mean_
+from npg.solvers import Solver, Status, conjugate_gradient
+from npg.trust_region import Trial, TrustRegion
+
+__all__ = ["StepReport", "natural_step"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one natural step did.
+
+    Attributes:
+        accepted: whether the parameters moved; if not, they are bit for bit what they were.
+        objective: the objective before the step.
+        predicted_gain: gᵀd − ½c dᵀFd for the step d, with c the ``objective_curvature`` of `natural_step`.
+        actual_gain: the gain in the objective at the last point tried (NaN where none was evaluated).
+        predicted_kl: ½dᵀFd, in nats.
+        kl: the true mean KL at the last point tried, in nats (NaN where none was evaluated).
+        status: how the solver ended.
+        iterations: products with F that the solver took.
+        residual: ‖g − (F + λI)s‖/‖g‖.
+        backtracks: how often the step was shortened.
+        scale: the factor β of the solution s in the step d = βs; 0 where the step was refused.
+        gradient_norm: ‖g‖.
+        step_norm: ‖d‖.
+        damping: λ.
+        solution: s, (P,), for a warm start of the next solve.
+        step: d, (P,), the change of the parameters.
+        solve_seconds: time of the forward pass, gradient and solve.
+        search_seconds: time of scaling and backtracking.
+    """
+
+    accepted: bool
+    objective: float
+    predicted_gain: float
+    actual_gain: float
+    predicted_kl: float
+    kl: float
+    status: Status
+    iterations: int
+    residual: float
+    backtracks: int
+    scale: float
+    gradient_norm: float
+    step_norm: float
+    damping: float
+    solution: Tensor
+    step: Tensor
+    solve_seconds: float
+    search_seconds: float
+
+
+def natural_step(
+    model: Model,
+    inputs: Any,
+    family: Family,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    trust_region: TrustRegion | None = None,
+    learning_rate: float | None = None,
+    damping: float = 0.0,
+    solver: Solver = conjugate_gradient,
+    fisher: Callable[..., Fisher] = Fisher,
+    curvature_inputs: Any = None,
+    preconditioner: Callable[[Fisher, float], Callable[[Tensor], Tensor]] | None = None,
+    x0: Tensor | None = None,
+    objective_curvature: float = 0.0,
+    evaluate: bool = True,
+    parameters: Mapping[str, Tensor] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> StepReport:
+    """Move the parameters in place by d = β(F + λI)⁻¹∇objective, uphill.
+
+    With a trust region of radius δ, β is the length at which ½sᵀ(F + λI)s = δ, shortened until KL ≤ δ and the
+    objective gains (TRPO: Schulman et al. 2015, appendix C); with a learning rate, β is that (Amari 1998; Kakade
+    2002); with both, the smaller of the two. A step that is not finite, or not accepted, is refused: the parameters
+    are restored bit for bit.
+
+    Args:
+        model: a module, or a function ``f(parameters, *inputs)``.
+        inputs: a tensor, or a tuple of positional arguments.
+        family: the predictive distribution of the outputs.
+        objective: outputs (…, D) ↦ the mean over events of what to maximise, (): a log-likelihood, a surrogate return.
+        trust_region: the KL radius and how to keep to it.
+        learning_rate: a fixed, or with a trust region the largest, multiple of the solution.
+        damping: λ ≥ 0.
+        solver: a function of `npg.solvers`, with its options bound by ``functools.partial``.
+        fisher: `Fisher`, or a partial of it, to choose its kind or metric.
+        curvature_inputs: the inputs to take F at, where they are not ``inputs`` (a part of the batch).
+        preconditioner: (fisher, λ) ↦ (r ↦ C⁻¹r), for solvers that take one.
+        x0: where the solver starts, (P,), for instance a decayed ``StepReport.solution``.
+        objective_curvature: c, where the Hessian of the objective is about −cF: 1 for a log-likelihood (Gauss–Newton),
+            0 for a surrogate that is linear in the policy. It enters ``predicted_gain`` alone.
+        evaluate: whether to measure the gain and the KL where no trust region asks for it (one more forward pass).
+        parameters: the mapping of parameters, where ``model`` is a function.
+        process_group: average gradient, products, gain and KL over the processes of this group.
+
+    Raises:
+        ValueError: if neither a trust region nor a learning rate is given, or an argument is out of its range.
+    """
+    if trust_region is None and learning_rate is None:
+        raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
+    if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):
+        raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
+
+    started = perf_counter()
+    # 1. Outputs and gradient: one forward pass serves the objective, its gradient and the Fisher.
+    linearization = Linearization(model, inputs, parameters, move_statistics=True)
+    theta = linearization.parameters
+    old = linearization.outputs
+    with torch.enable_grad():
+        outputs = old.clone().requires_grad_()
+        value = objective(outputs)
+        (slope_outputs,) = torch.autograd.grad(value, outputs)
+    before = mean_(value.detach().double(), process_group)
+    g = mean_(linearization.pull_back(slope_outputs), process_group)
+
+    # 2. Curvature, and 3. solve.
+    shared = None if curvature_inputs is not None else linearization
+    F = fisher(
+        model,
+        inputs if curvature_inputs is None else curvature_inputs,
+        family,
+        parameters=parameters,
+        process_group=process_group,
+        linearization=shared,
+    )
+    options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
+    solution = solver(F, g, x0=x0, damping=damping, **options)
+    s = solution.x
+    slope, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
+        [
+            torch.dot(g, s).double(),
+            s.norm().double(),
+            g.norm().double(),
+            solution.curvature,
+            solution.residual_norm,
+            before,
+        ]
+    ).tolist()
+    solve_seconds = perf_counter() - started
+
+    # 4. Length: scale to the radius, backtrack on the true KL and the true objective.
+    origin = theta.copy()
+    forward = "old_new" if trust_region is None else trust_region.kl_direction
+
+    @torch.no_grad()
+    def trial(scale: float) -> Trial:
+        theta.move(origin, s, scale)
+        with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
+            new = linearization.forward()
+        kl = family.kl(old, new) if forward == "old_new" else family.kl(new, old)
+        gain, kl_mean = mean_(torch.stack([objective(new).double(), kl.double().mean()]), process_group).tolist()
+        return Trial(gain - objective_before, kl_mean)
+
+    scale = trust_region.scale(curvature) if trust_region is not None else float(learning_rate or 0.0)
+    if learning_rate is not None:
+        scale = min(scale, learning_rate)
+    outcome, backtracks = Trial(float("nan"), float("nan")), 0
+    accepted = isfinite(scale * s_norm) and solution.status is not Status.NON_FINITE
+    if accepted and trust_region is not None and trust_region.backtrack:
+        if slope > 0 and scale > 0:
+            accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
+        else:
+            accepted = False
+    elif accepted and evaluate:
+        outcome = trial(scale)
+        accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
+    elif accepted:
+        theta.move(origin, s, scale)
+    if not accepted:
+        theta.restore(origin)
+        scale = 0.0
+    predicted_kl = 0.5 * scale**2 * (curvature - damping * s_norm**2) if accepted else 0.0
+    return StepReport(
+        accepted=accepted,
+        objective=objective_before,
+        predicted_gain=scale * slope - objective_curvature * predicted_kl if accepted else 0.0,
+        actual_gain=outcome.gain,
+        predicted_kl=predicted_kl,
+        kl=outcome.kl,
+        status=solution.status,
+        iterations=solution.iterations,
+        residual=residual,
+        backtracks=backtracks,
+        scale=scale,
+        gradient_norm=g_norm,
+        step_norm=scale * s_norm if accepted else 0.0,
+        damping=damping,
+        solution=s,
+        step=s * scale if accepted else torch.zeros_like(s),
+        solve_seconds=solve_seconds,
+        search_seconds=perf_counter() - started - solve_seconds,
+    )

@@ -1,0 +1,125 @@
+"""How far to go along a direction: a KL radius with backtracking, and Levenberg–Marquardt control of the damping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isfinite, sqrt
+from typing import Literal, NamedTuple
+
+__all__ = ["LevenbergMarquardt", "SearchResult", "Trial", "TrustRegion"]
+
+KLDirection = Literal["old_new", "new_old"]
+
+
+class Trial(NamedTuple):
+    """What one evaluation at a trial point gives: the gain of the objective, and the mean KL in nats."""
+
+    gain: float
+    kl: float
+
+
+class SearchResult(NamedTuple):
+    """The outcome of a backtracking search; where nothing was accepted, ``scale`` is 0."""
+
+    accepted: bool
+    scale: float
+    trial: Trial
+    backtracks: int
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """The set KL(old ‖ new) ≤ δ around a policy or a classifier, and how to stay in it (Schulman et al. 2015, app. C).
+
+    The proposal is scaled so that the quadratic model of the KL equals δ, and is then shortened until the true mean KL
+    is within δ and the objective has gained.
+
+    Args:
+        radius: δ > 0, in nats per event.
+        backtrack: whether to check the true KL and objective at all; without it the scaled step is taken as it is
+            (the natural policy gradient with normalised step).
+        shrink: the factor of each backtrack, in (0, 1).
+        max_trials: how many lengths are tried before the step is refused, the full one included.
+        min_gain_ratio: accept only if the gain is more than this fraction of what the linear model predicts; 0 asks
+            for any gain at all.
+        kl_direction: ``"old_new"`` for KL(old ‖ new), the paper's; ``"new_old"`` for KL(new ‖ old).
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    radius: float
+    backtrack: bool = True
+    shrink: float = 0.8
+    max_trials: int = 10
+    min_gain_ratio: float = 0.0
+    kl_direction: KLDirection = "old_new"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.radius < inf:
+            raise ValueError(f"radius must be a positive finite KL in nats, got {self.radius}")
+        if not 0 < self.shrink < 1:
+            raise ValueError(f"shrink must lie in (0, 1), got {self.shrink}")
+        if self.max_trials < 1:
+            raise ValueError(f"max_trials must be at least 1, got {self.max_trials}")
+        if not 0 <= self.min_gain_ratio < 1:
+            raise ValueError(f"min_gain_ratio must lie in [0, 1), got {self.min_gain_ratio}")
+        if self.kl_direction not in ("old_new", "new_old"):
+            raise ValueError(f"kl_direction must be 'old_new' or 'new_old', got {self.kl_direction!r}")
+
+    def scale(self, curvature: float) -> float:
+        """The β with ½(βs)ᵀ(F + λI)(βs) = δ, from sᵀ(F + λI)s; 0 where that is not a positive number."""
+        return sqrt(2 * self.radius / curvature) if curvature > 0 and isfinite(curvature) else 0.0
+
+    def search(self, evaluate: Callable[[float], Trial], scale: float, slope: float) -> SearchResult:
+        """Shorten ``scale`` until the trial is inside the region and gains.
+
+        Args:
+            evaluate: moves to origin + scale·s, and returns the gain and the KL there.
+            scale: the first length to try.
+            slope: gᵀs, the gain per unit of scale that the linear model predicts.
+        """
+        trial = Trial(0.0, 0.0)
+        for backtracks in range(self.max_trials):
+            trial = evaluate(scale)
+            # written so that NaN fails
+            if trial.kl <= self.radius and trial.gain > self.min_gain_ratio * slope * scale:
+                return SearchResult(True, scale, trial, backtracks)
+            scale *= self.shrink
+        return SearchResult(False, 0.0, trial, self.max_trials - 1)
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Damping that follows how well the quadratic model predicts (Martens 2010, section 4.1).
+
+    With ρ = actual gain / predicted gain: λ ← λ/ω where ρ > 3/4, and λ ← ωλ where ρ < 1/4 or the step was refused.
+
+    Args:
+        factor: ω > 1.
+        minimum: the smallest damping.
+        maximum: the largest damping.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    factor: float = 1.5
+    minimum: float = 1e-8
+    maximum: float = 1e3
+
+    def __post_init__(self) -> None:
+        if not self.factor > 1:
+            raise ValueError(f"factor must be greater than 1, got {self.factor}")
+        if not 0 < self.minimum <= self.maximum:
+            raise ValueError(f"0 < minimum ≤ maximum must hold, got {self.minimum} and {self.maximum}")
+
+    def update(self, damping: float, predicted_gain: float, actual_gain: float, accepted: bool) -> float:
+        """The damping of the next step."""
+        ratio = actual_gain / predicted_gain if accepted and predicted_gain > 0 else -inf
+        if ratio > 0.75:
+            damping /= self.factor
+        elif not ratio >= 0.25:
+            damping *= self.factor
+        return min(max(damping, self.minimum), self.maximum)

@@ -1,0 +1,236 @@
+r"""Online low-rank natural gradient: one factor F = Rᵀ D R + ρ I for every axis of every tensor.
+
+For an axis of dimension D, the gradient tensor is read as a matrix X of N rows of length D: all other axes are the
+rows. The factor follows the rows' second moment S = XᵀX / N by one block power iteration for each update:
+
+    T = η S + (1−η) F,   Y = R T,   Z = Y Yᵀ = U C Uᵀ
+    R' = C^{−1/2} Uᵀ Y,   D' = C^{1/2} − ρ' I,
+    ρ' = (η tr S + (1−η)(D ρ + tr D) − tr C^{1/2}) / (D − rank)
+
+The gradient is preconditioned with the smoothed factor G = F + (α/D) tr(F) I = Rᵀ D R + β I. Only W = E^{1/2} R, D
+and ρ are kept, with E = D / (β + D), because by the matrix inversion lemma
+
+    X̂ = β X G⁻¹ = X − X Wᵀ W,   then rescaled so that ‖X̂‖ = ‖X‖.
+
+Source: Povey, Zhang and Khudanpur (2015), "Parallel training of DNNs with natural gradient and parameter
+averaging", arXiv 1410.7455, appendix B. Reading the other axes as rows is what Kaldi does for convolutions.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+#: Eigenvalues of F below this fraction of the largest are raised to it (Kaldi's δ).
+DELTA = 5e-4
+#: F of a tensor whose gradients have all been zero, times the identity. Its square is representable in float64.
+TINY = 1e-30
+#: Block power iterations on the first gradient before it is preconditioned.
+INITIAL_PASSES = 3
+
+
+class Factors(NamedTuple):
+    """A batch of B factors F = Rᵀ diag(d) R + ρ I of dimension D and rank R, stored with W = E^{1/2} R."""
+
+    weight: Tensor  #: W, (B, R, D); W Wᵀ = E = diag(d / (β + d))
+    d: Tensor  #: (B, R)
+    rho: Tensor  #: (B,)
+
+    def beta(self, alpha: float) -> Tensor:
+        """Eigenvalue of G outside of the row space of W: β = ρ (1 + α) + (α/D) tr D, shape (B,)."""
+        return (1 + alpha) * self.rho + alpha / self.weight.shape[-1] * self.d.sum(-1)
+
+    def e(self, alpha: float) -> Tensor:
+        """Diagonal of E = D (β I + D)⁻¹, shape (B, R)."""
+        return self.d / (self.beta(alpha).unsqueeze(-1) + self.d)
+
+
+def initial_factors(batch: int, dim: int, rank: int, alpha: float, dtype: torch.dtype, device: torch.device) -> Factors:
+    """Factors that know nothing: ρ = d = TINY on a fixed sparse orthonormal basis.
+
+    Row i of the basis has its entries at the columns j ≡ i (mod rank): 1.1 the first and 1 the others before they
+    are normalised, so that no row is orthogonal to gradients whose entries sum to zero.
+    """
+    column, row = torch.arange(dim, device=device), torch.arange(rank, device=device)
+    basis = (column % rank == row[:, None]).to(torch.float64)
+    basis[:, :rank] *= 1.1
+    basis /= torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+    d = torch.full((batch, rank), TINY, dtype=dtype, device=device)
+    rho = torch.full((batch,), TINY, dtype=dtype, device=device)
+    factors = Factors(basis.to(dtype).repeat(batch, 1, 1), d, rho)
+    factors.weight.mul_(factors.e(alpha).sqrt().unsqueeze(-1))
+    return factors
+
+
+def update_factors(factors: Factors, projected: Tensor, trace: Tensor, alpha: float, eta: float) -> Factors:
+    """Factors after one more gradient, by the formulas at the head of this module.
+
+    The R × R eigenproblem and what leads to it run in float64; the result has the dtype of `factors`. The textbook
+    formulas lose their invariants to rounding. These three measures keep them, with no branch on a value:
+
+    1. Z is formed from Y, and not from the expansion that takes R Rᵀ = I for granted, so errors do not build up.
+    2. ρ and d are first raised to δ η tr S. A gradient far above all before it, as the first one is, then cannot
+       make Z numerically singular: its condition number is below 4 / (δ (1−η))².
+    3. R' takes one Newton–Schulz step towards orthonormal rows, R' ← (3 I − R' R'ᵀ) R' / 2, which squares its error.
+
+    Args:
+        factors: the batch of B factors.
+        projected: W S, (B, R, D).
+        trace: tr S, (B,).
+        alpha: α ≥ 0.
+        eta: η, in (0, 0.9].
+
+    A factor whose gradient is not finite stays as it was.
+    """
+    weight, d, rho = (tensor.double() for tensor in factors)
+    rank, dim = weight.shape[-2:]
+    finite = torch.isfinite(trace) & torch.isfinite(projected).flatten(1).all(1)
+    trace = torch.where(finite, trace.double(), 0.0)
+    projected = torch.where(finite[:, None, None], projected.double(), 0.0)
+
+    inverse_root_e = factors.e(alpha).double().rsqrt().unsqueeze(-1)
+    r, rs = inverse_root_e * weight, inverse_root_e * projected
+    floor = DELTA * eta * trace
+    d, rho = torch.maximum(d, floor.unsqueeze(-1)), torch.maximum(rho, floor)
+
+    y = eta * rs + (1 - eta) * (d + rho.unsqueeze(-1)).unsqueeze(-1) * r
+    scale = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)  # Z would hold the gradient's fourth power
+    y = y / scale
+    c, u = torch.linalg.eigh(y @ y.mT)
+    root = c.sqrt()
+    r = u.mT @ y / root.unsqueeze(-1)
+    r = 1.5 * r - 0.5 * (r @ r.mT) @ r
+
+    root = root * scale.squeeze(-1)
+    total = eta * trace + (1 - eta) * (dim * rho + d.sum(-1))
+    rho = (total - root.sum(-1)) / (dim - rank)
+    floor = (DELTA * root.amax(-1)).clamp_min(TINY)
+    d = torch.maximum(root - rho.unsqueeze(-1), floor.unsqueeze(-1))
+    rho = torch.maximum(rho, floor)
+
+    dtype = factors.weight.dtype
+    new = Factors(r, d.to(dtype), rho.to(dtype))
+    # E is computed from the rounded d and ρ, as every later reader of the factors will do.
+    new = new._replace(weight=(new.e(alpha).double().sqrt().unsqueeze(-1) * r).to(dtype))
+    return Factors(
+        *(torch.where(finite.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, factors, strict=True))
+    )
+
+
+_Key: TypeAlias = tuple[int, torch.dtype, torch.device]
+
+
+class _Axis(NamedTuple):
+    key: _Key  #: its dimension, and the dtype and device of the arithmetic
+    factors: Factors  #: views of the rows of `OnlinePreconditioner.factors[key]` that belong to it
+
+
+class Block(NamedTuple):
+    """The tensors of one shape."""
+
+    indices: list[int]  #: places in the list of tensors
+    dtype: torch.dtype  #: of the arithmetic: the tensors' own, at least float32
+    axes: list[_Axis]  #: those of dimension above 1, in order
+
+
+class OnlinePreconditioner:
+    """Preconditions a list of tensors on all axes in turn, all tensors of one shape together.
+
+    The factors of one dimension are one batch, whichever tensor and axis they belong to, so an update solves one
+    batched eigenproblem for each distinct dimension. On a CUDA device the error check inside that eigenproblem
+    is the only thing that the host waits for.
+
+    Args:
+        tensors: the parameters, none of them empty. Only shapes, dtypes and devices are used.
+        states: one dict for each tensor. Entries ``weight_<axis>``, ``d_<axis>`` and ``rho_<axis>`` are taken as the
+            factors where they exist, and become views of the live factors.
+        alpha, eta: as in `update_factors`.
+        rank: the largest rank; an axis of dimension D gets min((D + 1) // 2, rank). With 0 nothing is
+            preconditioned.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        *,
+        alpha: float = 4.0,
+        rank: int = 80,
+        eta: float = 0.1,
+    ) -> None:
+        self.alpha, self.eta = alpha, eta
+        shapes: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
+        for i, tensor in enumerate(tensors):
+            shapes[tensor.shape, torch.promote_types(tensor.dtype, torch.float32), tensor.device].append(i)
+
+        slots: dict[_Key, list[tuple[int, int, int]]] = defaultdict(list)  # one (block, axis, tensor) per factor
+        for number, ((shape, dtype, device), indices) in enumerate(shapes.items()):
+            for axis, dim in enumerate(shape):
+                if dim > 1 and rank > 0:
+                    slots[dim, dtype, device] += [(number, axis, i) for i in indices]
+
+        self.factors: dict[_Key, Factors] = {}
+        for key, owners in slots.items():
+            dim = key[0]
+            factors = initial_factors(len(owners), dim, min((dim + 1) // 2, rank), alpha, *key[1:])
+            self.factors[key] = factors
+            for row, (_, axis, i) in enumerate(owners):
+                for name, tensor in zip(Factors._fields, factors, strict=True):
+                    if (saved := states[i].get(f"{name}_{axis}")) is not None:
+                        tensor[row].copy_(saved)
+                    states[i][f"{name}_{axis}"] = tensor[row]
+
+        self.blocks: list[Block] = []
+        for number, ((shape, dtype, device), indices) in enumerate(shapes.items()):
+            axes = []
+            for axis, dim in enumerate(shape):
+                if (key := (dim, dtype, device)) in self.factors:
+                    start = slots[key].index((number, axis, indices[0]))
+                    rows = slice(start, start + len(indices))
+                    axes.append(_Axis(key, Factors(*(tensor[rows] for tensor in self.factors[key]))))
+            self.blocks.append(Block(indices, dtype, axes))
+
+    def __call__(self, gradients: Sequence[Tensor], *, update: bool = False, first: bool = False) -> list[Tensor]:
+        """Preconditioned gradients, (n, *shape) for each of `blocks`; each tensor keeps its gradient's norm.
+
+        With ``update`` the factors then take the gradients in; with ``first`` they do so three times before as well.
+        """
+        statistics: dict[_Key, list[tuple[Tensor, ...]]] = defaultdict(list)
+        out = []
+        for block in self.blocks:
+            gradient = torch.stack([gradients[i] for i in block.indices]).to(block.dtype).contiguous()
+            norm = _norms(gradient)
+            x = gradient
+            for key, factors in block.axes:
+                # This axis leads. The product below is written transposed, so that the next axis leads, and after
+                # the last one the tensor is again as it was.
+                x = x.view(len(x), key[0], -1)
+                for _ in range(INITIAL_PASSES if first else 0):
+                    self._update(factors, *_statistics(factors, x, norm))
+                if update:
+                    statistics[key].append(_statistics(factors, x, norm))
+                h = factors.weight @ x
+                x = torch.baddbmm(x.mT, h.mT, factors.weight, alpha=-1)
+            scale = norm / _norms(x).clamp_min(torch.finfo(block.dtype).tiny)
+            out.append(x.view_as(gradient) * scale.view(-1, *[1] * (gradient.ndim - 1)))
+        for key, parts in statistics.items():
+            self._update(self.factors[key], *(torch.cat(part) for part in zip(*parts, strict=True)))
+        return out
+
+    def _update(self, factors: Factors, product: Tensor, norm: Tensor, root_trace: Tensor) -> None:
+        """Take in S = XᵀX / N, given W XᵀX and ‖X‖ for an X of any scale, and the (tr S)^{1/2} to rescale it to."""
+        scale = (root_trace / norm.clamp_min(torch.finfo(norm.dtype).tiny)).square()
+        new = update_factors(factors, scale.view(-1, 1, 1) * product, root_trace.square(), self.alpha, self.eta)
+        for old, value in zip(factors, new, strict=True):
+            old.copy_(value)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+
+
+def _statistics(factors: Factors, x: Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `OnlinePreconditioner._update` needs of x = Xᵀ, (n, D, N), when X is to have the gradient's norm."""
+    return torch.bmm(factors.weight @ x, x.mT), _norms(x), gradient_norm / x.shape[-1] ** 0.5

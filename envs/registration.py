@@ -1,0 +1,26 @@
+"""Registers the tasks of the natural policy gradient paper with Gymnasium."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+__all__: list[str] = []
+
+# The LQR's 20 steps are the task itself (it terminates); the two-state process goes on for ever, so that its limit
+# only cuts the stream (it truncates); a game of Tetris ends when it ends.
+gym.register(
+    "npg/LQR-v0",
+    entry_point="envs.lqr:LQREnv",
+    vector_entry_point="envs.lqr:LQRVectorEnv",
+)
+gym.register(
+    "npg/TwoStateMDP-v0",
+    entry_point="envs.two_state_mdp:TwoStateMDPEnv",
+    vector_entry_point="envs.two_state_mdp:TwoStateMDPVectorEnv",
+    max_episode_steps=100,
+)
+gym.register(
+    "npg/Tetris-v0",
+    entry_point="envs.tetris:TetrisEnv",
+    vector_entry_point="envs.tetris:TetrisVectorEnv",
+)

@@ -73,6 +73,7 @@ _ORDER = [
     Status.NON_FINITE,
 ]
 _RUNNING = -1
+_DRIFT = 0.1  # the true residual and the recurrence differ by more than this part: they are two different vectors
 
 
 def _check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
@@ -87,6 +88,11 @@ def _check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Columnwise inner products, accumulated in float64: (P, K), (P, K) → (K,)."""
     return (x * y).sum(0, dtype=torch.float64)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Columnwise norms whose squares cannot overflow: (P, K) → (K,)."""
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
 
 
 def _finish(
@@ -129,6 +135,8 @@ def conjugate_gradient(
        curvature, within ±ε of zero as breakdown; in both cases the last good iterate is returned.
     4. The quadratic model, the curvature and the residual of the solution come from vectors that CG holds anyway.
     5. From x₀ = 0 no product is spent on the first residual.
+    6. Where a refreshed residual differs from the recurrence by more than a tenth, the direction starts again from
+       steepest descent: β would compare two different residuals, and the iteration would diverge in float32.
 
     Args:
         A: symmetric positive semi-definite; anything with ``A @ v`` for v of the shape of b.
@@ -158,6 +166,8 @@ def conjugate_gradient(
         raise ValueError(f"rtol must be ≥ 0, got {rtol}")
     if residual_refresh < 1:
         raise ValueError(f"residual_refresh must be at least 1, got {residual_refresh}")
+    if sync_every is not None and sync_every < 1:
+        raise ValueError(f"sync_every must be at least 1, got {sync_every}")
     single = b.ndim == 1
     B = b.unsqueeze(1) if single else b
 
@@ -182,7 +192,8 @@ def conjugate_gradient(
         x = torch.zeros_like(B)
         r = B.clone()
     else:
-        x = (x0.unsqueeze(1) if single else x0) / scale
+        # for b = 0 the answer is 0, wherever one starts
+        x = torch.where(finite_b & (norm_b == 0), 0.0, (x0.unsqueeze(1) if single else x0) / scale)
         r = B - product(x)
     code = {status: i for i, status in enumerate(_ORDER)}
     state = torch.full((columns,), _RUNNING, dtype=torch.int64, device=b.device)
@@ -196,6 +207,7 @@ def conjugate_gradient(
     z = shaped(preconditioner, r) if preconditioner else r
     p = z.clone()
     rz = _dot(r, z)
+    state = settle(state, ~torch.isfinite(rz), Status.NON_FINITE)
     state = settle(state, ~(rz > 0), Status.BREAKDOWN)
     model: list[Tensor] = [-0.5 * _dot(x, B + r)]
 
@@ -206,17 +218,18 @@ def conjugate_gradient(
         iterations += state == _RUNNING
         Ap = product(p)
         pAp = _dot(p, Ap)
-        bound = epsilon * (_dot(p, p) * _dot(Ap, Ap)).sqrt()
+        bound = epsilon * _norm(p) * _norm(Ap)
         state = settle(state, ~torch.isfinite(pAp), Status.NON_FINITE)
         state = settle(state, pAp < -bound, Status.NEGATIVE_CURVATURE)
         state = settle(state, pAp <= bound, Status.BREAKDOWN)
         running = state == _RUNNING
         alpha = torch.where(running, rz / torch.where(running, pAp, 1.0), 0.0).to(b.dtype)
         x = torch.where(running, x + alpha * p, x)
+        r = recurred = torch.where(running, r - alpha * Ap, r)
+        drift = torch.zeros_like(running)
         if iteration % residual_refresh == 0:
             r = torch.where(running, B - product(x), r)
-        else:
-            r = torch.where(running, r - alpha * Ap, r)
+            drift = _norm(r - recurred) > _DRIFT * _norm(recurred)
         rr = _dot(r, r)
         state = settle(state, ~torch.isfinite(rr), Status.NON_FINITE)
         state = settle(state, rr.sqrt() <= rtol * norm_b, Status.CONVERGED)
@@ -228,9 +241,10 @@ def conjugate_gradient(
                 state = settle(state, (model[-1] < 0) & small, Status.CONVERGED)
         z = shaped(preconditioner, r) if preconditioner else r
         rz_next = _dot(r, z)
+        state = settle(state, ~torch.isfinite(rz_next), Status.NON_FINITE)
         state = settle(state, ~(rz_next > 0), Status.BREAKDOWN)
         running = state == _RUNNING
-        beta = torch.where(running, rz_next / torch.where(running, rz, 1.0), 0.0).to(b.dtype)
+        beta = torch.where(running & ~drift, rz_next / torch.where(running, rz, 1.0), 0.0).to(b.dtype)
         p = torch.where(running, z + beta * p, p)
         rz = rz_next
     state = torch.where(state == _RUNNING, code[Status.ITERATION_LIMIT], state)

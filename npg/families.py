@@ -90,12 +90,13 @@ class Categorical(Family):
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         log_old, log_new = old.log_softmax(-1), new.log_softmax(-1)
         p = log_old.exp()
-        return torch.where(p > 0, p * (log_old - log_new), 0.0).sum(-1)
+        # masked before the product, so that a forbidden class passes no NaN to the gradient either
+        return (p * (log_old - log_new).masked_fill(p == 0, 0.0)).sum(-1)
 
     def entropy(self, outputs: Tensor) -> Tensor:
         log_p = outputs.log_softmax(-1)
         p = log_p.exp()
-        return -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+        return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
         p = outputs.detach().softmax(-1)
@@ -143,12 +144,18 @@ class MultiCategorical(Family):
     def _split(self, outputs: Tensor) -> tuple[Tensor, ...]:
         if outputs.shape[-1] != sum(self.sizes):
             raise ValueError(
-                f"outputs must have {sum(self.sizes)} = sum({self.sizes}) logits on the last axis, got {outputs.shape[-1]}"
+                f"outputs must have {sum(self.sizes)} = sum({self.sizes}) logits on the last axis, "
+                f"got {outputs.shape[-1]}"
             )
         return outputs.split(self.sizes, -1)
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        pairs = zip(self._split(outputs), targets.unbind(-1), strict=True)
+        if targets.shape != (*outputs.shape[:-1], len(self.sizes)):
+            raise ValueError(
+                f"targets must have shape {(*outputs.shape[:-1], len(self.sizes))} for outputs of shape "
+                f"{tuple(outputs.shape)}, got {tuple(targets.shape)}: pass one class index per variable"
+            )
+        pairs = zip(self._split(outputs), targets.unbind(-1))
         return torch.stack([self._categorical.log_likelihood(o, t) for o, t in pairs]).sum(0)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
@@ -213,7 +220,8 @@ class DiagonalGaussian(Family):
         """Mean and log standard deviation, each (…, A)."""
         if outputs.shape[-1] % 2:
             raise ValueError(
-                f"outputs of a DiagonalGaussian are [mean, log std]: the last axis must be even, got {outputs.shape[-1]}"
+                "outputs of a DiagonalGaussian are [mean, log std]: the last axis must be even, "
+                f"got {outputs.shape[-1]}"
             )
         mean, log_std = outputs.chunk(2, -1)
         return mean, log_std
@@ -311,8 +319,8 @@ class _TorchFamily(Family):
         p = self.distribution(outputs)
         if p.batch_shape != outputs.shape[:-1]:
             raise ValueError(
-                f"distribution must map outputs of shape {tuple(outputs.shape)} to batch_shape {tuple(outputs.shape[:-1])}, "
-                f"got {tuple(p.batch_shape)}: wrap factors of one event in torch.distributions.Independent"
+                f"distribution must map outputs of shape {tuple(outputs.shape)} to batch_shape "
+                f"{tuple(outputs.shape[:-1])}, got {tuple(p.batch_shape)}: wrap factors of one event in torch.distributions.Independent"
             )
         return p
 

@@ -188,9 +188,7 @@ def _read_batch(content: bytes, name: str, source: Path) -> Labelled:
     except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
         raise DataError(f"{name} of {source} is not a batch of CIFAR-10: {error}") from error
     if labels.shape != (len(images),) or labels.min() < 0 or labels.max() > 9:
-        raise DataError(
-            f"{name} of {source} is not a batch of CIFAR-10: one label in 0…9 per image is expected"
-        )
+        raise DataError(f"{name} of {source} is not a batch of CIFAR-10: one label in 0…9 per image is expected")
     return images, labels
 
 

@@ -88,9 +88,7 @@ class TrainLoader:
         world_size: int = 1,
     ) -> None:
         if not 1 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size must be between 1 and the {len(images)} training images; got {batch_size}"
-            )
+            raise ValueError(f"batch_size must be between 1 and the {len(images)} training images; got {batch_size}")
         if batch_size % world_size:
             raise ValueError(
                 f"batch_size must be a multiple of the number of processes, {world_size}; got {batch_size}"
@@ -105,9 +103,7 @@ class TrainLoader:
         self.rows = slice(rank * shard, (rank + 1) * shard)
         height, width = images.shape[2:]
         pad = PADDING if augment else 0
-        padded = torch.zeros(
-            *images.shape[:2], height + 2 * pad, width + 2 * pad, dtype=torch.uint8, device=device
-        )
+        padded = torch.zeros(*images.shape[:2], height + 2 * pad, width + 2 * pad, dtype=torch.uint8, device=device)
         padded[:, :, pad : pad + height, pad : pad + width] = torch.from_numpy(images).to(device)
         self.padded = padded.flatten(2)
         self.width = width + 2 * pad

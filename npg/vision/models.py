@@ -156,9 +156,7 @@ class _WideBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3x3(out_channels, out_channels)
         self.shortcut = (
-            None
-            if in_channels == out_channels and stride == 1
-            else _conv1x1(in_channels, out_channels, stride)
+            None if in_channels == out_channels and stride == 1 else _conv1x1(in_channels, out_channels, stride)
         )
 
     def forward(self, x: Tensor) -> Tensor:

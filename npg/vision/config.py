@@ -1,0 +1,171 @@
+"""What a training run is made of, and the presets that fill it in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from npg.vision.optimizers import check_optimizer
+
+__all__ = ["PRESETS", "Config", "load_config"]
+
+PRESETS = ("report", "tuned")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Fractions are of the whole run, so that a shorter run has the same schedule.
+
+    Attributes:
+        model: a name that `npg.vision.model_from_name` knows.
+        optimizer: a name out of `npg.vision.optimizers.OPTIMIZERS`.
+        optimizer_options: its constructor's options, lr among them.
+        data: a path that `npg.vision.data.load` reads; None is CIFAR-10, downloaded.
+        epochs: passes over the training part.
+        batch_size: of all processes together.
+        schedule: of the learning rate: ``constant``, ``step`` (times `gamma` at each milestone) or ``cosine`` (to 0).
+        milestones: fractions of the run.
+        gamma: the factor at a milestone.
+        warmup: the fraction of the run over which the learning rate grows linearly to its value.
+        label_smoothing: the share of the target that is spread over all classes.
+        ema: the decay per step of an average of the weights, which is then what is evaluated; 0 is none.
+        decay_all: let weight decay reach biases and BatchNorm too, in PyTorch's optimizers.
+        dropout: the models' dropout probability.
+        augment: crop and mirror training images at random.
+        mean: of the pixels in [0, 1], per channel, for the normalisation.
+        std: likewise.
+        validation_size: training images held out, chosen by a fixed seed.
+        eval_on: ``validation`` evaluates the held-out images after each epoch and the test set once, at the end;
+            ``test`` holds nothing out and evaluates the test set after each epoch, as the report did.
+        limit_train: train on that many images only.
+        seed: of the initialisation, the order and the augmentation.
+        device: ``cpu``, ``cuda``, …; None is CUDA where there is one.
+        amp: forward pass in bfloat16 where it is safe (autocast).
+        channels_last: NHWC memory layout.
+        compile: compile the model.
+        deterministic: deterministic algorithms only.
+        sync_bn: BatchNorm statistics over all processes' batches (CUDA).
+        average_every: instead of averaging gradients at every step, let each process train alone and average the
+            parameters every that many steps; 0 is never.
+        keep_checkpoints: how many of the newest checkpoints stay; 0 is all.
+
+    Raises:
+        ValueError: a value is out of its range, or an optimizer's option does not exist.
+    """
+
+    model: str
+    optimizer: str
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    epochs: int = 50
+    batch_size: int = 128
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    decay_all: bool = False
+    dropout: float = 0.0
+    augment: bool = True
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    validation_size: int = 5000
+    eval_on: str = "validation"
+    limit_train: int | None = None
+    seed: int = 0
+    device: str | None = None
+    amp: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    sync_bn: bool = False
+    average_every: int = 0
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("milestones", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("epochs", "batch_size", "validation_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("average_every", "keep_checkpoints", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("label_smoothing", "ema", "warmup", "dropout"):
+            _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
+        _require(
+            all(0.0 < m < 1.0 for m in self.milestones),
+            "milestones",
+            self.milestones,
+            "fractions of the run, between 0 and 1",
+        )
+        _require(self.gamma > 0.0, "gamma", self.gamma, "above 0")
+        _require(
+            len(self.mean) == 3 and len(self.std) == 3 and min(self.std) > 0.0,
+            "mean and std",
+            (self.mean, self.std),
+            "three numbers each, those of std above 0",
+        )
+        _require(self.limit_train is None or self.limit_train >= 1, "limit_train", self.limit_train, "at least 1")
+        _require(self.schedule in ("constant", "step", "cosine"), "schedule", self.schedule, "constant, step or cosine")
+        _require(self.eval_on in ("validation", "test"), "eval_on", self.eval_on, "validation or test")
+        check_optimizer(self.optimizer, self.optimizer_options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, numbers and strings, which YAML and checkpoints hold."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def load_config(
+    model: str,
+    optimizer: str,
+    preset: str,
+    overrides: Mapping[str, Any] | None = None,
+    optimizer_overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """A preset's configuration for an optimizer, with what the caller says put over it.
+
+    A preset is a YAML file of the fields of `Config`, with the options of each optimizer under ``optimizers``.
+
+    Args:
+        model: the model's name.
+        optimizer: the optimizer's name.
+        preset: ``report``, ``tuned`` or the path of a YAML file.
+        overrides: fields of `Config`.
+        optimizer_overrides: options of the optimizer.
+
+    Raises:
+        ValueError: no such preset, or it has a key that means nothing.
+    """
+    if preset in PRESETS:
+        text = (resources.files("npg.vision") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+    elif Path(preset).is_file():
+        text = Path(preset).read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}, or give a YAML file")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the preset {preset} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the preset {preset} must be a mapping of fields to values")
+    options = values.pop("optimizers", {}).get(optimizer, {})
+    known = [f.name for f in fields(Config)]
+    merged = values | dict(overrides or {})
+    for key in merged:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; is {near[0]} meant?" if near else f"; there are {', '.join(known)}"
+            raise ValueError(f"the preset {preset} has a key {key!r}, which means nothing{hint}")
+    merged["optimizer_options"] = options | dict(optimizer_overrides or {})
+    return Config(**(merged | {"model": model, "optimizer": optimizer}))
+
+
+def _require(ok: bool, name: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {remedy}; got {value}")

@@ -1,15 +1,34 @@
-"""Natural-gradient optimizers: `torch.optim.Optimizer` faces over the core and over `npg.curvature`."""
+"""Natural-gradient optimizers: `torch.optim.Optimizer` faces over the core and over `npg.curvature`.
+
+`OnlineNGD` takes gradients from ``p.grad`` like any optimizer. `NGD` and `DiagonalNGD` need the model and what its
+outputs mean, because the Fisher information is a property of the predictive distribution: ``step(inputs, targets)``.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias, overload
+from math import ceil, inf
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from npg.curvature.online import OnlinePreconditioner
+from npg.families import Family
+from npg.fisher import Fisher, Kind
+from npg.linearize import Linearization
+from npg.parallel import mean_
+from npg.solvers import Solver, conjugate_gradient, dense_solve
+from npg.step import StepReport, natural_step
+from npg.trust_region import LevenbergMarquardt, TrustRegion
+
+__all__ = ["NGD", "DiagonalNGD", "OnlineNGD"]
 
 _Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -29,6 +48,13 @@ def _dense_gradients(params: Iterable[Tensor]) -> None:
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse; "
                 "this optimizer needs dense gradients (for an embedding: sparse=False)"
             )
+
+
+def _decay(params: Iterable[Tensor], amount: float) -> None:
+    """Decoupled weight decay of all parameters but biases and those of normalisation."""
+    matrices = [p for p in params if p.ndim > 1]
+    if amount and matrices:
+        torch._foreach_mul_(matrices, 1 - amount)
 
 
 class _ExactResume(Optimizer):
@@ -121,7 +147,7 @@ class OnlineNGD(_ExactResume):
 
     @staticmethod
     def _validate(group: dict[str, Any]) -> None:
-        _check(group["lr"] >= 0, "lr", group["lr"], "0 or above")
+        _check(0 <= group["lr"] < inf, "lr", group["lr"], "a finite number, 0 or above")
         _check(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
         _check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "0 or above")
         _check(group["alpha"] >= 0, "alpha", group["alpha"], "0 or above (4 is usual)")
@@ -169,8 +195,8 @@ class OnlineNGD(_ExactResume):
                 gradients = torch._foreach_add(gradients, plan.params, alpha=decay)
             plan.accumulate(gradients, group["momentum"], group["update_period"])
 
-        if decay and decoupled and (matrices := [p for p in active if p.ndim > 1]):
-            torch._foreach_mul_(matrices, 1 - lr * decay)
+        if decoupled:
+            _decay(active, lr * decay)
         params = [p for plan in plans for p in plan.params]
         changes: _Tensors = [buffer for plan in plans for buffer in plan.buffers]
         if limit is not None:
@@ -179,7 +205,7 @@ class OnlineNGD(_ExactResume):
             changes = torch._foreach_mul(changes, limit / norm.clamp_min(limit))
         torch._foreach_add_(params, changes, alpha=-lr)
 
-    def _plan(self, params: list[Tensor], group: dict[str, Any]) -> list["_OnlinePlan"]:
+    def _plan(self, params: list[Tensor], group: dict[str, Any]) -> list[_OnlinePlan]:
         """One plan for each number of steps that parameters have behind them: one, unless some were skipped."""
         runs: dict[int, list[Tensor]] = {}
         for p in params:
@@ -221,3 +247,271 @@ class _OnlinePlan:
                 buffer.copy_(direction)
         self.count += 1
         self.step.fill_(self.count)
+
+
+class _ModelOptimizer(_ExactResume):
+    """An optimizer that linearises the model itself; one parameter group, all that is trainable."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        defaults: dict[str, Any],
+        fisher: Kind,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        if isinstance(model, DistributedDataParallel):
+            # Forward mode cannot pass through the wrapper; the reduction is done here, once per product.
+            process_group = process_group or model.process_group
+            model = model.module
+        _check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
+        self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
+        super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
+
+    def _states(self, key: str, params: Iterable[Tensor]) -> list[Tensor]:
+        """One state tensor of each parameter, zero at first, at least float32."""
+        for p in params:
+            if key not in self.state[p]:
+                self.state[p][key] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return [self.state[p][key] for p in params]
+
+
+class DiagonalNGD(_ModelOptimizer):
+    r"""Natural gradient with the diagonal of the Fisher information.
+
+    With g the gradient of the mean negative log-likelihood and f an estimate of diag F on the same mini-batch,
+
+        v ← γ v + (1−γ) f,    m ← μ m + g / (v / (1−γᵗ) + λ),    θ ← (1 − lr · weight_decay) θ − lr · m.
+
+    diag F is estimated by backward passes with random signs ε, one per event and output: with F = JᵀMJ/N and M = LLᵀ,
+    E[(JᵀLε)²]/N = diag F for any model, batch normalisation in training mode included. It is the mean of squares over
+    events; the square of the mean gradient, which Adam tracks, is another quantity that shrinks with the batch.
+
+    Args:
+        model: all its trainable parameters are optimised.
+        family: what the outputs of ``model`` mean.
+        lr: step size.
+        damping: λ > 0, added to the diagonal.
+        fisher: ``"exact"`` (expectation over labels), ``"sampled"`` (one label drawn from the model per event) or
+            ``"empirical"`` (the labels of the data: the mean of squared per-event gradients).
+        decay: γ, in [0, 1).
+        momentum: μ, in [0, 1).
+        weight_decay: decoupled; biases and normalisation parameters are left alone.
+        probes: backward passes per estimate; None computes the diagonal itself, at one backward pass per event (or
+            per event and output if ``fisher="exact"``).
+        generator: the source of signs and sampled labels, by default torch's global one, which a checkpoint has to
+            hold anyway.
+        process_group: average gradient, diagonal and loss over these processes. A model in DistributedDataParallel
+            brings its own.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Source: Amari (1998), Natural gradient works efficiently in learning; Martens (2020), arXiv 1412.1193, section 13
+    on diagonal and empirical Fishers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        lr: float,
+        damping: float = 1e-3,
+        *,
+        fisher: Kind = "exact",
+        decay: float = 0.95,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        probes: int | None = 1,
+        generator: Generator | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _check(0 <= lr < inf, "lr", lr, "a finite number, 0 or above")
+        _check(0 < damping < inf, "damping", damping, "a finite number above 0")
+        _check(0 <= decay < 1, "decay", decay, "in [0, 1)")
+        _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        _check(weight_decay >= 0, "weight_decay", weight_decay, "0 or above")
+        _check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "decay": decay,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(model, family, defaults, fisher, process_group)
+        self.probes, self.generator = probes, generator
+
+    @torch.no_grad()
+    def step(self, inputs: Any, targets: Tensor) -> Tensor:  # type: ignore[override]
+        """Take one step on a mini-batch; returns its mean negative log-likelihood before the step, ().
+
+        Args:
+            inputs: a tensor, or a tuple of the model's positional arguments.
+            targets: in the shape that ``family.log_likelihood`` takes.
+        """
+        group = self.param_groups[0]
+        linearization = Linearization(self.model, inputs, move_statistics=True)
+        fisher = Fisher(
+            self.model,
+            inputs,
+            self.family,
+            kind=self.fisher,
+            targets=targets if self.fisher == "empirical" else None,
+            generator=self.generator if self.fisher == "sampled" else None,
+            process_group=self.process_group,
+            linearization=linearization,
+        )
+        outputs, parameters = linearization.outputs, linearization.parameters
+        loss = -self.family.log_likelihood(outputs, targets).mean()
+        slope = linearization.pull_back(self.family.score(outputs, targets) / fisher.events)
+        slope = mean_(slope, self.process_group)
+        diagonal = fisher.diagonal(self.probes, self.generator)
+
+        params, decay = parameters.tensors, group["decay"]
+        averages, momenta = self._states("fisher", params), self._states("momentum_buffer", params)
+        corrections = [1 - decay ** self._count(p) for p in params]
+        torch._foreach_lerp_(averages, _split(diagonal, averages), 1 - decay)
+        denominators = torch._foreach_div(averages, corrections)
+        torch._foreach_add_(denominators, group["damping"])
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_addcdiv_(momenta, _split(slope, momenta), denominators)
+        _decay(params, group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, momenta, alpha=group["lr"])
+        return mean_(loss, self.process_group)
+
+    def _count(self, p: Tensor) -> int:
+        """Count this step of ``p``."""
+        step = self.state[p].setdefault("step", torch.tensor(0))
+        step += 1
+        return int(step)
+
+
+class NGD(_ModelOptimizer):
+    r"""Natural gradient descent with the exact Fisher information, F s = g solved by conjugate gradients.
+
+    Every step is one `natural_step` that maximises the mean log-likelihood:
+
+        d = β (F + λI)⁻¹ ∇ mean log p(targets | inputs),    θ ← (1 − lr · weight_decay) (θ + d + μ m),    m ← d + μ m.
+
+    β is ``lr``, or with ``max_kl`` the smaller of that and the length at which the model moves by KL ≤ ``max_kl``.
+
+    Args:
+        model: all its trainable parameters are optimised.
+        family: what the outputs of ``model`` mean.
+        lr: step size; 1 is the full natural (Gauss–Newton) step.
+        damping: λ ≥ 0. It has to be positive where F is singular to working precision and the gradient is noisy: with
+            batch normalisation, for one.
+        max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
+        momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
+        weight_decay: decoupled; biases and normalisation parameters are left alone.
+        solver: ``"cg"``, or ``"dense"`` for the report's Algorithm 1 as printed: F as a matrix, and its inverse (its
+            pseudo-inverse where λ = 0 and F is singular), for up to some thousands of parameters.
+        max_iterations: of conjugate gradients, each about the cost of one gradient.
+        rtol: conjugate gradients stop where the residual is below ``rtol`` · ‖g‖.
+        warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
+        curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
+        fisher: ``"exact"``, ``"sampled"`` or ``"empirical"``.
+        damping_control: adapts λ after each step, which then costs one more forward pass.
+        process_group: average over these processes, each of which holds an equal share of the mini-batch. A model in
+            DistributedDataParallel brings its own.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Source: Amari (1998), Natural gradient works efficiently in learning; Martens (2010), Deep learning via
+    Hessian-free optimization.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        lr: float = 1.0,
+        damping: float = 1e-3,
+        *,
+        max_kl: float | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        solver: Literal["cg", "dense"] = "cg",
+        max_iterations: int = 10,
+        rtol: float = 1e-3,
+        warm_start: float = 0.0,
+        curvature_fraction: float = 1.0,
+        fisher: Kind = "exact",
+        damping_control: LevenbergMarquardt | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        _check(0 <= lr < inf, "lr", lr, "a finite number, 0 or above")
+        _check(0 <= damping < inf, "damping", damping, "a finite number, 0 or above")
+        _check(max_kl is None or 0 < max_kl < inf, "max_kl", max_kl, "None or a positive KL in nats")
+        _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        _check(not (momentum and max_kl), "momentum", momentum, "0 with max_kl, whose radius it would break")
+        _check(weight_decay >= 0, "weight_decay", weight_decay, "0 or above")
+        _check(solver in ("cg", "dense"), "solver", solver, "'cg' or 'dense'")
+        _check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
+        _check(rtol >= 0, "rtol", rtol, "0 or above")
+        _check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
+        _check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
+        defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(model, family, defaults, fisher, process_group)
+        self.trust_region = None if max_kl is None else TrustRegion(max_kl)
+        self.damping_control = damping_control
+        self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
+        self._solver: Solver = partial(dense_solve, method="eigh")
+        if solver == "cg":
+            self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
+
+    @torch.no_grad()
+    def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]
+        """Take one step on a mini-batch; a step that is refused leaves everything as it was but the damping.
+
+        Args:
+            inputs: a tensor, or a tuple of the model's positional arguments.
+            targets: in the shape that ``family.log_likelihood`` takes.
+        """
+        group = self.param_groups[0]
+        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        part = slice(ceil(self.curvature_fraction * len(targets)))
+        curvature_inputs = None
+        if self.curvature_fraction < 1:
+            curvature_inputs = tuple(x[part] for x in inputs) if isinstance(inputs, tuple) else inputs[part]
+        x0 = None
+        if self.warm_start:
+            x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
+        report = natural_step(
+            self.model,
+            inputs,
+            self.family,
+            lambda outputs: self.family.log_likelihood(outputs, targets).mean(),
+            trust_region=self.trust_region,
+            learning_rate=group["lr"],
+            damping=group["damping"],
+            solver=self._solver,
+            fisher=partial(Fisher, kind=self.fisher, targets=targets[part] if self.fisher == "empirical" else None),
+            curvature_inputs=curvature_inputs,
+            x0=x0,
+            objective_curvature=1.0,
+            evaluate=self.damping_control is not None,
+            process_group=self.process_group,
+        )
+        if report.accepted:
+            if group["momentum"]:
+                momenta = self._states("momentum_buffer", params)
+                torch._foreach_mul_(momenta, group["momentum"])
+                torch._foreach_add_(params, momenta)
+                torch._foreach_add_(momenta, _split(report.step, momenta))
+            if self.warm_start:
+                torch._foreach_copy_(self._states("solution", params), _split(report.solution, params))
+            _decay(params, group["lr"] * group["weight_decay"])
+        if self.damping_control is not None:
+            group["damping"] = self.damping_control.update(
+                group["damping"], report.predicted_gain, report.actual_gain, report.accepted
+            )
+        return report
+
+
+def _split(vector: Tensor, like: _Tensors) -> list[Tensor]:
+    """(P,) → views shaped like the tensors."""
+    parts = vector.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]

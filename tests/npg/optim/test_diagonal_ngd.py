@@ -1,0 +1,167 @@
+"""DiagonalNGD against diagonals that are written out sample by sample."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from npg import families
+from npg.optim import DiagonalNGD
+
+KINDS = ["exact", "sampled", "empirical"]
+
+
+def make_model(norm: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 6), *([nn.BatchNorm1d(6)] if norm else []), nn.Tanh(), nn.Linear(6, 3)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batches(steps: int, n: int = 12, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 5, generator=g).to(dtype), torch.randint(3, (n,), generator=g)) for _ in range(steps)]
+
+
+def vector(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def flat_gradient(value: Tensor, model: nn.Module) -> Tensor:
+    gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def diagonal(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """The mean of squared per-sample scores: of the labels, or expected under the model."""
+    logp = model(x).log_softmax(-1)
+    total = torch.zeros_like(vector(model))
+    for n in range(len(x)):
+        for label in range(3):
+            weight = float(y[n] == label) if kind == "empirical" else logp[n, label].exp().item()
+            if weight:
+                total += weight * flat_gradient(logp[n, label], model).square() / len(x)
+    return total
+
+
+def options(**changes: object) -> dict[str, object]:
+    return {"lr": 0.1, "damping": 0.01, "decay": 0.0, "momentum": 0.0, **changes}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_step_with_the_whole_diagonal(kind, norm):
+    model = make_model(norm)
+    optimizer = DiagonalNGD(model, families.Categorical(), fisher=kind, probes=None, **options())
+    for x, y in batches(4):
+        before = vector(model)
+        loss = functional.cross_entropy(model(x), y)
+        g, f = flat_gradient(loss, model), diagonal(model, x, y, kind)
+        torch.testing.assert_close(optimizer.step(x, y), loss)
+        torch.testing.assert_close(vector(model), before - 0.1 * g / (f + 0.01), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_probes_are_unbiased(kind, norm):
+    """With lr = 0 and decay close to 1 the state averages the estimates of one fixed diagonal."""
+    model = make_model(norm)
+    ((x, y),) = batches(1)
+    optimizer = DiagonalNGD(
+        model, families.Categorical(), fisher=kind, probes=10, **options(lr=0.0, decay=0.9999),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    steps = 400
+    for _ in range(steps):
+        optimizer.step(x, y)
+    state = [optimizer.state[p]["fisher"].flatten() for p in model.parameters()]
+    estimate = torch.cat(state) / (1 - 0.9999**steps)
+    want = diagonal(model, x, y, kind)
+    # 4000 draws with a relative spread of about √2 each, more for sampled labels: the standard error is about 2 %.
+    assert ((estimate - want).abs() <= 0.15 * want + 1e-12).all()
+    assert abs(float(estimate.sum() / want.sum()) - 1) < 0.03
+
+
+def test_empirical_diagonal_is_not_the_squared_mean_gradient():
+    model = make_model()
+    ((x, y),) = batches(1, n=60)
+    optimizer = DiagonalNGD(model, families.Categorical(), fisher="empirical", probes=None, **options(lr=0.0))
+    optimizer.step(x, y)
+    f = torch.cat([optimizer.state[p]["fisher"].flatten() for p in model.parameters()])
+    adam = flat_gradient(functional.cross_entropy(model(x), y), model).square()
+    assert (f >= adam).all(), "Jensen"
+    assert f.sum() > 5 * adam.sum()
+
+
+def test_average_momentum_and_decay():
+    model, twin = make_model(), make_model()
+    optimizer = DiagonalNGD(
+        model, families.Categorical(), probes=None, **options(decay=0.9, momentum=0.8, weight_decay=0.5)
+    )
+    v = m = torch.zeros_like(vector(twin))
+    for t, (x, y) in enumerate(batches(6), start=1):
+        optimizer.step(x, y)
+        v = 0.9 * v + 0.1 * diagonal(twin, x, y, "exact")
+        g = flat_gradient(functional.cross_entropy(twin(x), y), twin)
+        m = 0.8 * m + g / (v / (1 - 0.9**t) + 0.01)
+        shrink = torch.cat([torch.full_like(p, 0.95 if p.ndim > 1 else 1.0).flatten() for p in twin.parameters()])
+        nn.utils.vector_to_parameters(shrink * vector(twin) - 0.1 * m, twin.parameters())
+        torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_resumes_bit_for_bit_from_tensors(kind, dtype):
+    data = batches(10, dtype=dtype)
+
+    def start() -> tuple[nn.Module, DiagonalNGD, torch.Generator]:
+        model, generator = make_model(dtype=dtype), torch.Generator().manual_seed(0)
+        return model, DiagonalNGD(model, families.Categorical(), 0.05, fisher=kind, generator=generator), generator
+
+    straight, _, _ = run = start()
+    for x, y in data:
+        run[1].step(x, y)
+    model, optimizer, generator = start()
+    for x, y in data[:4]:
+        optimizer.step(x, y)
+    for state in optimizer.state_dict()["state"].values():
+        assert all(isinstance(value, Tensor) for value in state.values())
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), generator.get_state()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model, optimizer, generator = start()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    generator.set_state(saved[2])
+    for x, y in data[4:]:
+        optimizer.step(x, y)
+    assert torch.equal(vector(model), vector(straight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_through_batch_norm(kind):
+    model = make_model(norm=True)
+    optimizer = DiagonalNGD(model, families.Categorical(), 0.01, damping=1e-2, fisher=kind)
+    ((x, y),) = batches(1)
+    losses = [optimizer.step(x, y).item() for _ in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert model[1].num_batches_tracked == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1.0),
+        ("damping", 0.0),
+        ("fisher", "type-2"),
+        ("decay", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1.0),
+        ("probes", 0),
+    ],
+)
+def test_bad_options_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        DiagonalNGD(make_model(), families.Categorical(), **{"lr": 0.1, name: value})

@@ -1,0 +1,91 @@
+"""Two processes with half of the batch each take the steps of one process with the whole batch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from npg import LevenbergMarquardt, families
+from npg.optim import NGD, DiagonalNGD, OnlineNGD
+
+STEPS = 5
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 9, 3)).double()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(12, 2, 5, 5, generator=g).double(), torch.randint(3, (12,), generator=g)) for _ in range(STEPS)
+    ]
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    if name == "online-ngd":
+        return OnlineNGD(model.parameters(), 0.1, weight_decay=1e-3)
+    if name == "diagonal-ngd":
+        return DiagonalNGD(model, families.Categorical(), 0.05, probes=None)
+    changes = {
+        "ngd": {"lr": 0.5, "damping": 0.1, "momentum": 0.5},
+        "ngd-max-kl": {"max_kl": 0.02, "damping": 0.01},
+        "ngd-lm": {"damping": 0.1, "damping_control": LevenbergMarquardt(), "warm_start": 0.9},
+        "ngd-dense": {"lr": 0.5, "damping": 0.1, "solver": "dense"},
+    }[name]
+    return NGD(model, families.Categorical(), **changes)
+
+
+NAMES = ["sgd", "online-ngd", "diagonal-ngd", "ngd", "ngd-max-kl", "ngd-lm", "ngd-dense"]
+
+
+def train(name: str, model: nn.Module, part: slice) -> Tensor:
+    optimizer = make_optimizer(name, model)
+    for x, y in batches():
+        if name in ("sgd", "online-ngd"):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+        else:
+            optimizer.step(x[part], y[part])
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def work(rank: int, init: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    for name in NAMES:
+        model = DistributedDataParallel(make_model())
+        torch.save(train(name, model, slice(6 * rank, 6 * rank + 6)), f"{folder}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = [f"file://{folder}/rendezvous", str(folder)]
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), *arguments]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_equal_one(results, name):
+    first, second = results[name]
+    assert torch.equal(first, second), "replicas must stay bitwise equal"
+    alone = train(name, make_model(), slice(None))
+    start = nn.utils.parameters_to_vector(make_model().parameters())
+    assert (alone - start).norm() > 0.1
+    torch.testing.assert_close(first, alone, rtol=0, atol=1e-10)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])

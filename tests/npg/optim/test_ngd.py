@@ -1,0 +1,251 @@
+"""NGD: the natural step as an optimizer."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from npg import Fisher, LevenbergMarquardt, Status, families
+from npg.optim import NGD
+
+
+def classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+
+
+def batches(steps: int, n: int = 40, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 6, generator=g).to(dtype), torch.randint(4, (n,), generator=g)) for _ in range(steps)]
+
+
+def vector(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = functional.cross_entropy(model(x), y)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_dense_is_algorithm_1():
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), lr=0.3, damping=1e-2, solver="dense")
+    for x, y in batches(5):
+        before, g = vector(model), gradient(model, x, y)
+        logits = model(x)
+        p = logits.softmax(-1).detach()
+        f = torch.zeros(len(g), len(g), dtype=g.dtype)
+        for n in range(len(x)):  # the definition: the expectation over labels of the scores' outer product
+            for label in range(4):
+                score = torch.autograd.grad(
+                    logits.log_softmax(-1)[n, label], list(model.parameters()), retain_graph=True
+                )
+                score = torch.cat([s.flatten() for s in score])
+                f += p[n, label] * torch.outer(score, score) / len(x)
+        optimizer.step(x, y)
+        want = before - 0.3 * torch.linalg.solve(f + 1e-2 * torch.eye(len(g)).double(), g)
+        torch.testing.assert_close(vector(model), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("damping", [1e-1, 1e-3])
+def test_cg_to_convergence_equals_dense(damping):
+    a, b = classifier(), classifier()
+    options = {"lr": 0.1, "damping": damping}
+    cg = NGD(a, families.Categorical(), max_iterations=1000, rtol=1e-12, **options)
+    dense = NGD(b, families.Categorical(), solver="dense", **options)
+    for x, y in batches(5):
+        assert cg.step(x, y).status is Status.CONVERGED
+        dense.step(x, y)
+        torch.testing.assert_close(vector(a), vector(b), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_one_step_on_a_linear_gaussian_model_is_least_squares(solver):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    x, y = torch.randn(50, 5).double(), torch.randn(50, 3).double()
+    NGD(model, families.Gaussian(0.7), damping=0.0, solver=solver, max_iterations=100, rtol=1e-14).step(x, y)
+    design = torch.cat([x, torch.ones(50, 1).double()], 1)
+    want = torch.linalg.lstsq(design, y).solution.T
+    torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1), want, rtol=0, atol=1e-9)
+
+
+def test_max_kl_keeps_the_true_kl_within_the_radius():
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), lr=1e6, damping=1e-3, max_kl=0.01, max_iterations=50)
+    for x, y in batches(10):
+        old = model(x).detach()
+        before = functional.cross_entropy(old, y)
+        report = optimizer.step(x, y)
+        kl = families.Categorical().kl(old, model(x)).mean()
+        assert report.accepted
+        assert 0.002 < kl <= 0.01
+        torch.testing.assert_close(kl.item(), report.kl)
+        assert functional.cross_entropy(model(x), y) < before
+
+
+def test_momentum_is_heavy_ball_on_the_steps():
+    a, b = classifier(), classifier()
+    heavy = NGD(a, families.Categorical(), lr=0.1, damping=0.1, momentum=0.8, solver="dense")
+    plain = NGD(b, families.Categorical(), lr=0.1, damping=0.1, solver="dense")
+    velocity = torch.zeros_like(vector(a))
+    for x, y in batches(6):
+        nn.utils.vector_to_parameters(vector(a), b.parameters())
+        start = vector(a)
+        velocity = 0.8 * velocity + plain.step(x, y).step
+        heavy.step(x, y)
+        torch.testing.assert_close(vector(a), start + velocity, rtol=0, atol=1e-13)
+
+
+def test_damping_control_follows_the_model():
+    model = classifier()
+    optimizer = NGD(
+        model, families.Categorical(), damping=1.0, damping_control=LevenbergMarquardt(factor=2.0), max_iterations=50
+    )
+    x, y = batches(1)[0]
+    for _ in range(5):
+        before = optimizer.param_groups[0]["damping"]
+        report = optimizer.step(x, y)
+        ratio = report.actual_gain / report.predicted_gain
+        want = before / 2 if ratio > 0.75 else before * 2 if ratio < 0.25 else before
+        assert optimizer.param_groups[0]["damping"] == want
+    assert want < 1.0
+
+
+def test_warm_start_saves_iterations():
+    x, y = batches(1)[0]
+    iterations = []
+    for warm_start in (0.0, 1.0):
+        optimizer = NGD(classifier(), families.Categorical(), lr=1e-3, damping=1e-3, warm_start=warm_start,
+                        max_iterations=200, rtol=1e-3)  # fmt: skip
+        iterations.append(sum(optimizer.step(x, y).iterations for _ in range(5)))
+    assert iterations[1] < 0.8 * iterations[0]
+
+
+def test_curvature_fraction_takes_the_leading_part():
+    model, twin = classifier(), classifier()
+    (x, y), g = batches(1)[0], gradient(twin, *batches(1)[0])
+    NGD(model, families.Categorical(), damping=0.1, solver="dense", curvature_fraction=0.25).step(x, y)
+    f = Fisher(twin, x[:10], families.Categorical()).dense() + 0.1 * torch.eye(len(g)).double()
+    torch.testing.assert_close(vector(model), vector(twin) - torch.linalg.solve(f, g), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "sampled"])
+def test_other_fishers(kind):
+    model, twin = classifier(), classifier()
+    (x, y), g = batches(1)[0], gradient(twin, *batches(1)[0])
+    torch.manual_seed(3)
+    NGD(model, families.Categorical(), damping=0.1, solver="dense", fisher=kind).step(x, y)
+    torch.manual_seed(3)
+    f = Fisher(twin, x, families.Categorical(), kind=kind, targets=y if kind == "empirical" else None).dense()
+    want = vector(twin) - torch.linalg.solve(f + 0.1 * torch.eye(len(g)).double(), g)
+    torch.testing.assert_close(vector(model), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_resumes_bit_for_bit_from_tensors(dtype):
+    data = batches(12, dtype=dtype)
+
+    def start() -> tuple[nn.Module, NGD, torch.optim.lr_scheduler.LRScheduler]:
+        model = classifier(dtype)
+        optimizer = NGD(model, families.Categorical(), lr=0.3, damping=0.1, momentum=0.5, weight_decay=1e-2,
+                        warm_start=0.9, damping_control=LevenbergMarquardt())  # fmt: skip
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4)
+
+    def go(model, optimizer, scheduler, part):
+        for x, y in part:
+            optimizer.step(x, y)
+            scheduler.step()
+
+    straight, first, resumed = start(), start(), start()
+    go(*straight, data)
+    go(*first, data[:5])
+    for state in first[1].state_dict()["state"].values():
+        assert all(isinstance(value, Tensor) for value in state.values())
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    for part, saved in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(saved)
+    go(*resumed, data[5:])
+    assert torch.equal(vector(resumed[0]), vector(straight[0]))
+
+
+def test_a_refused_step_leaves_all_but_the_damping():
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), damping=0.1, momentum=0.5, weight_decay=0.1, warm_start=1.0,
+                    damping_control=LevenbergMarquardt(factor=2.0))  # fmt: skip
+    for x, y in batches(2):
+        optimizer.step(x, y)
+    before, damping = vector(model), optimizer.param_groups[0]["damping"]
+    state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    x, y = batches(1)[0]
+    report = optimizer.step(x * float("nan"), y)
+    assert not report.accepted
+    assert report.status is Status.NON_FINITE
+    assert torch.equal(vector(model), before)
+    assert all(torch.equal(v, state[p][k]) for p, s in optimizer.state.items() for k, v in s.items())
+    assert optimizer.param_groups[0]["damping"] == 2 * damping
+    assert optimizer.step(x, y).accepted
+
+
+def test_weight_decay_is_decoupled_and_spares_biases():
+    model, plain = classifier(), classifier()
+    x, y = batches(1)[0]
+    for m, decay in ((model, 0.5), (plain, 0.0)):
+        NGD(m, families.Categorical(), lr=0.1, damping=0.1, weight_decay=decay).step(x, y)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.95 * q if p.ndim > 1 else q, rtol=1e-14, atol=0)
+
+
+def test_frozen_parameters_stay_and_gradients_are_not_touched():
+    model = classifier()
+    model[0].requires_grad_(False)
+    frozen, head = model[0].weight.clone(), model[2].weight.detach().clone()
+    NGD(model, families.Categorical()).step(*batches(1)[0])
+    assert torch.equal(model[0].weight, frozen)
+    assert not torch.equal(model[2].weight, head)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_autocast_and_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4))
+    optimizer = NGD(model, families.Categorical(), lr=0.3, damping=1e-1)
+    x, y = torch.randn(32, 3, 8, 8), torch.randint(4, (32,))
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(-optimizer.step(x, y).objective)
+    assert losses[-1] < 0.5 * losses[0]
+    assert model[1].num_batches_tracked == 8, "running statistics move once per step"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1.0),
+        ("damping", -1e-3),
+        ("damping", float("nan")),
+        ("max_kl", 0.0),
+        ("momentum", 1.0),
+        ("weight_decay", -1.0),
+        ("solver", "gmres"),
+        ("max_iterations", 0),
+        ("rtol", -1.0),
+        ("warm_start", 1.5),
+        ("curvature_fraction", 0.0),
+        ("fisher", "type-1"),
+    ],
+)
+def test_bad_options_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        NGD(classifier(), families.Categorical(), **{name: value})
+
+
+def test_momentum_does_not_go_with_a_radius():
+    with pytest.raises(ValueError, match=r"momentum=0\.9.*max_kl"):
+        NGD(classifier(), families.Categorical(), momentum=0.9, max_kl=0.01)

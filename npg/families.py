@@ -320,7 +320,8 @@ class _TorchFamily(Family):
         if p.batch_shape != outputs.shape[:-1]:
             raise ValueError(
                 f"distribution must map outputs of shape {tuple(outputs.shape)} to batch_shape "
-                f"{tuple(outputs.shape[:-1])}, got {tuple(p.batch_shape)}: wrap factors of one event in torch.distributions.Independent"
+                f"{tuple(outputs.shape[:-1])}, got {tuple(p.batch_shape)}: "
+                "wrap factors of one event in torch.distributions.Independent"
             )
         return p
 
@@ -374,6 +375,12 @@ class _TorchFamily(Family):
             raise ValueError(
                 f"the KL of {self!r} is not minimal at equal arguments or not twice differentiable there: "
                 "it gives no metric; check the map from outputs to distribution"
+            )
+        flat = blocks.diagonal(dim1=-2, dim2=-1) == 0
+        if bool(flat.any()) and bool((self.kl(old, torch.where(flat, old + 0.01, old)) > tolerance).any()):
+            raise ValueError(
+                f"the KL of {self!r} rises along outputs in which automatic differentiation finds no curvature "
+                "(a kink, as that of a Laplace distribution in its location): it gives no metric"
             )
         return 0.5 * (blocks + blocks.mT)
 

@@ -1,0 +1,323 @@
+"""Every family against torch.distributions, against its textbook metric, and against the theorems."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributions as D
+
+from npg import families
+
+pytestmark = pytest.mark.usefixtures("double")
+
+REFERENCE = {
+    "categorical": lambda o: D.Categorical(logits=o),
+    "bernoulli": lambda o: D.Independent(D.Bernoulli(logits=o), 1),
+    "diagonal_gaussian": lambda o: D.Independent(D.Normal(o.chunk(2, -1)[0], o.chunk(2, -1)[1].exp()), 1),
+    "gaussian": lambda o: D.Independent(D.Normal(o, math.sqrt(0.7)), 1),
+}
+
+
+def outputs_of(case: SimpleNamespace, *leading: int, seed: int = 0) -> torch.Tensor:
+    return 0.7 * torch.randn(*leading, case.size, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------ against references
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_equals_torch_distributions(name, every_family, assert_close):
+    case, reference = every_family[name], REFERENCE[name]
+    a, b = outputs_of(case, 2, 5), outputs_of(case, 2, 5, seed=1)
+    y = case.family.sample(a, torch.Generator().manual_seed(0))
+    assert_close(case.family.log_likelihood(a, y), reference(a).log_prob(y))
+    assert_close(case.family.entropy(a), reference(a).entropy())
+    assert_close(case.family.kl(a, b), D.kl_divergence(reference(a), reference(b)))
+
+
+def test_multi_categorical_is_its_parts(assert_close):
+    whole, part = families.MultiCategorical([2, 3]), families.Categorical()
+    a, b = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    y = whole.sample(a)
+    assert y.shape == (7, 2)
+    parts = part.log_likelihood(a[:, :2], y[:, 0]) + part.log_likelihood(a[:, 2:], y[:, 1])
+    assert_close(whole.log_likelihood(a, y), parts)
+    assert_close(whole.kl(a, b), part.kl(a[:, :2], b[:, :2]) + part.kl(a[:, 2:], b[:, 2:]))
+    assert_close(whole.entropy(a), part.entropy(a[:, :2]) + part.entropy(a[:, 2:]))
+
+
+def test_gaussian_variance_has_units(assert_close):
+    mean, target = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]])
+    family = families.Gaussian(variance=4.0)
+    by_hand = -0.5 * 4 / 4 - 2 * 0.5 * math.log(2 * math.pi * 4.0)
+    assert_close(family.log_likelihood(mean, target), torch.tensor([by_hand]))
+    assert_close(family.kl(mean, target), torch.tensor([0.5]))
+
+
+# ------------------------------------------------------------------------------------------------------ the geometry
+
+
+def test_metric_is_the_textbook_matrix(case, dense_metric, assert_close):
+    outputs = outputs_of(case, 2, 3)
+    units = torch.eye(outputs.numel()).reshape(-1, *outputs.shape)
+    matrix = case.family.metric(outputs)(units).reshape(outputs.numel(), -1)
+    assert_close(matrix, dense_metric(case, outputs))
+
+
+def test_metric_takes_tangents_with_and_without_further_axes(case, assert_close):
+    outputs, tangents = outputs_of(case, 2, 3), torch.randn(4, 2, 3, case.size)
+    metric = case.family.metric(outputs)
+    assert_close(metric(tangents), torch.stack([metric(u) for u in tangents]))
+
+
+def test_factor_times_its_transpose_is_the_metric(case, assert_close):
+    outputs = outputs_of(case, 3)
+    units = torch.eye(outputs.numel()).reshape(-1, *outputs.shape)
+    rows = case.family.metric_factor(outputs)(units).reshape(outputs.numel(), -1)  # row i is L eᵢ
+    matrix = case.family.metric(outputs)(units).reshape(outputs.numel(), -1)
+    assert_close(rows.T @ rows, matrix)
+
+
+def test_metric_is_the_hessian_of_the_kl_in_either_argument(case, assert_close):
+    outputs = outputs_of(case, 1)[0]
+    metric = case.metric(outputs)
+    hessian = torch.autograd.functional.hessian
+    assert_close(hessian(lambda new: case.family.kl(outputs, new), outputs), metric)
+    assert_close(hessian(lambda old: case.family.kl(old, outputs), outputs), metric)
+
+
+def test_metric_is_the_covariance_of_the_score(case):
+    """E[∇log p ∇log pᵀ] = M and E[∇log p] = 0, within five standard errors of a mean over 40 000 draws."""
+    torch.manual_seed(0)
+    outputs = outputs_of(case, 1)[0].expand(40_000, -1)
+    score = case.family.score(outputs, case.family.sample(outputs))
+    outer = score.unsqueeze(-1) * score.unsqueeze(-2)
+    for draws, expected in ((score, torch.zeros(case.size)), (outer, case.metric(outputs[0]))):
+        error = (draws.mean(0) - expected).abs()
+        assert (error <= 5 * draws.std(0) / math.sqrt(len(draws)) + 1e-12).all()
+
+
+def test_score_is_the_gradient_of_the_log_likelihood(case, assert_close):
+    torch.manual_seed(0)
+    outputs = outputs_of(case, 2, 3)
+    y = case.family.sample(outputs)
+    score = case.family.score(outputs, y)
+    assert not score.requires_grad
+    direction, h = torch.randn_like(outputs), 1e-5
+    up, down = (case.family.log_likelihood(outputs + s * h * direction, y) for s in (1, -1))
+    slope = (up - down) / (2 * h)
+    torch.testing.assert_close((score * direction).sum(-1), slope, rtol=1e-7, atol=1e-8)
+
+
+def test_kl_is_positive_and_zero_only_at_equality(case):
+    a, b = outputs_of(case, 200), outputs_of(case, 200, seed=1)
+    assert (case.family.kl(a, b) > 0).all()
+    torch.testing.assert_close(case.family.kl(a, a), torch.zeros(200), rtol=0, atol=1e-13)
+    assert case.family.kl(a, b).shape == (200,)
+
+
+def test_kl_is_the_mean_log_ratio(case):
+    torch.manual_seed(0)
+    a, b = (outputs_of(case, 1, seed=s)[0].expand(40_000, -1) for s in (0, 1))
+    y = case.family.sample(a)
+    ratio = case.family.log_likelihood(a, y) - case.family.log_likelihood(b, y)
+    error = ratio.mean() - case.family.kl(a[0], b[0])
+    assert error.abs() <= 5 * ratio.std() / 200
+
+
+def test_entropy_is_the_mean_surprise(case):
+    torch.manual_seed(0)
+    outputs = outputs_of(case, 1)[0].expand(40_000, -1)
+    surprise = -case.family.log_likelihood(outputs, case.family.sample(outputs))
+    try:
+        entropy = case.family.entropy(outputs[0])
+    except NotImplementedError:
+        pytest.skip("torch.distributions has no entropy of this family")
+    assert (surprise.mean() - entropy).abs() <= 5 * surprise.std() / 200
+
+
+def test_tiny_steps_keep_the_digits_of_the_gaussian_kl():
+    """KL ≈ ½dᵀMd = d² for a change d of log σ, although it is a difference of numbers of size d."""
+    old = torch.tensor([[0.3, -0.5]])
+    for d in (1e-3, 1e-5):
+        kl = families.DiagonalGaussian().kl(old, old + torch.tensor([0.0, d]))
+        assert abs(float(kl) / d**2 - 1) < 10 * d
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_sampling_frequencies():
+    generator = torch.Generator().manual_seed(0)
+    n = 40_000
+    p = torch.tensor([0.1, 0.2, 0.7])
+    draws = families.Categorical().sample(p.log().expand(n, -1), generator)
+    frequency = torch.bincount(draws, minlength=3) / n
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+    logits = torch.tensor([-1.0, 0.5]).expand(n, -1)
+    bits = families.Bernoulli().sample(logits, generator)
+    assert set(bits.unique().tolist()) == {0.0, 1.0}
+    p = logits[0].sigmoid()
+    assert ((bits.mean(0) - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+    for family, outputs, std in (
+        (families.DiagonalGaussian(), torch.tensor([2.0, math.log(3.0)]), 3.0),
+        (families.Gaussian(variance=9.0), torch.tensor([2.0]), 3.0),
+    ):
+        y = family.sample(outputs.expand(n, -1), generator)
+        assert y.shape == (n, 1)
+        assert abs(float(y.mean()) - 2) <= 5 * std / math.sqrt(n)
+        assert abs(float(y.std()) - std) <= 5 * std / math.sqrt(2 * n)
+
+
+def test_a_generator_decides_the_sample_and_the_global_stream_stays(case):
+    outputs = outputs_of(case, 50)
+    state = torch.get_rng_state()
+    a, b = (case.family.sample(outputs, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+    generator = torch.Generator().manual_seed(3)
+    assert not torch.equal(case.family.sample(outputs, generator), case.family.sample(outputs, generator))
+
+
+# ------------------------------------------------------------------------------------------------------ hard outputs
+
+
+def test_forbidden_classes_have_no_probability_no_metric_and_no_gradient(assert_close):
+    family, small = families.Categorical(), families.Categorical()
+    free = torch.tensor([[0.3, -0.2, 0.9], [1.0, 0.0, -1.0]])
+    old = torch.cat([free, torch.full((2, 1), -torch.inf)], -1).requires_grad_()
+    new = torch.cat([free.flip(0), torch.full((2, 1), -torch.inf)], -1).requires_grad_()
+    y = torch.tensor([0, 2])
+    for value, twin in (
+        (family.kl(old, new), small.kl(free, free.flip(0))),
+        (family.entropy(old), small.entropy(free)),
+        (family.log_likelihood(old, y), small.log_likelihood(free, y)),
+    ):
+        assert_close(value.detach(), twin)
+        gradients = torch.autograd.grad(value.sum(), [old, new], allow_unused=True)
+        for gradient in gradients:
+            if gradient is not None:
+                assert torch.isfinite(gradient).all()
+                assert (gradient[:, 3] == 0).all()
+                assert gradient[:, :3].abs().amax() > 1e-3
+    u = torch.randn(2, 4)
+    for name in ("metric", "metric_factor"):
+        moved = getattr(family, name)(old)(u)
+        assert (moved[:, 3] == 0).all()
+        assert_close(moved[:, :3], getattr(small, name)(free)(u[:, :3]))
+    assert (family.sample(old.expand(50, 2, 4)) < 3).all()
+    assert (family.score(old.detach(), y)[:, 3] == 0).all()
+
+
+def test_a_class_that_becomes_forbidden_is_infinitely_far():
+    old, new = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert families.Categorical().kl(old, new) == torch.inf
+    assert torch.isfinite(families.Categorical().kl(new, old))
+
+
+def test_nan_is_not_hidden():
+    good, bad = torch.zeros(1, 4), torch.tensor([[0.0, torch.nan, 0.0, 0.0]])
+    for family in (families.Categorical(), families.Bernoulli(), families.DiagonalGaussian(), families.Gaussian()):
+        assert family.kl(good, bad).isnan().all()
+        assert family.kl(bad, good).isnan().all()
+        assert family.entropy(bad).isnan().all() or isinstance(family, (families.Gaussian, families.DiagonalGaussian))
+
+
+@pytest.mark.parametrize("size", [60.0, 800.0])
+def test_extreme_but_finite_outputs_stay_finite(size):
+    extreme = torch.tensor([[size, -size, 0.0, -size]])
+    other = torch.tensor([[-size, size, 0.0, size]])
+    for family in (families.Categorical(), families.Bernoulli()):
+        for value in (family.kl(extreme, other), family.entropy(extreme), family.metric(extreme)(torch.ones(1, 4))):
+            assert torch.isfinite(value).all()
+    # by hand: each of the three bits pays about `size`
+    torch.testing.assert_close(
+        families.Bernoulli().kl(extreme, other), torch.tensor([3 * size]), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_half_precision_kl_and_metric_stay_in_the_dtype():
+    for family in (families.Categorical(), families.Bernoulli(), families.DiagonalGaussian(), families.Gaussian()):
+        outputs = torch.randn(3, 4, dtype=torch.float32)
+        assert family.kl(outputs, outputs).dtype is torch.float32
+        assert family.metric(outputs)(outputs).dtype is torch.float32
+        assert family.sample(outputs).shape == family.sample(outputs.double()).shape
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("family", "outputs", "targets", "match"),
+    [
+        (families.Categorical(), (5, 3), (5, 3), r"targets must have shape \(5,\).*got \(5, 3\)"),
+        (families.Categorical(), (5, 3), (4,), r"targets must have shape \(5,\).*got \(4,\)"),
+        (families.Bernoulli(), (5, 3), (5,), r"targets must have the shape \(5, 3\).*got \(5,\)"),
+        (families.MultiCategorical([1, 2]), (5, 3), (5, 3), r"targets must have shape \(5, 2\).*got \(5, 3\)"),
+        (families.MultiCategorical([1, 2]), (5, 4), (5, 2), r"outputs must have 3 = sum.*got 4"),
+        (families.DiagonalGaussian(), (5, 4), (5, 4), r"targets must have the shape \(5, 2\).*got \(5, 4\)"),
+        (families.DiagonalGaussian(), (5, 3), (5, 1), r"last axis must be even, got 3"),
+        (families.Gaussian(), (5, 1), (5,), r"targets must have the shape \(5, 1\).*got \(5,\)"),
+    ],
+)
+def test_wrong_shapes_are_refused_instead_of_broadcast(family, outputs, targets, match):
+    with pytest.raises(ValueError, match=match):
+        family.log_likelihood(torch.zeros(outputs), torch.zeros(targets))
+
+
+def test_bad_constructor_arguments_are_named():
+    for variance in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"variance must be positive, got {variance}"):
+            families.Gaussian(variance)
+    for sizes in ([], [2, 0]):
+        with pytest.raises(ValueError, match="sizes must name at least one variable"):
+            families.MultiCategorical(sizes)
+
+
+def test_from_torch_refuses_what_gives_no_geometry():
+    outputs = torch.randn(5, 3)
+    factors = families.from_torch(lambda o: D.Normal(o, 1.0))
+    with pytest.raises(ValueError, match=r"batch_shape \(5,\), got \(5, 3\): wrap .*Independent"):
+        factors.log_likelihood(outputs, outputs)
+    without_kl = families.from_torch(lambda o: D.Independent(D.StudentT(5.0, o), 1))
+    with pytest.raises(NotImplementedError, match="no KL divergence is registered for Independent"):
+        without_kl.metric(outputs)
+    # |d| + e^{−|d|} − 1 is ½d² to second order, but automatic differentiation sees sign(0) = 0
+    laplace = families.from_torch(lambda o: D.Independent(D.Laplace(o, 1.0), 1))
+    with pytest.raises(ValueError, match="finds no curvature"):
+        laplace.metric(outputs)
+    shifted = families.from_torch(lambda o: D.Independent(D.Normal(o + torch.rand_like(o), 1.0), 1))
+    with pytest.raises(ValueError, match="not minimal at equal arguments"):
+        shifted.metric(outputs)
+    endless = families.from_torch(lambda o: D.Independent(D.Normal(o, (1e4 * o).exp() * 0 + 1e-200, False), 1))
+    with pytest.raises(ValueError, match="not finite"):
+        endless.metric(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decade", [-6, -3, 0, 4, 8])
+def test_from_torch_keeps_its_metric_over_fourteen_decades(every_family, decade, dtype):
+    """No false alarm of the check: a Poisson's metric in log rate is its rate, a normal's is 1/σ² in the mean."""
+    outputs = torch.full((2, 3), decade * math.log(10.0), dtype=dtype)
+    moved = every_family["poisson"].family.metric(outputs)(torch.ones_like(outputs))
+    torch.testing.assert_close(moved, outputs.exp(), rtol=1e-4, atol=0)
+    outputs = torch.tensor([[3.0, -2.0, 0.0, 0.0]], dtype=dtype)
+    outputs[:, 2:] = -0.5 * decade * math.log(10.0)
+    moved = every_family["normal"].family.metric(outputs)(torch.ones_like(outputs))
+    expected = torch.tensor([[10.0**decade] * 2 + [2.0] * 2], dtype=dtype)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=0)
+
+
+def test_from_torch_takes_outputs_that_the_distribution_does_not_use(assert_close):
+    family = families.from_torch(lambda o: D.Independent(D.Normal(o[..., :2], 1.0), 1))
+    moved = family.metric(torch.randn(5, 3))(torch.ones(5, 3))
+    assert_close(moved, torch.tensor([1.0, 1.0, 0.0]).expand(5, 3))
+
+
+def test_names():
+    assert repr(families.Categorical()) == "Categorical()"
+    assert repr(families.MultiCategorical([2, 3])) == "MultiCategorical([2, 3])"
+    assert repr(families.Gaussian(2.0)) == "Gaussian(variance=2.0)"

@@ -49,7 +49,7 @@ class Fisher:
         generator: the source of randomness of ``"sampled"``.
         metric: another metric on the outputs than the family's Fisher information: a function of the outputs η
             that returns the map u ↦ M(η)u.
-        parameters: the mapping of parameters, where ``model`` is a function.
+        parameters: by name: needed where ``model`` is a function; for a module, all trainable ones by default.
         process_group: average over the processes of this group, each of which holds an equal share of the events.
         linearization: of the same model at the same inputs, where one exists already.
 
@@ -138,9 +138,10 @@ class Fisher:
         return mean_(self.linearization.pull_back(u).div_(self.events), self.process_group)
 
     def quadratic(self, v: Tensor) -> Tensor:
-        """vᵀFv for (P,) → (), at the cost of a push forward alone."""
+        """vᵀFv for (P,) → (), or columnwise for (P, K) → (K,), at the cost of a push forward alone."""
         u = self.linearization.push_forward(v.to(self.dtype))
-        return mean_((u * self._metric(u)).sum(dtype=torch.float64) / self.events, self.process_group).to(self.dtype)
+        products = (u * self._metric(u)).flatten(v.ndim - 1).sum(-1, dtype=torch.float64)
+        return mean_(products / self.events, self.process_group).to(self.dtype)
 
     # ------------------------------------------------------------------------------------------ for small models
 

@@ -9,7 +9,8 @@ A Fisher-vector product is Jᵀ M J v. Here are its two outer maps:
   products are fused. No derivative is written here by hand: the program is what PyTorch's own forward mode executed.
 
 The traced program is only ever used after its outputs were seen to equal those of the network itself on this very
-batch; a network whose control flow or constants changed is traced again. Where an operation has no forward rule, the
+batch, and its tangent to be the adjoint of the pull back; a network whose control flow or constants changed is traced
+again. Where an operation has no forward rule, the
 push forward falls back to differentiating the pull back, u ↦ Jᵀu, in u (the double-backward trick), and says so once.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,25 +43,32 @@ class FunctionalModel(Protocol):
 
 
 Model = nn.Module | FunctionalModel
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @contextmanager
 def frozen_statistics(model: Model) -> Iterator[None]:
     """Normalise with the batch's own statistics, as in training, without moving the running ones.
 
-    Dropping ``track_running_stats`` is the one switch that BatchNorm and InstanceNorm look at in training mode.
+    Dropping ``track_running_stats`` is the one switch that BatchNorm looks at in training mode; InstanceNorm looks at
+    none, and so has its running statistics taken away meanwhile.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     moved = [
         m for m in modules if m.training and getattr(m, "track_running_stats", False) and hasattr(m, "running_mean")
     ]
+    hidden = [(m, m.running_mean, m.running_var) for m in moved if isinstance(m, _INSTANCE_NORMS)]
     for m in moved:
         m.track_running_stats = False  # type: ignore[assignment]
+    for norm, *_ in hidden:
+        norm.running_mean = norm.running_var = None
     try:
         yield
     finally:
         for m in moved:
             m.track_running_stats = True  # type: ignore[assignment]
+        for norm, mean, variance in hidden:
+            norm.running_mean, norm.running_var = mean, variance
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -104,8 +112,8 @@ class Linearization:
     Args:
         model: a module, or a function ``f(parameters, *inputs)`` of a mapping of parameters.
         inputs: a tensor, or a tuple of positional arguments.
-        parameters: for a function, the mapping of parameters to differentiate; for a module, its trainable
-            parameters by default.
+        parameters: the parameters to differentiate, by name: needed for a function; for a module, all that are
+            trainable by default.
         move_statistics: let this forward pass move running statistics, as one training step does.
 
     Attributes:
@@ -123,19 +131,22 @@ class Linearization:
         *,
         move_statistics: bool = False,
     ) -> None:
-        if parameters is None:
-            if not isinstance(model, nn.Module):
-                raise ValueError("parameters must be given for a model that is a function: pass a mapping of tensors")
-            self.parameters = Parameters(model)
-        else:
-            self.parameters = Parameters(parameters)
         self._model = model
         self._inputs = _as_tuple(inputs)
-        # A function, or a module asked for some of its parameters only, is differentiated at detached copies.
-        if isinstance(model, nn.Module) and parameters is None:
-            self._leaves: list[Tensor] = self.parameters.tensors
+        if isinstance(model, nn.Module):
+            own = dict(model.named_parameters())
+            self.parameters = Parameters(model if parameters is None else parameters)
+            direct = all(own.get(name) is p and p.requires_grad for name, p in self.parameters.named().items())
+        elif parameters is None:
+            raise ValueError("parameters must be given for a model that is a function: pass a mapping of tensors")
         else:
-            self._leaves = [p.detach().requires_grad_() for p in self.parameters.tensors]
+            self.parameters = Parameters(parameters)
+            direct = False
+        # A module's own parameters are differentiated in place, other tensors at detached stand-ins for them.
+        self._leaves: list[Tensor] = (
+            self.parameters.tensors if direct else [p.detach().requires_grad_() for p in self.parameters.tensors]
+        )
+        self._direct = direct
         self.random_state = _random_state(self.parameters.device)
         self._versions = self._present_versions()
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
@@ -144,12 +155,13 @@ class Linearization:
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
         self._push: Callable[[list[Tensor]], Tensor] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None  # (u, ⟨Jᵀu, v⟩) of the first pull back, see _agrees
 
     def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
         """η at the given values of the parameters, by default at the present ones; (…, D)."""
         values = self.parameters.tensors if values is None else values
-        if isinstance(self._model, nn.Module) and values is self.parameters.tensors:
-            return _at_least_float(self._model(*self._inputs))
+        if self._direct and values is self.parameters.tensors:
+            return _at_least_float(cast(nn.Module, self._model)(*self._inputs))
         return _at_least_float(self._call(self.parameters.named(values)))
 
     def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
@@ -180,12 +192,18 @@ class Linearization:
             u.to(self._graph.dtype),
             retain_graph=True,
             allow_unused=True,
-            materialize_grads=True,
             is_grads_batched=batched,
         )
         if not batched:
-            return self.parameters.flatten(cotangents)
-        return torch.cat([c.flatten(1).to(self.parameters.dtype) for c in cotangents], 1).T
+            pulled = self.parameters.flatten(cotangents)
+            if self._push is None and self._seen is None:
+                self._seen = (u, torch.dot(pulled, _generic(pulled)))
+            return pulled
+        columns = [
+            p.new_zeros(len(u), p.numel()) if c is None else c.reshape(len(u), -1)
+            for p, c in zip(self._leaves, cotangents)
+        ]
+        return torch.cat([c.to(self.parameters.dtype) for c in columns], 1).T
 
     @torch.no_grad()
     def push_forward(self, v: Tensor) -> Tensor:
@@ -204,7 +222,8 @@ class Linearization:
     def _trace(self) -> Callable[[list[Tensor]], Tensor] | None:
         """The push forward by the traced program; None if this network has none."""
         flat, spec = pytree.tree_flatten(self._inputs)
-        buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
+        with frozen_statistics(self._model):
+            buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
         frozen = (
             {n: p for n, p in self._model.named_parameters() if n not in set(self.parameters.names)}
             if isinstance(self._model, nn.Module)
@@ -241,7 +260,10 @@ class Linearization:
             torch.is_autocast_enabled(self.parameters.device.type)
             and torch.get_autocast_dtype(self.parameters.device.type),
         )
-        programs = _programs.setdefault(self._model, {})
+        try:
+            programs = _programs.setdefault(self._model, {})
+        except TypeError:  # a callable that cannot be hashed or weakly referenced: nothing is kept of it
+            programs = {}
         for fresh in (False, True):
             if fresh or key not in programs:
                 try:
@@ -255,12 +277,34 @@ class Linearization:
                 fresh = True
             with replayed_randomness(self.random_state, self.parameters.device):
                 outputs, push = programs[key].linearize(arguments)
-            if _agree(outputs, self.outputs):
+            if self._agrees(outputs, push):
                 return push
             if fresh:
                 break
         _say_once(self._model, RuntimeError("a second forward pass gives other outputs than the first"))
         return None
+
+    def _agrees(self, outputs: Tensor, push: Callable[[list[Tensor]], Tensor]) -> bool:
+        """Whether a program gives η, and is the adjoint of the pull back: ⟨u, J v⟩ = ⟨Jᵀu, v⟩.
+
+        The second notices what leaves the outputs as they are, such as a ``detach`` that came or went; v is generic,
+        and u the first that was pulled back, so it costs one push forward (the gradient of a step is there already).
+        """
+        p = self.parameters
+        plain = not torch.is_autocast_enabled(p.device.type) and (p.device.type == "cpu" or p.dtype is torch.float64)
+        epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
+        tolerance = epsilon**0.5 if plain else 1e-2  # TF32 and autocast round in their own way from kernel to kernel
+        if outputs.shape != self.outputs.shape:
+            return False
+        scale = self.outputs.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
+        if bool((outputs - self.outputs).abs().amax() > tolerance * scale):
+            return False
+        if self._seen is None:
+            self.pull_back(_generic(self.outputs))
+        assert self._seen is not None
+        u, expected = self._seen
+        moved = push(p.unflatten(_generic(torch.empty(p.numel, dtype=p.dtype, device=p.device))))
+        return not bool(((u * moved).sum() - expected).abs() > tolerance * u.norm() * moved.norm())
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -318,10 +362,9 @@ def _say_once(model: Model, error: Exception) -> None:
         )
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
-    # Not a precision test: a program of another branch or constant differs grossly, rounding does not.
-    scale = b.abs().amax().clamp(min=torch.finfo(b.dtype).tiny)
-    return a.shape == b.shape and not bool((a - b).abs().amax() > 1e-2 * scale)
+def _generic(like: Tensor) -> Tensor:
+    """A fixed vector that is orthogonal to nothing by accident; no random number is drawn for it."""
+    return torch.arange(like.numel(), device=like.device).remainder_(1009).to(like.dtype).cos_().view(like.shape)
 
 
 # ------------------------------------------------------------------------------------------------- the traced program

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite, nan
 from time import perf_counter
 from typing import Any
 
@@ -114,7 +114,7 @@ def natural_step(
         objective_curvature: c, where the Hessian of the objective is about −cF: 1 for a log-likelihood (Gauss–Newton),
             0 for a surrogate that is linear in the policy. It enters ``predicted_gain`` alone.
         evaluate: whether to measure the gain and the KL where no trust region asks for it (one more forward pass).
-        parameters: the mapping of parameters, where ``model`` is a function.
+        parameters: by name: needed where ``model`` is a function; for a module, all trainable ones by default.
         process_group: average gradient, products, gain and KL over the processes of this group.
 
     Raises:
@@ -124,6 +124,8 @@ def natural_step(
         raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
     if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):
         raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
+    if not 0 <= damping < inf:
+        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 
     started = perf_counter()
     # 1. Outputs and gradient: one forward pass serves the objective, its gradient and the Fisher.
@@ -133,6 +135,8 @@ def natural_step(
     with torch.enable_grad():
         outputs = old.clone().requires_grad_()
         value = objective(outputs)
+        if value.ndim != 0:
+            raise ValueError(f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}")
         (slope_outputs,) = torch.autograd.grad(value, outputs)
     before = mean_(value.detach().double(), process_group)
     g = mean_(linearization.pull_back(slope_outputs), process_group)
@@ -171,25 +175,33 @@ def natural_step(
         theta.move(origin, s, scale)
         with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
             new = linearization.forward()
-        kl = family.kl(old, new) if forward == "old_new" else family.kl(new, old)
-        gain, kl_mean = mean_(torch.stack([objective(new).double(), kl.double().mean()]), process_group).tolist()
-        return Trial(gain - objective_before, kl_mean)
+        try:
+            kl = family.kl(old, new) if forward == "old_new" else family.kl(new, old)
+            local = torch.stack([objective(new).double(), kl.double().mean()])
+        except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
+            local = old.new_full((2,), nan, dtype=torch.float64)
+        value, kl_mean = mean_(local, process_group).tolist()
+        return Trial(value - objective_before, kl_mean)
 
     scale = trust_region.scale(curvature) if trust_region is not None else float(learning_rate or 0.0)
     if learning_rate is not None:
         scale = min(scale, learning_rate)
     outcome, backtracks = Trial(float("nan"), float("nan")), 0
     accepted = isfinite(scale * s_norm) and solution.status is not Status.NON_FINITE
-    if accepted and trust_region is not None and trust_region.backtrack:
-        if slope > 0 and scale > 0:
-            accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
-        else:
-            accepted = False
-    elif accepted and evaluate:
-        outcome = trial(scale)
-        accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
-    elif accepted:
-        theta.move(origin, s, scale)
+    try:
+        if accepted and trust_region is not None and trust_region.backtrack:
+            if slope > 0 and scale > 0:
+                accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
+            else:
+                accepted = False
+        elif accepted and evaluate:
+            outcome = trial(scale)
+            accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
+        elif accepted:
+            theta.move(origin, s, scale)
+    except BaseException:  # an interrupt, or an error of the model: nothing is lost
+        theta.restore(origin)
+        raise
     if not accepted:
         theta.restore(origin)
         scale = 0.0

@@ -1,0 +1,492 @@
+"""What NPG, TRPO and their kin share: collecting, the surrogate, the critic, and the life cycle of Stable-Baselines3.
+
+An algorithm is this class and one method, ``_actor_step``: how the policy moves, given a batch.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from abc import abstractmethod
+from functools import partial
+from math import inf
+from time import perf_counter
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.heads import ActorHead, CriticHead
+from npg.curvature.preconditioners import diagonal_preconditioner
+from npg.families import Gaussian
+from npg.solvers import conjugate_gradient
+from npg.step import StepReport, natural_step
+from npg.trust_region import LevenbergMarquardt, TrustRegion
+
+__all__ = ["Batch", "NaturalPolicyAlgorithm"]
+
+Critic = Literal["adam", "natural"]
+
+# The critic's natural step is Gauss–Newton's, cut where the values would move by more than the returns' own spread.
+_CRITIC_REGION = TrustRegion(radius=0.5, shrink=0.5, max_trials=4)
+_CRITIC_DAMPING = LevenbergMarquardt(factor=2.0, minimum=1e-5, maximum=1e3)
+
+
+class Batch(NamedTuple):
+    """One rollout, flattened over steps and environments, as the actor step sees it.
+
+    Attributes:
+        inputs: prepared observations.
+        curvature_inputs: the part of them on which the Fisher is taken; None for all.
+        actions: in the form that the actor's family takes.
+        old_log_likelihood: log p(action) under the policy that acted, (N,).
+        advantages: (N,), normalised if so configured.
+    """
+
+    inputs: Any
+    curvature_inputs: Any
+    actions: Tensor
+    old_log_likelihood: Tensor
+    advantages: Tensor
+
+
+def _rows(observations: Any, index: Any) -> Any:
+    if isinstance(observations, dict):
+        return {key: value[index] for key, value in observations.items()}
+    return observations[index]
+
+
+def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if not (low < value <= high if open_low else low <= value <= high):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")
+
+
+class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
+    """On-policy actor-critic learning where the actor moves by natural steps.
+
+    The constructor takes the arguments of ``sb3_contrib.TRPO`` by the same names and with the same meaning, as far as
+    they concern all natural policy algorithms, and adds the following.
+
+    Args:
+        fisher_fraction: the part of the batch, in (0, 1], on which the Fisher is taken; gradient, KL and search use
+            all of it.
+        preconditioner: None or ``"diagonal"``, for conjugate gradients.
+        critic: ``"adam"``: ``n_critic_updates`` epochs of mini-batch Adam; ``"natural"``: as many Gauss–Newton steps
+            on the whole batch, the natural gradient of a Gaussian likelihood.
+        train_shared_features: let the critic also train a feature extractor that it shares with the actor. That
+            moves the policy outside the trust region; by default only the actor's step does.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        *,
+        learning_rate: float | Schedule,
+        n_steps: int,
+        batch_size: int,
+        gamma: float,
+        cg_max_steps: int,
+        cg_damping: float,
+        n_critic_updates: int,
+        gae_lambda: float,
+        use_sde: bool,
+        sde_sample_freq: int,
+        rollout_buffer_class: type[RolloutBuffer] | None,
+        rollout_buffer_kwargs: dict[str, Any] | None,
+        normalize_advantage: bool,
+        sub_sampling_factor: int,
+        stats_window_size: int,
+        tensorboard_log: str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+        device: torch.device | str,
+        fisher_fraction: float,
+        preconditioner: Literal["diagonal"] | None,
+        critic: Critic,
+        train_shared_features: bool,
+        _init_setup_model: bool,
+    ) -> None:
+        _in_range("gamma", gamma, 0, 1)
+        _in_range("gae_lambda", gae_lambda, 0, 1)
+        _in_range("cg_damping", cg_damping, 0, inf)
+        _in_range("cg_max_steps", cg_max_steps, 1, inf)
+        _in_range("n_steps", n_steps, 1, inf)
+        _in_range("batch_size", batch_size, 1, inf)
+        _in_range("n_critic_updates", n_critic_updates, 0, inf)
+        _in_range("sub_sampling_factor", sub_sampling_factor, 1, inf)
+        _in_range("fisher_fraction", fisher_fraction, 0, 1, open_low=True)
+        if preconditioner not in (None, "diagonal"):
+            raise ValueError(f"preconditioner must be None or 'diagonal', got {preconditioner!r}")
+        if critic not in ("adam", "natural"):
+            raise ValueError(f"critic must be 'adam' or 'natural', got {critic!r}")
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=0.0,
+            vf_coef=0.0,
+            max_grad_norm=0.0,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=(
+                spaces.Box,
+                spaces.Discrete,
+                spaces.MultiDiscrete,
+                spaces.MultiBinary,
+            ),
+        )
+        self.algorithm = type(self).__name__
+        self.batch_size = batch_size
+        self.cg_max_steps = cg_max_steps
+        self.cg_damping = cg_damping
+        self.n_critic_updates = n_critic_updates
+        self.normalize_advantage = normalize_advantage
+        self.sub_sampling_factor = sub_sampling_factor
+        self.fisher_fraction = fisher_fraction
+        self.preconditioner = preconditioner
+        self.critic = critic
+        self.train_shared_features = train_shared_features
+        self.critic_damping = 1e-2
+        if self.env is not None and self.normalize_advantage and self.env.num_envs * self.n_steps < 2:
+            raise ValueError(
+                f"n_steps * n_envs must be at least 2 to normalise advantages, got {self.n_steps} * {self.env.num_envs}"
+            )
+        if _init_setup_model:
+            self._setup_model()
+
+    # ------------------------------------------------------------------------------------------------------ networks
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._setup_heads()
+
+    def _setup_heads(self) -> None:
+        self._actor = ActorHead(self.policy)
+        self._critic = CriticHead(self.policy)
+        self.policy.set_training_mode(False)
+        sample = self.observation_space.sample()
+        observation, _ = self.policy.obs_to_tensor(sample)
+        self._actor_parameters = self._actor.own_parameters(observation)
+        shared = set() if self.train_shared_features else {id(p) for p in self._actor_parameters.values()}
+        self._critic_parameters = {
+            name: p for name, p in self._critic.own_parameters(observation).items() if id(p) not in shared
+        }
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "_actor",
+            "_critic",
+            "_actor_parameters",
+            "_critic_parameters",
+        ]
+
+    @classmethod
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model, as Stable-Baselines3 does; models saved by ``sb3_contrib.TRPO`` load into `TRPO`.
+
+        Raises:
+            ValueError: if the file was saved by another algorithm, or is damaged.
+        """
+        try:
+            data, _, _ = load_from_zip_file(path, device="cpu", print_system_info=False)
+            damage = "it is no archive" if data is None else ""
+        except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, AssertionError) as error:
+            damage = str(error) or type(error).__name__
+        if damage:
+            raise ValueError(
+                f"path={str(path)!r} is not a complete saved model ({damage}): it may be truncated; "
+                "take an earlier checkpoint of the run"
+            )
+        contrib_trpo = {"cg_max_steps", "line_search_max_iter", "target_kl"} <= set(data)
+        saved = data.get("algorithm", "TRPO" if contrib_trpo else "another algorithm")
+        if saved != cls.__name__:
+            raise ValueError(
+                f"path={str(path)!r} was saved by {saved}, not by {cls.__name__}: load it with its own class"
+            )
+        return super().load(path, *args, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------------- collecting
+
+    def _act(self, observations: Any) -> Tensor:
+        """Sample actions for a batch of observations."""
+        if self._actor.standard and not self.use_sde:
+            return self._actor.family.sample(self._actor(self._actor.prepare(observations)))
+        return self.policy.get_distribution(observations).get_actions()
+
+    @torch.no_grad()
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Fill the buffer with ``n_rollout_steps`` steps of every environment, as Stable-Baselines3 does.
+
+        What nobody needs while stepping is computed afterwards, for all steps in one batch: values, log-likelihoods
+        and the bootstrap values of truncated episodes. Callbacks see the same local variables as in
+        Stable-Baselines3, except ``values`` and ``log_probs``.
+        """
+        started = perf_counter()
+        assert self._last_obs is not None, "no previous observation"
+        self.policy.set_training_mode(False)
+        rollout_buffer.reset()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+        box = isinstance(self.action_space, spaces.Box)
+        low, high = (self.action_space.low, self.action_space.high) if box else (None, None)
+        shape = (env.num_envs, *self.action_space.shape)
+        nothing = torch.zeros(env.num_envs)
+        truncated: list[tuple[int, int, Any]] = []
+        n_steps = 0
+        dones = self._last_episode_starts
+        new_obs = self._last_obs
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+            actions = self._act(obs_as_tensor(self._last_obs, self.device)).cpu().numpy().reshape(shape)
+            clipped_actions = actions
+            if box:
+                squashed = self.policy.squash_output
+                clipped_actions = self.policy.unscale_action(actions) if squashed else np.clip(actions, low, high)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            if dones.any():
+                self._update_info_buffer(infos, dones)
+                truncated += [
+                    (n_steps, index, infos[index]["terminal_observation"])
+                    for index in np.flatnonzero(dones).tolist()
+                    if infos[index].get("TimeLimit.truncated", False)
+                ]
+            stored = actions.reshape(-1, 1) if isinstance(self.action_space, spaces.Discrete) else actions
+            rollout_buffer.add(self._last_obs, stored, rewards, self._last_episode_starts, nothing, nothing)
+            self._last_obs, self._last_episode_starts = new_obs, dones
+            n_steps += 1
+        self._evaluate_rollout(rollout_buffer, truncated)
+        last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
+        rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        self._collect_seconds = perf_counter() - started
+        return True
+
+    def _evaluate_rollout(self, buffer: RolloutBuffer, truncated: list[tuple[int, int, Any]]) -> None:
+        """Values and log-likelihoods of the whole rollout; bootstrap where an episode was cut off by its time limit."""
+        observations = buffer.observations
+
+        def flat(array: np.ndarray) -> Tensor:
+            return torch.as_tensor(array.reshape(-1, *array.shape[2:])).to(self.device)
+
+        batch = {k: flat(v) for k, v in observations.items()} if isinstance(observations, dict) else flat(observations)
+        actions = self._actor.targets(flat(buffer.actions))
+        values, log_likelihood, entropy = [], [], []
+        for index in torch.arange(len(actions), device=self.device).split(self._evaluation_rows()):
+            part = _rows(batch, index)
+            values.append(self._critic(self._critic.prepare(part)).flatten())
+            outputs = self._actor(self._actor.prepare(part))
+            log_likelihood.append(self._actor.family.log_likelihood(outputs, actions[index]))
+            entropy.append(self._actor.family.entropy(outputs))
+        grid = (buffer.buffer_size, buffer.n_envs)
+        buffer.values[:] = torch.cat(values).cpu().numpy().reshape(grid)
+        buffer.log_probs[:] = torch.cat(log_likelihood).cpu().numpy().reshape(grid)
+        self._entropy = float(torch.cat(entropy).mean())
+        if truncated:
+            steps, envs, finals = zip(*truncated)
+            stacked = (
+                {key: np.stack([f[key] for f in finals]) for key in finals[0]}
+                if isinstance(finals[0], dict)
+                else np.stack(finals)
+            )
+            final_values = self.policy.predict_values(self.policy.obs_to_tensor(stacked)[0]).flatten()
+            buffer.rewards[list(steps), list(envs)] += self.gamma * final_values.cpu().numpy()
+
+    def _evaluation_rows(self) -> int:
+        # Images are large when they are floating point: bound what is prepared at once.
+        size = sum(int(np.prod(s.shape)) for s in self._observation_spaces())
+        return max(256, 32 * 1024 * 1024 // max(size, 1))
+
+    def _observation_spaces(self) -> list[spaces.Space]:
+        space = self.observation_space
+        return list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    @abstractmethod
+    def _actor_step(self, batch: Batch) -> StepReport:
+        """Move the actor's parameters."""
+
+    def _surrogate(self, batch: Batch) -> Any:
+        """Outputs ↦ E[(π/π_old) A], the surrogate return of the importance-weighted batch (TRPO, equation 14)."""
+        family = self._actor.family
+
+        def surrogate(outputs: Tensor) -> Tensor:
+            ratio = torch.exp(family.log_likelihood(outputs, batch.actions) - batch.old_log_likelihood)
+            return (ratio * batch.advantages).mean()
+
+        return surrogate
+
+    def _natural_step(
+        self,
+        batch: Batch,
+        *,
+        trust_region: TrustRegion | None = None,
+        learning_rate: float | None = None,
+        damping: float | None = None,
+    ) -> StepReport:
+        """The step that NPG and TRPO take, each with its own rule for the length."""
+        return natural_step(
+            self._actor,
+            batch.inputs,
+            self._actor.family,
+            self._surrogate(batch),
+            trust_region=trust_region,
+            learning_rate=learning_rate,
+            damping=self.cg_damping if damping is None else damping,
+            solver=partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
+            curvature_inputs=batch.curvature_inputs,
+            preconditioner=diagonal_preconditioner if self.preconditioner == "diagonal" else None,
+            parameters=self._actor_parameters,
+        )
+
+    def train(self) -> None:
+        """Move the actor by one natural step, then fit the critic."""
+        self._update_learning_rate(self.policy.optimizer)
+        # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
+        self.policy.set_training_mode(False)
+        rollout = next(self.rollout_buffer.get(batch_size=None))
+        report = self._actor_step(self._batch(rollout))
+        started = perf_counter()
+        self.policy.set_training_mode(True)
+        if self.critic == "adam":
+            value_loss = self._fit_critic_by_adam(rollout.observations, rollout.returns)
+        else:
+            value_loss = self._fit_critic_by_natural_steps(rollout.observations, rollout.returns)
+        self.policy.set_training_mode(False)
+        self._n_updates += 1
+        self._log(report, value_loss, perf_counter() - started)
+
+    def _batch(self, rollout: Any) -> Batch:
+        # The buffer has shuffled already, so every k-th row is a random part.
+        part = slice(None, None, self.sub_sampling_factor)
+        inputs = self._actor.prepare(_rows(rollout.observations, part))
+        advantages = rollout.advantages[part]
+        if self.normalize_advantage:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        curvature_inputs = None
+        if self.fisher_fraction < 1:
+            rows = max(1, round(self.fisher_fraction * len(advantages)))
+            curvature_inputs = _rows(inputs, slice(rows))
+        return Batch(
+            inputs=inputs,
+            curvature_inputs=curvature_inputs,
+            actions=self._actor.targets(rollout.actions[part]),
+            old_log_likelihood=rollout.old_log_prob[part],
+            advantages=advantages,
+        )
+
+    def _fit_critic_by_adam(self, observations: Any, returns: Tensor) -> float:
+        """``n_critic_updates`` epochs of mini-batches; the loss is the mean squared error over the last epoch."""
+        inputs = self._critic.prepare(observations)
+        optimizer = self.policy.optimizer
+        losses: list[Tensor] = []
+        for _ in range(self.n_critic_updates):
+            losses = []
+            for index in torch.randperm(len(returns), device=self.device).split(self.batch_size):
+                loss = (self._critic(_rows(inputs, index)).flatten() - returns[index]).square().mean()
+                optimizer.zero_grad()
+                gradients = torch.autograd.grad(loss, list(self._critic_parameters.values()))
+                for p, gradient in zip(self._critic_parameters.values(), gradients):
+                    p.grad = gradient
+                optimizer.step()
+                losses.append(loss.detach())
+        return float(torch.stack(losses).mean()) if losses else float("nan")
+
+    def _fit_critic_by_natural_steps(self, observations: Any, returns: Tensor) -> float:
+        """Levenberg–Marquardt on the whole batch: natural steps of a Gaussian likelihood over the returns."""
+        inputs = self._critic.prepare(observations)
+        targets = returns.unsqueeze(1)
+        # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
+        variance = float(returns.var(correction=0).clamp(min=1e-8))
+        loss = float("nan")
+        for _ in range(self.n_critic_updates):
+            report = natural_step(
+                self._critic,
+                inputs,
+                Gaussian(variance),
+                lambda outputs: -0.5 * (outputs - targets).square().mean() / variance,
+                learning_rate=1.0,
+                trust_region=_CRITIC_REGION,
+                damping=self.critic_damping,
+                solver=partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-2),
+                objective_curvature=1.0,
+                parameters=self._critic_parameters,
+            )
+            self.critic_damping = _CRITIC_DAMPING.update(
+                report.damping, report.predicted_gain, report.actual_gain, report.accepted
+            )
+            loss = -2 * variance * (report.objective + (report.actual_gain if report.accepted else 0.0))
+        return loss
+
+    def _log(self, report: StepReport, value_loss: float, critic_seconds: float) -> None:
+        record = self.logger.record
+        record("train/kl", report.kl if report.accepted else 0.0)
+        record("train/predicted_kl", report.predicted_kl)
+        record("train/predicted_gain", report.predicted_gain)
+        record("train/actual_gain", report.actual_gain if report.accepted else 0.0)
+        record("train/accepted", float(report.accepted))
+        record("train/backtracks", report.backtracks)
+        record("train/cg_iterations", report.iterations)
+        record("train/cg_residual", report.residual)
+        record("train/step_norm", report.step_norm)
+        record("train/gradient_norm", report.gradient_norm)
+        record("train/policy_objective", report.objective + (report.actual_gain if report.accepted else 0.0))
+        record("train/value_loss", value_loss)
+        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        record("train/explained_variance", explained_variance(values, returns))
+        record("train/entropy_loss", -self._entropy)
+        if hasattr(self.policy, "log_std"):
+            record("train/std", torch.exp(self.policy.log_std).mean().item())
+        record("time/collect_seconds", self._collect_seconds)
+        record("time/solve_seconds", report.solve_seconds)
+        record("time/search_seconds", report.search_seconds)
+        record("time/critic_seconds", critic_seconds)
+        record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -1,0 +1,127 @@
+"""An actor-critic policy of Stable-Baselines3 seen as two networks with predictive distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from torch import Tensor, nn
+
+from npg import families
+
+__all__ = ["ActorHead", "CriticHead"]
+
+_OVERRIDABLE = ("extract_features", "get_distribution", "predict_values", "_get_action_dist_from_latent")
+
+
+def _is_standard(policy: ActorCriticPolicy) -> bool:
+    """Whether the forward passes are Stable-Baselines3's own, so that they may be composed from the parts."""
+    return all(getattr(type(policy), name) is getattr(ActorCriticPolicy, name) for name in _OVERRIDABLE)
+
+
+class _Head(nn.Module):
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.standard = _is_standard(policy)
+
+    def prepare(self, observations: Any) -> Any:
+        """What ``forward`` takes, from raw observations; done once per batch and not once per forward pass."""
+        if not self.standard:
+            return observations
+        return preprocess_obs(
+            observations, self.policy.observation_space, normalize_images=self.policy.normalize_images
+        )
+
+    def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
+        """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            outputs = self(self.prepare(observations))
+        gradients = torch.autograd.grad(outputs.sum(), list(named.values()), allow_unused=True)
+        return {name: p for (name, p), g in zip(named.items(), gradients) if g is not None}
+
+
+class ActorHead(_Head):
+    """The actor: observations ↦ the parameters of its action distribution, and the family they belong to.
+
+    Raises:
+        NotImplementedError: for an action distribution that is not one of Stable-Baselines3's.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__(policy)
+        self.family = self._family(policy.action_dist)
+        self.squashed = bool(getattr(policy.action_dist, "squash_output", False))
+
+    @staticmethod
+    def _family(distribution: Distribution) -> families.Family:
+        if isinstance(distribution, (DiagGaussianDistribution, StateDependentNoiseDistribution)):
+            return families.DiagonalGaussian()
+        if isinstance(distribution, CategoricalDistribution):
+            return families.Categorical()
+        if isinstance(distribution, MultiCategoricalDistribution):
+            return families.MultiCategorical([int(n) for n in distribution.action_dims])
+        if isinstance(distribution, BernoulliDistribution):
+            return families.Bernoulli()
+        raise NotImplementedError(
+            f"policy has the action distribution {type(distribution).__name__}; known are the diagonal Gaussian, gSDE, "
+            "Categorical, MultiCategorical and Bernoulli ones of Stable-Baselines3"
+        )
+
+    def forward(self, prepared: Any) -> Tensor:
+        """Prepared observations ↦ outputs (N, D)."""
+        policy = self.policy
+        if self.standard and not isinstance(policy.action_dist, StateDependentNoiseDistribution):
+            latent = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(prepared))
+            outputs = policy.action_net(latent)
+            if isinstance(policy.action_dist, DiagGaussianDistribution):
+                return torch.cat([outputs, policy.log_std.expand_as(outputs)], -1)
+            return outputs
+        # Argument checks look at values, which a traced program cannot; `natural_step` refuses what is not finite.
+        validate = torch.distributions.Distribution._validate_args
+        torch.distributions.Distribution.set_default_validate_args(False)
+        try:
+            if self.standard:
+                latent = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(prepared))
+                distribution = policy._get_action_dist_from_latent(latent)
+            else:
+                distribution = policy.get_distribution(prepared)
+        finally:
+            torch.distributions.Distribution.set_default_validate_args(validate)
+        p = distribution.distribution
+        if isinstance(p, torch.distributions.Normal):
+            return torch.cat([p.mean, p.stddev.log()], -1)
+        return torch.cat([c.logits for c in p], -1) if isinstance(p, list) else p.logits
+
+    def targets(self, actions: Tensor) -> Tensor:
+        """Stored actions (N, …) in the form that the family takes."""
+        if isinstance(self.family, families.Categorical):
+            return actions.long().flatten()
+        if isinstance(self.family, families.MultiCategorical):
+            return actions.long()
+        if self.squashed:
+            # The distribution of tanh(x) has the ratios, KL and metric of that of x.
+            return torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))
+        return actions
+
+
+class CriticHead(_Head):
+    """The critic: observations ↦ values, the mean of a Gaussian over returns."""
+
+    def forward(self, prepared: Any) -> Tensor:
+        """Prepared observations ↦ values (N, 1)."""
+        policy = self.policy
+        if not self.standard:
+            return policy.predict_values(prepared)
+        return policy.value_net(policy.mlp_extractor.forward_critic(policy.vf_features_extractor(prepared)))

@@ -1,0 +1,499 @@
+"""NPG and TRPO: the life cycle, every space, what sb3-contrib gets wrong, and equality with it where it is right."""
+
+from __future__ import annotations
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
+
+from agents import NPG, TRPO
+from npg import Fisher
+
+torch.set_num_threads(1)
+
+
+class Toy(gym.Env):
+    """A task of any spaces: episodes of random length, some terminated and some truncated, reward from the action."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space
+
+    def _observe(self):
+        return self.observation_space.sample()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        terminated = bool(self.np_random.random() < 0.05)
+        reward = -float(np.square(np.asarray(action, dtype=np.float64) - 0.5).mean())
+        return self._observe(), reward, terminated, not terminated and self.steps >= 15, {}
+
+
+BOX = spaces.Box(-2.0, 2.0, (5,), np.float32)
+ACTIONS = {
+    "Box": spaces.Box(-1.0, 1.0, (3,), np.float32),
+    "Discrete": spaces.Discrete(4),
+    "MultiDiscrete": spaces.MultiDiscrete([3, 2, 4]),
+    "MultiBinary": spaces.MultiBinary(4),
+}
+OBSERVATIONS = {
+    "vector": ("MlpPolicy", BOX),
+    "discrete": ("MlpPolicy", spaces.Discrete(6)),
+    "image": ("CnnPolicy", spaces.Box(0, 255, (1, 36, 36), np.uint8)),
+    "dict": ("MultiInputPolicy", spaces.Dict({"a": BOX, "b": spaces.Discrete(3)})),
+}
+
+
+def toy(observation: spaces.Space = BOX, action: spaces.Space = ACTIONS["Box"], n_envs: int = 2) -> DummyVecEnv:
+    env = DummyVecEnv([lambda: Toy(copy.deepcopy(observation), copy.deepcopy(action)) for _ in range(n_envs)])
+    env.seed(0)
+    return env
+
+
+def small(cls=TRPO, env=None, policy="MlpPolicy", **kwargs):
+    options = {"n_steps": 64, "batch_size": 32, "n_critic_updates": 2, "seed": 0, "device": "cpu"}
+    return cls(policy, env or toy(), **{**options, **kwargs})
+
+
+def parameters_of(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+def filled(model):
+    """The model with one rollout in its buffer, not yet trained on."""
+    _, callback = model._setup_learn(10**6, None)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG])
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("observation", OBSERVATIONS)
+def test_every_space_learns_saves_and_loads(algorithm, observation, action, tmp_path):
+    policy, space = OBSERVATIONS[observation]
+    env = toy(space, ACTIONS[action])
+    model = small(algorithm, env, policy)
+    before = parameters_of(model)
+    model.learn(2 * 128)
+    after = parameters_of(model)
+    assert torch.isfinite(after).all()
+    assert not torch.equal(before, after)
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=env)
+    assert torch.equal(parameters_of(loaded), after)
+    sample = env.observation_space.sample()
+    assert np.array_equal(model.predict(sample, deterministic=True)[0], loaded.predict(sample, deterministic=True)[0])
+    loaded.learn(128, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 3 * 128
+
+
+# ------------------------------------------------------------------------------------------------- against the peer
+
+
+def both_after_one_update(action: str, **kwargs):
+    contrib = pytest.importorskip("sb3_contrib")
+    env = toy(action=ACTIONS[action])
+    options = {"n_steps": 256, "n_critic_updates": 0, "seed": 0, "device": "cpu", **kwargs}
+    theirs = contrib.TRPO("MlpPolicy", env, **options)
+    ours = TRPO("MlpPolicy", env, kl_direction="new_old", kl_reduction="mean", **options)
+    # a policy that has left its initialisation, where gradients are no longer tiny
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for p in theirs.policy.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    ours.policy.load_state_dict(theirs.policy.state_dict())
+    before = {n: p.detach().clone() for n, p in ours.policy.named_parameters()}
+    filled(theirs)
+    ours.rollout_buffer = copy.deepcopy(theirs.rollout_buffer)
+    ours._entropy = ours._collect_seconds = 0.0
+    logger = theirs.logger
+    ours.set_logger(logger)
+    moved = []
+    for model in (theirs, ours):
+        np.random.seed(0)  # noqa: NPY002  # the buffer shuffles by it
+        torch.manual_seed(0)
+        model.train()
+        moved.append(torch.cat([(p.detach() - before[n]).flatten() for n, p in model.policy.named_parameters()]))
+    return ours, moved
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_step_equals_that_of_sb3_contrib(action):
+    ours, (theirs_moved, ours_moved) = both_after_one_update(action)
+    assert theirs_moved.norm() > 0
+    assert (ours_moved - theirs_moved).norm() <= 1e-4 * theirs_moved.norm()
+    n = {"Box": 3, "MultiBinary": 4}.get(action, 1)
+    assert 0 < ours.logger.name_to_value["train/kl"] <= n * ours.target_kl
+
+
+def test_default_arguments_are_those_of_sb3_contrib():
+    import inspect
+
+    contrib = pytest.importorskip("sb3_contrib")
+    theirs = inspect.signature(contrib.TRPO.__init__).parameters
+    ours = inspect.signature(TRPO.__init__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert {n: p.default for n, p in theirs.items()} == {n: ours[n].default for n in theirs}
+
+
+def test_models_saved_by_sb3_contrib_load(tmp_path):
+    contrib = pytest.importorskip("sb3_contrib")
+    theirs = contrib.TRPO("MlpPolicy", toy(), n_steps=64, device="cpu")
+    theirs.save(tmp_path / "theirs")
+    ours = TRPO.load(tmp_path / "theirs", env=toy())
+    assert torch.equal(parameters_of(ours), parameters_of(theirs))
+    ours.learn(128)
+
+
+# -------------------------------------------------------------------------------------------- the actor and the critic
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_kl_stays_within_the_radius_and_the_surrogate_gains(action):
+    model = small(env=toy(action=ACTIONS[action]), target_kl=0.005, n_steps=128)
+
+    class Watch(BaseCallback):
+        rows: list = []  # noqa: RUF012
+
+        def _on_rollout_start(self):
+            values = self.logger.name_to_value
+            if "train/kl" in values:
+                self.rows.append(dict(values))
+
+        def _on_step(self):
+            return True
+
+    watch = Watch()
+    watch.rows = []
+    model.learn(12 * 256, callback=watch, log_interval=10**6)
+    assert len(watch.rows) == 11
+    assert any(row["train/accepted"] for row in watch.rows)
+    for row in watch.rows:
+        assert row["train/kl"] <= model.target_kl
+        assert row["train/actual_gain"] > 0 or not row["train/accepted"]
+        assert row["train/predicted_kl"] <= model.target_kl * (1 + 1e-4)
+
+
+def test_actor_parameters_are_found_without_names():
+    class OddlyNamed(BaseFeaturesExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space, 8)
+            self.value_like_name = nn.Linear(5, 8)  # a filter on "value" would lose this one
+
+        def forward(self, x):
+            return torch.tanh(self.value_like_name(x))
+
+    model = small(policy_kwargs={"features_extractor_class": OddlyNamed})
+    actor = {id(p) for p in model._actor_parameters.values()}
+    critic = {id(p) for p in model._critic_parameters.values()}
+    extractor = {id(p) for p in model.policy.features_extractor.parameters()}
+    assert extractor <= actor
+    assert not actor & critic
+    assert actor | critic == {id(p) for p in model.policy.parameters()}
+    both = small(policy_kwargs={"features_extractor_class": OddlyNamed}, train_shared_features=True)
+    assert {id(p) for p in both.policy.features_extractor.parameters()} <= {
+        id(p) for p in both._critic_parameters.values()
+    }
+
+
+@pytest.mark.parametrize("critic", ["adam", "natural"])
+def test_critic_leaves_the_policy_alone_and_learns(critic):
+    model = filled(small(env=toy(n_envs=4), n_steps=128, critic=critic, n_critic_updates=10, learning_rate=3e-3))
+    actor = [p.detach().clone() for p in model._actor_parameters.values()]
+    buffer = model.rollout_buffer
+    observations = torch.as_tensor(buffer.observations.reshape(-1, 5))
+    # returns that a network can learn
+    returns = 3.0 + torch.sin(observations[:, 0]) * 2.0
+    fit = model._fit_critic_by_adam if critic == "adam" else model._fit_critic_by_natural_steps
+    with torch.no_grad():
+        before = (model.policy.predict_values(observations).flatten() - returns).square().mean()
+    for _ in range(3):
+        loss = fit(observations, returns)
+    with torch.no_grad():
+        after = (model.policy.predict_values(observations).flatten() - returns).square().mean()
+    assert after < 0.2 * before
+    assert loss == pytest.approx(float(after), rel=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
+
+
+def test_natural_critic_solves_linear_least_squares_in_one_step():
+    model = filled(
+        small(
+            critic="natural",
+            n_critic_updates=30,
+            cg_max_steps=50,
+            policy_kwargs={"net_arch": [], "features_extractor_kwargs": {}},
+        )
+    )
+    observations = torch.as_tensor(model.rollout_buffer.observations.reshape(-1, 5))
+    returns = observations @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]) + 0.7
+    assert model._fit_critic_by_natural_steps(observations, returns) < 1e-4 * float(returns.var())
+
+
+def test_dictionary_observations_with_a_sub_sampled_batch():
+    policy, space = OBSERVATIONS["dict"]
+    model = small(env=toy(space), policy=policy, sub_sampling_factor=2, fisher_fraction=0.5)
+    before = parameters_of(model)
+    model.learn(128)
+    assert not torch.equal(before, parameters_of(model))
+
+
+def test_values_and_log_likelihoods_are_those_of_the_policy_that_acted():
+    model = filled(small())
+    buffer = model.rollout_buffer
+    for step in (0, 17, 63):
+        with torch.no_grad():
+            values, log_prob, _ = model.policy.evaluate_actions(
+                torch.as_tensor(buffer.observations[step]), torch.as_tensor(buffer.actions[step])
+            )
+        assert np.allclose(values.flatten().numpy(), buffer.values[step], atol=1e-5)
+        assert np.allclose(log_prob.numpy(), buffer.log_probs[step], atol=1e-4)
+
+
+@pytest.mark.parametrize("action", ["Box", "Discrete"])
+def test_rollout_equals_that_of_stable_baselines3(action):
+    """Same seeds, same actions: rewards (with the bootstrap of truncated episodes), returns and advantages agree."""
+    from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+    buffers = []
+    for collect in (OnPolicyAlgorithm.collect_rollouts, TRPO.collect_rollouts):
+        model = small(env=toy(action=ACTIONS[action]))
+        _, callback = model._setup_learn(10**6, None)
+        model.set_random_seed(3)
+        model._last_obs = model.env.reset()
+        assert collect(model, model.env, callback, model.rollout_buffer, model.n_steps)
+        buffers.append(model.rollout_buffer)
+    a, b = buffers
+    assert a.episode_starts.sum() > 2
+    for name in (
+        "observations",
+        "actions",
+        "rewards",
+        "episode_starts",
+        "values",
+        "log_probs",
+        "returns",
+        "advantages",
+    ):
+        assert np.allclose(getattr(a, name), getattr(b, name), atol=1e-4), name
+
+
+def test_non_finite_gradient_leaves_the_policy_as_it_was():
+    model = filled(small())
+    actor = [p.detach().clone() for p in model._actor_parameters.values()]
+    model.rollout_buffer.advantages[3, 0] = np.nan
+    model.n_critic_updates = 0
+    model.train()
+    assert model.logger.name_to_value["train/accepted"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
+
+
+def test_refused_search_restores_the_policy_bit_for_bit():
+    model = filled(small(line_search_max_iter=1, target_kl=1e4))  # so far that the quadratic model fails
+    model.n_critic_updates = 0
+    actor = [p.detach().clone() for p in model._actor_parameters.values()]
+    model.train()
+    assert model.logger.name_to_value["train/accepted"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
+
+
+def test_npg_steps_have_the_length_they_promise():
+    model = filled(small(NPG, target_kl=0.004))
+    model.train()
+    assert model.logger.name_to_value["train/predicted_kl"] <= 0.004
+    assert model.logger.name_to_value["train/predicted_kl"] > 0.0005
+    fixed = filled(small(NPG, step_size=0.05, cg_max_steps=100))
+    fixed.n_critic_updates = 0
+    rollout = copy.deepcopy(fixed.rollout_buffer)
+    before = {n: p.detach().clone() for n, p in fixed._actor_parameters.items()}
+    batch = fixed._batch(next(rollout.get(None)))
+    fisher = Fisher(fixed._actor, batch.inputs, fixed._actor.family, parameters=fixed._actor_parameters)
+    matrix = fisher.dense().double()
+    outputs = fisher.outputs.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(fixed._surrogate(batch)(outputs), outputs)
+    gradient = fisher.linearization.pull_back(slope).double()
+    expected = 0.05 * torch.linalg.solve(matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64), gradient)
+    fixed.train()
+    moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in fixed._actor_parameters.items()])
+    assert (moved.double() - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_gsde(squash):
+    model = small(use_sde=True, sde_sample_freq=4, policy_kwargs={"squash_output": squash, "use_expln": squash})
+    before = parameters_of(model)
+    model.learn(256)
+    after = parameters_of(model)
+    assert torch.isfinite(after).all()
+    assert not torch.equal(before, after)
+    filled(model)
+    batch = model._batch(next(model.rollout_buffer.get(None)))
+    with torch.no_grad():
+        surrogate = model._surrogate(batch)(model._actor(batch.inputs))
+    assert float(surrogate) == pytest.approx(float(batch.advantages.mean()), abs=1e-3)  # all ratios are one
+
+
+def test_custom_policy_is_honoured():
+    class Doubled(ActorCriticPolicy):
+        def get_distribution(self, obs):
+            return super().get_distribution(2 * obs)
+
+        def predict_values(self, obs):
+            return super().predict_values(2 * obs)
+
+        def forward(self, obs, deterministic=False):
+            return super().forward(2 * obs, deterministic)
+
+    model = filled(small(policy=Doubled))
+    buffer = model.rollout_buffer
+    observations = torch.as_tensor(buffer.observations[5])
+    with torch.no_grad():
+        log_prob = model.policy.get_distribution(observations).log_prob(torch.as_tensor(buffer.actions[5]))
+    assert np.allclose(log_prob.numpy(), buffer.log_probs[5], atol=1e-4)
+    model.train()
+    assert model.logger.name_to_value["train/accepted"] == 1.0
+
+
+@pytest.mark.parametrize("options", [{"preconditioner": "diagonal"}, {"fisher_fraction": 0.25}, {"critic": "natural"}])
+def test_own_options_train(options):
+    model = small(**options)
+    model.learn(256)
+    assert torch.isfinite(parameters_of(model)).all()
+
+
+def test_same_seed_same_run():
+    runs = []
+    for _ in range(2):
+        model = small(env=toy(), seed=5)
+        model.learn(3 * 128)
+        runs.append(parameters_of(model))
+    assert torch.equal(*runs)
+
+
+# ------------------------------------------------------------------------------------------------------ the life cycle
+
+
+def test_callbacks_vecnormalize_set_env_and_evaluation(tmp_path):
+    env = VecNormalize(toy(), gamma=0.99)
+    model = small(env=env)
+    evaluation = VecNormalize(toy(), training=False, norm_reward=False)
+    callbacks = [
+        EvalCallback(evaluation, eval_freq=32, n_eval_episodes=2, log_path=str(tmp_path), verbose=0),
+        CheckpointCallback(50, str(tmp_path), save_vecnormalize=True),
+    ]
+    model.learn(256, callback=callbacks)
+    assert (tmp_path / "evaluations.npz").exists()
+    assert list(tmp_path.glob("rl_model_*_steps.zip"))
+    other = VecNormalize(toy(n_envs=2))
+    model.set_env(other)
+    model.learn(128, reset_num_timesteps=False)
+    mean, _ = evaluate_policy(model, evaluation, n_eval_episodes=3, warn=False)
+    assert np.isfinite(mean)
+
+
+def test_callback_can_stop_training():
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.n_calls < 10
+
+    model = small()
+    model.learn(1000, callback=Stop())
+    assert model.num_timesteps == 20
+
+
+def test_custom_rollout_buffer_is_used():
+    class Counting(RolloutBuffer):
+        added = 0
+
+        def add(self, *args, **kwargs):
+            type(self).added += 1
+            super().add(*args, **kwargs)
+
+    small(rollout_buffer_class=Counting).learn(128)
+    assert Counting.added == 64
+    assert isinstance(
+        small(env=toy(OBSERVATIONS["dict"][1]), policy="MultiInputPolicy").rollout_buffer, DictRolloutBuffer
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("target_kl", 0.0),
+        ("target_kl", -1.0),
+        ("target_kl", float("nan")),
+        ("cg_damping", -0.1),
+        ("cg_max_steps", 0),
+        ("line_search_shrinking_factor", 1.0),
+        ("line_search_max_iter", 0),
+        ("fisher_fraction", 0.0),
+        ("fisher_fraction", 1.5),
+        ("sub_sampling_factor", 0),
+        ("gamma", 1.1),
+        ("gae_lambda", -0.1),
+        ("n_steps", 0),
+        ("batch_size", 0),
+        ("n_critic_updates", -1),
+        ("critic", "sgd"),
+        ("preconditioner", "kfac"),
+        ("kl_direction", "sideways"),
+    ],
+)
+def test_arguments_out_of_range_are_named(option, value):
+    with pytest.raises(ValueError, match=option):
+        small(**{option: value})
+
+
+def test_npg_arguments_out_of_range_are_named():
+    with pytest.raises(ValueError, match="step_size"):
+        small(NPG, step_size=0.0)
+    with pytest.raises(ValueError, match="target_kl"):
+        small(NPG, target_kl=0.0)
+
+
+def test_one_step_cannot_be_normalised():
+    with pytest.raises(ValueError, match="n_steps"):
+        small(env=toy(n_envs=1), n_steps=1)
+
+
+def test_unsupported_action_space():
+    with pytest.raises((AssertionError, ValueError), match="action"):
+        small(env=toy(action=spaces.Dict({"a": spaces.Discrete(2)})))
+
+
+def test_checkpoint_of_another_algorithm_or_a_truncated_one(tmp_path):
+    from stable_baselines3 import PPO
+
+    model = small(NPG)
+    model.save(tmp_path / "npg.zip")
+    with pytest.raises(ValueError, match=r"saved by NPG.*TRPO"):
+        TRPO.load(tmp_path / "npg.zip")
+    PPO("MlpPolicy", toy(), n_steps=64, device="cpu").save(tmp_path / "ppo.zip")
+    with pytest.raises(ValueError, match="another algorithm"):
+        TRPO.load(tmp_path / "ppo.zip")
+    content = (tmp_path / "npg.zip").read_bytes()
+    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        NPG.load(tmp_path / "cut.zip")

@@ -308,11 +308,20 @@ def test_non_finite_gradient_leaves_the_policy_as_it_was():
 
 
 def test_refused_search_restores_the_policy_bit_for_bit():
-    model = filled(small(line_search_max_iter=1, target_kl=1e4))  # so far that the quadratic model fails
+    model = filled(small())
     model.n_critic_updates = 0
+
+    def deceptive(batch):
+        with torch.no_grad():
+            old = model._actor(batch.inputs)
+        # uphill at the old policy, downhill wherever one goes
+        return lambda outputs: (outputs - old - 1e6 * (outputs - old) ** 2).mean()
+
+    model._surrogate = deceptive
     actor = [p.detach().clone() for p in model._actor_parameters.values()]
     model.train()
-    assert model.logger.name_to_value["train/accepted"] == 0.0
+    values = model.logger.name_to_value
+    assert (values["train/accepted"], values["train/kl"], values["train/backtracks"]) == (0.0, 0.0, 9)
     assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
 
 

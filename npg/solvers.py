@@ -86,8 +86,8 @@ def _check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Columnwise inner products, accumulated in float64: (P, K), (P, K) → (K,)."""
-    return (x * y).sum(0, dtype=torch.float64)
+    """Columnwise inner products in float64, where float32 would underflow on small A: (P, K), (P, K) → (K,)."""
+    return (x.double() * y).sum(0)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,0 +1,519 @@
+"""Every solver against torch.linalg.solve, every status, and invariance to the scale of the problem."""
+
+from functools import partial
+from itertools import pairwise
+from math import inf, nan
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Counting:
+    """A matrix that counts its products."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix, self.products = matrix, 0
+
+    def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+        self.products += 1
+        return self.matrix @ v
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# ------------------------------------------------------------------------------------------------ the right solution
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("damping", [0.0, 1e-2])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_cg_equals_linalg_solve(spd, condition, damping, preconditioned):
+    n = 50
+    # badly scaled rows and columns are what a diagonal preconditioner is for
+    scales = torch.logspace(-1, 1, n) if preconditioned else torch.ones(n)
+    A = scales[:, None] * spd(n, condition) * scales
+    b = A @ randn(n) if condition == 1e6 else randn(n)
+    damped = A + damping * torch.eye(n)
+    solution = conjugate_gradient(
+        A,
+        b,
+        damping=damping,
+        preconditioner=(lambda r: r / damped.diagonal()) if preconditioned else None,
+        max_iterations=3000,
+        rtol=1e-13,
+        residual_refresh=10_000,
+    )
+    assert relative(solution.x, torch.linalg.solve(damped, b)) < 1e-8
+
+
+def test_a_good_preconditioner_saves_iterations(spd):
+    scales = torch.logspace(-2, 2, 40)
+    A = scales[:, None] * spd(40, 5.0) * scales
+    b = randn(40)
+    plain = conjugate_gradient(A, b, max_iterations=5000)
+    jacobi = conjugate_gradient(A, b, max_iterations=5000, preconditioner=lambda r: r / A.diagonal())
+    exact = conjugate_gradient(A, b, preconditioner=lambda r: torch.linalg.solve(A, r))
+    assert jacobi.status is exact.status is Status.CONVERGED
+    assert jacobi.iterations < plain.iterations / 4
+    assert exact.iterations <= 2
+
+
+def test_cg_ends_after_as_many_iterations_as_there_are_eigenvalues():
+    A = torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 9.0]))
+    solution = conjugate_gradient(A, randn(6), rtol=1e-12)
+    assert solution.status is Status.CONVERGED
+    assert solution.iterations == 3
+
+
+def test_products_are_what_is_promised(spd):
+    """One per iteration, none for x₀ = 0, one for a warm start, and one per refresh."""
+    A, b = Counting(spd(30, 100.0)), randn(30)
+    solution = conjugate_gradient(A, b, max_iterations=20, rtol=0.0, residual_refresh=1000)
+    assert (solution.iterations, A.products) == (20, 20)
+    A.products = 0
+    conjugate_gradient(A, b, x0=randn(30, seed=1), max_iterations=20, rtol=0.0, residual_refresh=8)
+    assert A.products == 20 + 1 + 2
+
+
+def test_what_a_solution_knows_equals_its_definition(spd):
+    A, b, damping = spd(30, 100.0), randn(30, 3), 0.1
+    damped = A + damping * torch.eye(30)
+    for x0 in (None, randn(30, 3, seed=1)):
+        for iterations in (1, 5, 200):
+            s = conjugate_gradient(A, b, x0=x0, damping=damping, max_iterations=iterations)
+            torch.testing.assert_close(s.residual_norm, (b - damped @ s.x).norm(dim=0) / b.norm(dim=0))
+            torch.testing.assert_close(s.curvature, (s.x * (damped @ s.x)).sum(0))
+            torch.testing.assert_close(s.model_value, (s.x * (0.5 * damped @ s.x - b)).sum(0))
+    for method in ("cholesky", "eigh"):
+        s = dense_solve(A, b, damping=damping, method=method)
+        torch.testing.assert_close(s.curvature, (s.x * (damped @ s.x)).sum(0))
+        torch.testing.assert_close(s.model_value, -0.5 * (s.x * b).sum(0))
+        assert (s.residual_norm < 1e-12).all()
+
+
+def test_cg_draws_no_random_numbers(spd):
+    state = torch.get_rng_state()
+    conjugate_gradient(spd(10, 10.0), randn(10))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------ several at once
+
+
+@pytest.mark.parametrize("sync_every", [1, 3, 8])
+def test_several_right_hand_sides_are_each_alone(spd, sync_every):
+    A = spd(12, 20.0)
+    eigenvectors = torch.linalg.eigh(A).eigenvectors
+    # from one iteration (an eigenvector) to many, and none (zero)
+    B = torch.stack([eigenvectors[:, 0], eigenvectors[:, :3].sum(1), randn(12), torch.zeros(12)], 1)
+    together = conjugate_gradient(A, B, max_iterations=200, sync_every=sync_every)
+    alone = [conjugate_gradient(A, b, max_iterations=200) for b in B.T]
+    assert len({s.iterations for s in alone}) == 4
+    assert together.iterations == max(s.iterations for s in alone)
+    assert together.statuses == tuple(s.status for s in alone)
+    for k, s in enumerate(alone):
+        torch.testing.assert_close(together.x[:, k], s.x, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(together.residual_norm[k], s.residual_norm, rtol=1e-3, atol=1e-10)
+        torch.testing.assert_close(together.curvature[k], s.curvature)
+
+
+def test_the_worst_status_is_reported():
+    A = torch.diag(torch.tensor([1.0, 2.0, -1.0]))
+    B = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    solution = conjugate_gradient(A, B)
+    assert solution.statuses == (Status.CONVERGED, Status.NEGATIVE_CURVATURE)
+    assert solution.status is Status.NEGATIVE_CURVATURE
+    torch.testing.assert_close(solution.x[:, 0], torch.tensor([1.0, 0.5, 0.0]))
+    B[0, 1] = nan
+    solution = conjugate_gradient(A, B)
+    assert solution.status is Status.NON_FINITE
+    torch.testing.assert_close(solution.x[:, 0], torch.tensor([1.0, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("sync_every", [2, 5, 64])
+def test_looking_seldom_changes_nothing(spd, sync_every):
+    for A, b in ((spd(20, 50.0), randn(20)), (spd(20, 50.0) - 2 * torch.eye(20), randn(20))):
+        often, seldom = (conjugate_gradient(A, b, sync_every=n, progress_tolerance=5e-4) for n in (1, sync_every))
+        assert torch.equal(often.x, seldom.x)
+        assert (often.status, often.iterations) == (seldom.status, seldom.iterations)
+        assert torch.equal(often.residual_norm, seldom.residual_norm)
+
+
+# ------------------------------------------------------------------------------------------------------ warm start
+
+
+def test_a_warm_start_saves_iterations_and_the_solution_takes_none(spd):
+    A, b = spd(40, 1e3), randn(40)
+    cold = conjugate_gradient(A, b, max_iterations=500)
+    near = conjugate_gradient(A, b, x0=torch.linalg.solve(A, b) + 1e-4 * randn(40, seed=1), max_iterations=500)
+    there = conjugate_gradient(A, b, x0=torch.linalg.solve(A, b), max_iterations=500)
+    assert near.status is Status.CONVERGED
+    assert 0 < near.iterations < cold.iterations
+    assert there.iterations == 0
+    assert there.status is Status.CONVERGED
+    torch.testing.assert_close(there.x, torch.linalg.solve(A, b))
+
+
+def test_x0_is_left_as_it_was(spd):
+    A, b, x0 = spd(10, 10.0), randn(10), randn(10, seed=1)
+    before = (b.clone(), x0.clone())
+    conjugate_gradient(A, b, x0=x0)
+    assert torch.equal(b, before[0])
+    assert torch.equal(x0, before[1])
+
+
+@pytest.mark.parametrize("x0", [None, randn(10)])
+def test_zero_in_zero_out(spd, x0):
+    A = Counting(spd(10, 10.0))
+    solution = conjugate_gradient(A, torch.zeros(10), x0=x0)
+    assert solution.status is Status.CONVERGED
+    assert solution.iterations == 0
+    assert torch.equal(solution.x, torch.zeros(10))
+    assert solution.residual_norm == solution.curvature == solution.model_value == 0
+
+
+# --------------------------------------------------------------------------------------------------------- statuses
+
+
+def test_converged_and_iteration_limit(spd):
+    A, b = spd(30, 1e3), randn(30)
+    assert conjugate_gradient(A, b, max_iterations=300).status is Status.CONVERGED
+    limited = conjugate_gradient(A, b, max_iterations=3)
+    assert (limited.status, limited.iterations) == (Status.ITERATION_LIMIT, 3)
+    # converging in the very last iteration allowed is converging
+    enough = conjugate_gradient(A, b, max_iterations=conjugate_gradient(A, b, max_iterations=300).iterations)
+    assert enough.status is Status.CONVERGED
+
+
+def test_negative_curvature_returns_the_iterate_before_it():
+    A = torch.diag(torch.tensor([3.0, 2.0, -1.0]))
+    at_once = conjugate_gradient(A, torch.tensor([0.0, 0.0, 1.0]))
+    assert at_once.status is Status.NEGATIVE_CURVATURE
+    assert torch.equal(at_once.x, torch.zeros(3))
+    later = conjugate_gradient(A, torch.tensor([1.0, 1.0, 0.3]))
+    assert later.status is Status.NEGATIVE_CURVATURE
+    assert later.iterations > 1
+    assert later.model_value < 0
+    # damping that lifts the negative eigenvalue cures it
+    assert conjugate_gradient(A, torch.tensor([1.0, 1.0, 0.3]), damping=1.5).status is Status.CONVERGED
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_breakdown_where_the_right_hand_side_leaves_the_range(scale):
+    A = scale * torch.diag(torch.tensor([1.0, 2.0, 0.0]))
+    outside = conjugate_gradient(A, torch.tensor([1.0, 1.0, 1.0]))
+    assert outside.status is Status.BREAKDOWN
+    assert torch.isfinite(outside.x).all()
+    assert conjugate_gradient(A, torch.tensor([0.0, 0.0, 1.0])).status is Status.BREAKDOWN
+    inside = conjugate_gradient(A, torch.tensor([1.0, 1.0, 0.0]))
+    assert inside.status is Status.CONVERGED  # singular and consistent
+    torch.testing.assert_close(inside.x * scale, torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_breakdown_where_the_preconditioner_is_not_positive(spd):
+    solution = conjugate_gradient(spd(5, 2.0), randn(5), preconditioner=lambda r: -r)
+    assert solution.status is Status.BREAKDOWN
+    assert torch.equal(solution.x, torch.zeros(5))
+
+
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+def test_non_finite_right_hand_side(spd, bad):
+    b = randn(5)
+    b[2] = bad
+    for solver in (conjugate_gradient, dense_solve, partial(dense_solve, method="eigh")):
+        solution = solver(spd(5, 2.0), b)
+        assert solution.status is Status.NON_FINITE
+        assert solution.iterations == 0
+        assert not torch.isfinite(solution.x).all()
+
+
+@pytest.mark.parametrize("bad", [nan, inf])
+def test_non_finite_matrix_start_or_preconditioner(spd, bad):
+    A, b = spd(5, 2.0), randn(5)
+    broken = A.clone()
+    broken[1, 1] = bad
+    assert dense_solve(broken, b).status is Status.NON_FINITE
+    assert dense_solve(broken, b, method="eigh").status is Status.NON_FINITE
+    assert conjugate_gradient(broken, b).status is Status.NON_FINITE
+    assert conjugate_gradient(A, b, x0=torch.full((5,), bad)).status is Status.NON_FINITE
+    assert conjugate_gradient(A, b, preconditioner=lambda r: r * bad).status is Status.NON_FINITE
+
+
+def test_a_product_that_turns_nan_leaves_a_finite_iterate(spd):
+    class Failing(Counting):
+        def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+            return super().__matmul__(v) * (nan if self.products >= 3 else 1.0)
+
+    solution = conjugate_gradient(Failing(spd(20, 100.0)), randn(20), residual_refresh=1000)
+    assert solution.status is Status.NON_FINITE
+    assert torch.isfinite(solution.x).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("warm", [False, True])
+def test_scaling_the_problem_changes_neither_iterations_nor_answer(spd, factor, dtype, warm):
+    A, b, x0 = spd(8, 30.0).to(dtype), randn(8).to(dtype), (randn(8, seed=1).to(dtype) if warm else None)
+    plain = conjugate_gradient(A, b, x0=x0, rtol=1e-5)
+    assert plain.status is Status.CONVERGED
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-9
+    start = None if x0 is None else x0 * factor
+    scaled = conjugate_gradient(A, b * factor, x0=start, rtol=1e-5)
+    assert (scaled.status, scaled.iterations) == (plain.status, plain.iterations)
+    assert relative(scaled.x / factor, plain.x) < tolerance
+    start = None if x0 is None else x0 / factor
+    scaled = conjugate_gradient(A * factor, b, x0=start, rtol=1e-5)
+    assert (scaled.status, scaled.iterations) == (plain.status, plain.iterations)
+    assert relative(scaled.x * factor, plain.x) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
+def test_scaling_finds_the_same_trouble(factor, dtype):
+    A, b = torch.diag(torch.tensor([3.0, 2.0, -1.0], dtype=dtype)), torch.tensor([1.0, 1.0, 0.3], dtype=dtype)
+    singular = torch.diag(torch.tensor([3.0, 2.0, 0.0], dtype=dtype))
+    for matrix, status in ((A, Status.NEGATIVE_CURVATURE), (singular, Status.BREAKDOWN)):
+        for left, right in ((factor, 1.0), (1.0, factor)):
+            assert conjugate_gradient(left * matrix, right * b).status is status
+
+
+def test_many_small_numbers_do_not_underflow():
+    """The squares of the 10⁵ entries of a residual, times a curvature of 1e-30, are below float32's smallest number."""
+    n = 100_000
+
+    class Diagonal:
+        entries = torch.linspace(1.0, 9.0, n, dtype=torch.float32) * 1e-30
+
+        def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+            return self.entries * v
+
+    b = randn(n).float()
+    solution = conjugate_gradient(Diagonal(), b)
+    assert solution.status is Status.CONVERGED
+    assert relative(solution.x.double(), b.double() / Diagonal.entries.double()) < 1e-5
+
+
+def test_denormal_and_huge_right_hand_sides(spd):
+    A, b = spd(10, 10.0).float(), randn(10).float()
+    huge = b / b.abs().max() * 3e38
+    assert conjugate_gradient(A, huge).status is Status.CONVERGED
+    tiny = conjugate_gradient(A, b * 1e-40)
+    assert tiny.status is Status.CONVERGED
+    assert torch.isfinite(tiny.x).all()
+
+
+# ------------------------------------------------------------------------------------------------------- long solves
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e5, 1e7, 1e10])
+@pytest.mark.parametrize("residual_refresh", [10, 50, 10_000])
+def test_float32_never_gives_nan_and_never_diverges(spd, condition, residual_refresh):
+    """On systems that float32 cannot resolve, the iterate stays no worse than zero in the quadratic model."""
+    A, b = spd(60, condition).float(), randn(60).float()
+    for rtol in (1e-5, 0.0):
+        s = conjugate_gradient(A, b, max_iterations=1000, rtol=rtol, residual_refresh=residual_refresh)
+        assert s.status in (Status.CONVERGED, Status.ITERATION_LIMIT, Status.BREAKDOWN, Status.NEGATIVE_CURVATURE)
+        assert torch.isfinite(s.x).all()
+        assert torch.isfinite(s.residual_norm)
+        exact = 0.5 * torch.dot(s.x.double(), A.double() @ s.x.double()) - torch.dot(b.double(), s.x.double())
+        assert exact < 0
+
+
+def test_refreshed_residual_is_the_true_one(spd):
+    """Without a refresh the recurrence claims more than is so; right after one, it cannot."""
+    A, b = spd(60, 1e4).float(), randn(60).float()
+    claimed = conjugate_gradient(A, b, max_iterations=400, rtol=0.0, residual_refresh=10_000)
+    honest = conjugate_gradient(A, b, max_iterations=400, rtol=0.0, residual_refresh=50)
+
+    def true_residual(s: Solution) -> float:
+        return float((b.double() - A.double() @ s.x.double()).norm() / b.double().norm())
+
+    assert true_residual(claimed) > 100 * float(claimed.residual_norm)
+    assert true_residual(honest) < 2 * float(honest.residual_norm)
+
+
+def test_refresh_costs_no_accuracy_in_float64(spd):
+    A, b = spd(60, 1e4), randn(60)
+    for residual_refresh in (7, 50, 10_000):
+        s = conjugate_gradient(A, b, max_iterations=2000, rtol=1e-12, residual_refresh=residual_refresh)
+        assert s.status is Status.CONVERGED
+        assert relative(s.x, torch.linalg.solve(A, b)) < 1e-8
+
+
+def test_martens_stop_comes_before_the_residual_stop(spd):
+    A, b = spd(100, 1e4), randn(100)
+    by_residual = conjugate_gradient(A, b, max_iterations=5000, rtol=1e-8)
+    by_progress = conjugate_gradient(A, b, max_iterations=5000, rtol=1e-8, progress_tolerance=5e-4)
+    assert by_progress.status is Status.CONVERGED
+    assert 10 < by_progress.iterations < by_residual.iterations
+    # replay the rule on the models of every prefix: it triggers at this iteration and not before
+    models = [0.0] + [
+        float(conjugate_gradient(A, b, max_iterations=i, rtol=0.0).model_value)
+        for i in range(1, by_progress.iterations + 1)
+    ]
+
+    def small(i: int) -> bool:
+        k = max(10, i // 10)
+        return i > k and models[i] < 0 and (models[i] - models[i - k]) / models[i] < k * 5e-4
+
+    assert [i for i in range(1, len(models)) if small(i)] == [by_progress.iterations]
+
+
+# ------------------------------------------------------------------------------------------------------- dense solvers
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh"])
+@pytest.mark.parametrize("shape", [(20,), (20, 3)])
+def test_dense_equals_linalg_solve(spd, method, shape):
+    A, b = spd(20, 1e6), randn(*shape)
+    for damping in (0.0, 0.3):
+        s = dense_solve(A, b, damping=damping, method=method)
+        assert s.status is Status.CONVERGED
+        assert relative(s.x, torch.linalg.solve(A + damping * torch.eye(20), b)) < 1e-8
+        assert s.x.shape == shape
+        assert s.iterations == 0
+
+
+def test_dense_works_in_float64_and_answers_in_the_dtype_of_b(spd):
+    A, b = spd(20, 1e6).float(), randn(20).float()
+    s = dense_solve(A, b)
+    assert s.x.dtype is torch.float32
+    exact = torch.linalg.solve(A.double(), b.double())
+    assert relative(s.x.double(), exact) < 1e-6  # in float32 arithmetic it would be about 1e-2
+
+
+def test_singular_matrices():
+    A, b = torch.diag(torch.tensor([4.0, 2.0, 0.0])), torch.tensor([1.0, 1.0, 1.0])
+    broken = dense_solve(A, b)
+    assert broken.status is Status.BREAKDOWN
+    assert torch.equal(broken.x, torch.zeros(3))
+    inverse = dense_solve(A, b, method="eigh")
+    assert inverse.status is Status.CONVERGED
+    torch.testing.assert_close(inverse.x, torch.linalg.pinv(A) @ b)
+    torch.testing.assert_close(inverse.residual_norm, torch.tensor(3.0).rsqrt())
+    for method in ("cholesky", "eigh"):
+        damped = dense_solve(A, b, damping=0.5, method=method)
+        assert damped.status is Status.CONVERGED
+        torch.testing.assert_close(damped.x, torch.tensor([1 / 4.5, 1 / 2.5, 2.0]))
+
+
+def test_indefinite_matrices():
+    A, b = torch.diag(torch.tensor([4.0, -2.0])), torch.ones(2)
+    assert dense_solve(A, b).status is Status.BREAKDOWN
+    assert dense_solve(A, b, method="eigh").status is Status.NEGATIVE_CURVATURE
+    rounding = torch.diag(torch.tensor([4.0, -1e-17]))
+    assert dense_solve(rounding, b, method="eigh").status is Status.CONVERGED
+
+
+def test_rcond_decides_which_directions_count():
+    A, b = torch.diag(torch.tensor([1.0, 1e-3])), torch.ones(2)
+    torch.testing.assert_close(dense_solve(A, b, method="eigh", rcond=1e-2).x, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(dense_solve(A, b, method="eigh", rcond=1e-4).x, torch.tensor([1.0, 1e3]))
+
+
+def test_dense_takes_what_has_a_dense_form(spd):
+    class Operator:
+        def dense(self) -> torch.Tensor:
+            return spd(5, 2.0)
+
+    b = randn(5)
+    torch.testing.assert_close(dense_solve(Operator(), b).x, torch.linalg.solve(spd(5, 2.0), b))
+
+
+def test_solve_names_its_methods(spd):
+    A, b = spd(10, 10.0), randn(10)
+    x = torch.linalg.solve(A, b)
+    for method in ("cg", "cholesky", "eigh"):
+        torch.testing.assert_close(solve(A, b, method=method).x, x, rtol=1e-5, atol=1e-6)
+    assert solve(A, b, method="cg", max_iterations=2).iterations == 2
+    with pytest.raises(ValueError, match="method must be 'cg', 'cholesky' or 'eigh', got 'lu'"):
+        solve(A, b, method="lu")
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"damping": -1.0}, "damping must be a finite number ≥ 0, got -1.0"),
+        ({"damping": nan}, "damping must be .* got nan"),
+        ({"damping": inf}, "damping must be .* got inf"),
+        ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
+        ({"rtol": -1e-3}, "rtol must be ≥ 0, got -0.001"),
+        ({"rtol": nan}, "rtol must be ≥ 0, got nan"),
+        ({"residual_refresh": 0}, "residual_refresh must be at least 1, got 0"),
+        ({"sync_every": 0}, "sync_every must be at least 1, got 0"),
+        ({"x0": torch.zeros(4)}, r"x0 must have the shape \(3,\) of b, got \(4,\)"),
+    ],
+)
+def test_cg_refuses_bad_arguments_before_any_work(options, match):
+    A = Counting(torch.eye(3))
+    with pytest.raises(ValueError, match=match):
+        conjugate_gradient(A, torch.ones(3), **options)
+    assert A.products == 0
+
+
+def test_bad_systems_are_refused():
+    for solver in (conjugate_gradient, dense_solve):
+        with pytest.raises(ValueError, match=r"b must be a floating-point tensor .* got torch.int64"):
+            solver(torch.eye(3), torch.ones(3, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"b must be .* got torch.float64 \(3, 1, 1\)"):
+            solver(torch.eye(3), torch.ones(3, 1, 1))
+    with pytest.raises(ValueError, match=r"A must be 3 × 3 for b of shape \(3,\), got \(4, 4\)"):
+        dense_solve(torch.eye(4), torch.ones(3))
+    with pytest.raises(ValueError, match="method must be 'cholesky' or 'eigh', got 'qr'"):
+        dense_solve(torch.eye(3), torch.ones(3), method="qr")
+
+
+# -------------------------------------------------------------------------------------------------------- properties
+
+PROBLEM = {"n": st.integers(1, 12), "seed": st.integers(0, 2**16), "log_condition": st.floats(0, 3)}
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@QUICK
+@given(**PROBLEM, damping=st.sampled_from([0.0, 1e-3, 1.0]))
+def test_cg_and_dense_agree_on_random_systems(spd, n, seed, log_condition, damping):
+    A, b = spd(n, 10**log_condition, seed), randn(n, seed=seed)
+    x = torch.linalg.solve(A + damping * torch.eye(n, dtype=torch.float64), b)
+    cg = conjugate_gradient(A, b, damping=damping, rtol=1e-12, max_iterations=500)
+    assert cg.status is Status.CONVERGED
+    assert relative(cg.x, x) < 1e-8
+    assert relative(dense_solve(A, b, damping=damping).x, x) < 1e-9
+
+
+@QUICK
+@given(**PROBLEM, log2_a=st.integers(-60, 60), log2_b=st.integers(-60, 60))
+def test_powers_of_two_change_not_one_bit(spd, n, seed, log_condition, log2_a, log2_b):
+    A, b = spd(n, 10**log_condition, seed), randn(n, seed=seed)
+    plain, scaled = conjugate_gradient(A, b), conjugate_gradient(A * 2.0**log2_a, b * 2.0**log2_b)
+    assert torch.equal(scaled.x, plain.x * 2.0 ** (log2_b - log2_a))
+    assert (scaled.status, scaled.iterations) == (plain.status, plain.iterations)
+
+
+@QUICK
+@given(**PROBLEM)
+def test_the_model_falls_in_every_iteration(spd, n, seed, log_condition):
+    """φ(xᵢ) decreases, ‖xᵢ‖ and sᵀAs grow (Steihaug 1983), so a truncated solve is a shorter step of the same kind."""
+    A, b = spd(n, 10**log_condition, seed), randn(n, seed=seed)
+    solutions = [conjugate_gradient(A, b, max_iterations=i, rtol=1e-9) for i in range(1, n + 1)]
+    for before, after in pairwise(solutions):
+        assert after.model_value <= before.model_value * (1 - 1e-12)
+        assert after.x.norm() >= before.x.norm() * (1 - 1e-9)
+        assert after.curvature >= before.curvature * (1 - 1e-9)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from npg.vision.optimizers import check_optimizer
+from npg.vision.optimizers import check_optimizer, takes_batches
 
 __all__ = ["PRESETS", "Config", "load_config"]
 
@@ -115,6 +115,10 @@ class Config:
         _require(self.schedule in ("constant", "step", "cosine"), "schedule", self.schedule, "constant, step or cosine")
         _require(self.eval_on in ("validation", "test"), "eval_on", self.eval_on, "validation or test")
         check_optimizer(self.optimizer, self.optimizer_options)
+        if takes_batches(self.optimizer):
+            why = f"with {self.optimizer}, which differentiates the model's log-likelihood itself"
+            _require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {why}")
+            _require(not self.compile, "compile", self.compile, f"off {why}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings, which YAML and checkpoints hold."""

@@ -9,14 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from npg import optim
+from npg.families import Categorical
 
-__all__ = ["OPTIMIZERS", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "takes_batches"]
 
-OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
+#: Optimizers of parameters and their gradients: ``step()`` after a backward pass.
+_OF_GRADIENTS: Mapping[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -25,39 +28,73 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
     "online-ngd": optim.OnlineNGD,
 }
+#: Optimizers of a model and its predictive distribution: ``step(inputs, targets)`` does the whole step.
+_OF_BATCHES: Mapping[str, Callable[..., Optimizer]] = {
+    "diagonal-ngd": optim.DiagonalNGD,
+    "ngd": optim.NGD,
+}
+OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {**_OF_GRADIENTS, **_OF_BATCHES}
+
+_GIVEN_BY_THE_TRAINER = ("params", "model", "family", "process_group", "generator", "damping_control")
 
 
-def make_optimizer(name: str, model: nn.Module, options: Mapping[str, Any], *, decay_all: bool = False) -> Optimizer:
+def takes_batches(name: str) -> bool:
+    """Whether the optimizer's ``step`` takes (inputs, targets) and makes its own gradients."""
+    return name in _OF_BATCHES
+
+
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    options: Mapping[str, Any],
+    *,
+    decay_all: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> Optimizer:
     """The optimizer that a name says, over `model`, with its constructor's own options.
 
     PyTorch's optimizers decay weights with two axes or more, and biases and BatchNorm's parameters only with
     `decay_all`; those of `npg.optim` say themselves what they decay.
 
+    Args:
+        name: out of `OPTIMIZERS`.
+        model: a classifier that returns logits.
+        options: of the constructor, by its names.
+        decay_all: see above.
+        process_group: what an optimizer that makes its own gradients averages them over.
+
     Raises:
         ValueError: no such optimizer or no such option, with those that there are; or a value out of its range.
     """
     check_optimizer(name, options)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     build = OPTIMIZERS[name]
-    groups: list[Any] = parameters
-    if options.get("weight_decay") and not decay_all and not name.endswith("ngd"):
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
     try:
-        return build(groups, **options)
+        if takes_batches(name):
+            return build(model, Categorical(), **options, process_group=process_group)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if decay_all or build is optim.OnlineNGD:
+            return build(parameters, **options)
+        weights = {"params": [p for p in parameters if p.ndim > 1]}
+        others = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+        return build([group for group in (weights, others) if group["params"]], **options)
     except TypeError as error:
         raise ValueError(f"the options of {name} do not fit: {error}") from error
 
 
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse an unknown optimizer, or an option that its constructor does not have."""
+    """Refuse an unknown optimizer, an option that its constructor does not have, or one that is lacking.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=3, cutoff=0.4)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise ValueError(f"no optimizer is called {name!r}{hint}. There are {', '.join(OPTIMIZERS)}")
-    accepted = [p for p in inspect.signature(OPTIMIZERS[name]).parameters if p not in ("params", "model", "family")]
+    signature = inspect.signature(OPTIMIZERS[name]).parameters
+    accepted = [option for option in signature if option not in _GIVEN_BY_THE_TRAINER]
     for option in options:
         if option not in accepted:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(accepted)}")
+    if "lr" not in options and signature["lr"].default is inspect.Parameter.empty:
+        raise ValueError(f"{name} needs a learning rate, lr")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-__all__ = ["Stopwatch"]
+__all__ = ["Mark", "Stopwatch"]
 
 Mark = float | torch.cuda.Event
 

@@ -21,14 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from npg.step import StepReport
 from npg.vision.config import Config
 from npg.vision.data import ImageData
 from npg.vision.distributed import World
 from npg.vision.loader import Normalization, TrainLoader, split_validation
 from npg.vision.models import model_from_name
-from npg.vision.optimizers import make_optimizer
+from npg.vision.optimizers import make_optimizer, takes_batches
 from npg.vision.run_folder import CheckpointError, RunFolder, load_checkpoint
-from npg.vision.timing import Stopwatch
+from npg.vision.timing import Mark, Stopwatch
 
 __all__ = ["THRESHOLDS", "Trainer", "TrainingStopped", "learning_rate_factor"]
 
@@ -37,6 +38,19 @@ THRESHOLDS = (60, 70, 75, 80, 85, 90, 92, 94)
 #: Steps between the looks that the host takes at a CUDA device; on the CPU, where looking is free, it is every step.
 LOOK_EVERY = 50
 EVALUATION_BATCH = 500
+#: What a natural step's report adds to the metrics, as means over an epoch's steps.
+REPORTED = (
+    "accepted",
+    "predicted_gain",
+    "actual_gain",
+    "predicted_kl",
+    "kl",
+    "iterations",
+    "residual",
+    "backtracks",
+    "damping",
+    "step_norm",
+)
 
 
 class TrainingStopped(RuntimeError):
@@ -113,7 +127,11 @@ class Trainer:
         self.total_steps = config.epochs * len(self.loader)
         self.stopwatch = Stopwatch(device)
         self.optimizer = make_optimizer(
-            config.optimizer, self.model, config.optimizer_options, decay_all=config.decay_all
+            config.optimizer,
+            self.model,
+            config.optimizer_options,
+            decay_all=config.decay_all,
+            process_group=None if config.average_every else world.group,
         )
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.averager: PeriodicModelAverager | None = None
@@ -165,8 +183,11 @@ class Trainer:
         config, world = self.config, self.world
         forward: nn.Module = self.model
         if world.group is not None and config.average_every:
-            self.averager = PeriodicModelAverager(config.average_every, process_group=world.group)
-        elif world.group is not None:
+            # The averager counts from 0: with this warm-up it first averages after step K, then after 2K, 3K, …
+            self.averager = PeriodicModelAverager(
+                config.average_every, warmup_steps=config.average_every - 1, process_group=world.group
+            )
+        elif world.group is not None and not takes_batches(config.optimizer):
             forward = DistributedDataParallel(
                 self.model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -215,14 +236,18 @@ class Trainer:
         look_every = LOOK_EVERY if device.type == "cuda" else 1
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        reports: dict[str, list[float]] = {}
         self.model.train()
         begun = self.stopwatch.mark()
         for step, (inputs, targets) in enumerate(self.loader):
             factor = learning_rate_factor(self.config, self.epoch * steps + step, self.total_steps)
             for group, rate in zip(self.optimizer.param_groups, self._base_rates):
                 group["lr"] = rate * factor
-            losses[step], logits = self._train_step(inputs, targets)
-            correct += _correct(logits, targets)
+            if takes_batches(self.config.optimizer):
+                losses[step] = self._natural_step(inputs, targets, reports)
+            else:
+                losses[step], logits = self._train_step(inputs, targets)
+                correct += _correct(logits, targets)
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
             if (step + 1) % look_every == 0 or step + 1 == steps:
@@ -240,14 +265,15 @@ class Trainer:
         self.seconds += seconds["epoch"]
         counts = self.world.sum_(torch.cat((losses.sum().reshape(1), correct))).tolist()
         images = steps * self.config.batch_size
+        accuracy = {"train_top1": 100.0 * counts[1] / images, "train_top5": 100.0 * counts[2] / images}
         return {
             "epoch": self.epoch + 1,
             "step": (self.epoch + 1) * steps,
             "seconds": self.seconds,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": counts[0] / (steps * self.world.size),
-            "train_top1": 100.0 * counts[1] / images,
-            "train_top5": 100.0 * counts[2] / images,
+            **({} if takes_batches(self.config.optimizer) else accuracy),
+            **{f"natural_{name}": _finite_mean(values) for name, values in reports.items()},
             **{
                 f"seconds_{name}": seconds.get(name, 0.0) / steps
                 for name in ("forward_backward", "optimizer", "communication")
@@ -265,13 +291,31 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         now = self.stopwatch.lap("forward_backward", now)
         self.optimizer.step()
-        now = self.stopwatch.lap("optimizer", now)
-        if self.averager is not None:
-            # It averages only parameters that have a gradient, hence before zero_grad.
-            self.averager.average_parameters(self.model.parameters())
-            self.stopwatch.lap("communication", now)
+        self._average_parameters(self.stopwatch.lap("optimizer", now))
         self.optimizer.zero_grad()
         return loss.detach(), logits.detach()
+
+    def _natural_step(self, inputs: Tensor, targets: Tensor, reports: dict[str, list[float]]) -> Tensor | float:
+        """One step of an optimizer that makes its own gradients; returns the loss, and adds to `reports`."""
+        now = self.stopwatch.mark()
+        with self._autocast():
+            result = self.optimizer.step(inputs, targets)  # type: ignore[call-overload]
+        self._average_parameters(self.stopwatch.lap("optimizer", now))
+        if not isinstance(result, StepReport):
+            loss: Tensor = result
+            return loss
+        for name in REPORTED:
+            reports.setdefault(name, []).append(float(getattr(result, name)))
+        return -result.objective
+
+    def _average_parameters(self, now: Mark) -> None:
+        if self.averager is not None:
+            # The averager passes over parameters without a gradient, which those of a natural step have not.
+            for p in self.model.parameters():
+                if p.grad is None and p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+            self.averager.average_parameters(self.model.parameters())
+            self.stopwatch.lap("communication", now)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.amp)
@@ -353,9 +397,10 @@ class Trainer:
         self.folder.write_epoch(row)
         self.folder.write_checkpoint(self.epoch, state)
         name = self.config.eval_on
+        train_top1 = f" top-1 {row['train_top1']:.2f}" if "train_top1" in row else ""
         tqdm.write(
-            f"epoch {self.epoch:3d}/{self.config.epochs}  train loss {row['train_loss']:.4f} "
-            f"top-1 {row['train_top1']:.2f}  {name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:.2f}  "
+            f"epoch {self.epoch:3d}/{self.config.epochs}  train loss {row['train_loss']:.4f}{train_top1}  "
+            f"{name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:.2f}  "
             f"lr {row['lr']:.2e}  {row['seconds_step']:.4f} s/step",
             file=sys.stdout,
         )
@@ -456,6 +501,12 @@ def _correct(logits: Tensor, targets: Tensor) -> Tensor:
     """How many targets are the largest, and among the five largest, of their logits, (2,)."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     return torch.stack((ranked[:, 0].sum(), ranked.sum())).double()
+
+
+def _finite_mean(values: list[float]) -> float:
+    """The mean of the values that were measured, NaN where none was."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _peak_memory(device: torch.device) -> int:

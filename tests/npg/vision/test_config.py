@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from npg.vision.config import PRESETS, Config, load_config
+from npg.vision.optimizers import OPTIMIZERS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_preset_knows_every_optimizer(preset: str, optimizer: str) -> None:
+    config = load_config("densenet-19", optimizer, preset)
+    assert (config.model, config.optimizer, config.epochs, config.batch_size) == ("densenet-19", optimizer, 50, 128)
+    assert isinstance(config.optimizer_options["lr"], float)
+    assert isinstance(config.optimizer_options["weight_decay"], float)
+
+
+def test_the_report_s_preset_is_the_report_s() -> None:
+    config = load_config("densenet-19", "sgd", "report")
+    assert config.optimizer_options == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    assert config.std == (0.2023, 0.1994, 0.2010)
+    assert config.decay_all
+    assert (config.schedule, [m * config.epochs for m in config.milestones], config.gamma) == ("step", [37.0], 0.1)
+
+
+def test_what_the_caller_says_goes_over_the_preset(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("epochs: 3\noptimizers: {sgd: {lr: 0.5, momentum: 0.8}}\n")
+    config = load_config("wrn-16-1", "sgd", str(mine), {"seed": 7}, {"lr": 0.25})
+    assert (config.epochs, config.seed) == (3, 7)
+    assert config.optimizer_options == {"lr": 0.25, "momentum": 0.8}
+
+
+def test_a_config_survives_yaml() -> None:
+    config = load_config("wrn-16-1", "online-ngd", "report", {"limit_train": 10})
+    assert Config(**yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", 0, "epochs must be at least 1; got 0"),
+        ("batch_size", -1, "batch_size must be at least 1; got -1"),
+        ("average_every", -2, "average_every must be at least 0; got -2"),
+        ("label_smoothing", 1.0, r"label_smoothing must be in \[0, 1\); got 1.0"),
+        ("ema", -0.1, r"ema must be in \[0, 1\); got -0.1"),
+        ("milestones", [37], "milestones must be fractions of the run"),
+        ("gamma", 0.0, "gamma must be above 0"),
+        ("std", [0.0, 1.0, 1.0], "mean and std must be three numbers each"),
+        ("limit_train", 0, "limit_train must be at least 1"),
+        ("schedule", "stairs", "schedule must be constant, step or cosine; got stairs"),
+        ("eval_on", "train", "eval_on must be validation or test; got train"),
+        ("optimizer_options", {"lr": 0.1, "beta": 1}, "sgd has no option 'beta'; it has lr, momentum"),
+    ],
+)
+def test_a_value_out_of_range_names_itself(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**({"model": "wrn-16-1", "optimizer": "sgd", "optimizer_options": {"lr": 0.1}} | {field: value}))
+
+
+@pytest.mark.parametrize("field", [{"label_smoothing": 0.1}, {"compile": True}])
+def test_what_a_natural_step_cannot_do_is_refused(field: dict) -> None:
+    with pytest.raises(ValueError, match="with ngd, which differentiates"):
+        Config("wrn-16-1", "ngd", **field)
+
+
+def test_bad_presets(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no preset is called 'best'; there are report, tuned"):
+        load_config("wrn-16-1", "sgd", "best")
+    path = tmp_path / "bad.yaml"
+    path.write_text("epoch: 3\noptimizers: {sgd: {lr: 0.1}}")
+    with pytest.raises(ValueError, match="has a key 'epoch', which means nothing; is epochs meant"):
+        load_config("wrn-16-1", "sgd", str(path))
+    path.write_text("[1, 2")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_config("wrn-16-1", "sgd", str(path))
+    path.write_text("just text")
+    with pytest.raises(ValueError, match="must be a mapping"):
+        load_config("wrn-16-1", "sgd", str(path))

@@ -1,0 +1,222 @@
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from npg.vision import data
+from npg.vision.data import CIFAR10_ARCHIVE, CIFAR10_FOLDER, CIFAR10_MD5, DataError, load
+
+BATCHES = [name for name in CIFAR10_MD5 if name != CIFAR10_ARCHIVE]
+
+
+def batch(seed: int, n: int = 4) -> tuple[bytes, np.ndarray, list[int]]:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+    labels = rng.integers(0, 10, n).tolist()
+    return pickle.dumps({b"data": pixels, b"labels": labels}, protocol=3), pixels, labels
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w:gz") -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small archive of CIFAR-10's make, whose checksums are taken for the official ones."""
+    members = {f"{CIFAR10_FOLDER}/{name}": batch(i)[0] for i, name in enumerate(BATCHES)}
+    archive = tmp_path / CIFAR10_ARCHIVE
+    write_tar(archive, members)
+    for path, content in {**members, CIFAR10_ARCHIVE: archive.read_bytes()}.items():
+        monkeypatch.setitem(CIFAR10_MD5, path.split("/")[-1], hashlib.md5(content).hexdigest())
+    return archive
+
+
+def assert_is_the_official_content(images: data.ImageData) -> None:
+    pixels = [batch(i)[1].reshape(-1, 3, 32, 32) for i in range(6)]
+    labels = [batch(i)[2] for i in range(6)]
+    np.testing.assert_array_equal(images.train_images, np.concatenate(pixels[:5]))
+    np.testing.assert_array_equal(images.train_labels, np.concatenate(labels[:5]))
+    np.testing.assert_array_equal(images.test_images, pixels[5])
+    np.testing.assert_array_equal(images.test_labels, labels[5])
+    assert images.classes[:2] == ("airplane", "automobile")
+
+
+def test_official_archive(official: Path) -> None:
+    assert_is_the_official_content(load(official))
+    assert_is_the_official_content(load(official.parent))
+
+
+def test_official_folder(official: Path, tmp_path: Path) -> None:
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(official) as tar:
+        tar.extractall(unpacked, filter="data")
+    assert_is_the_official_content(load(unpacked))
+    assert_is_the_official_content(load(unpacked / CIFAR10_FOLDER))
+    (unpacked / CIFAR10_FOLDER / "data_batch_3").unlink()
+    with pytest.raises(DataError, match=r"lacks data_batch_3. Get the whole archive from https://"):
+        load(unpacked)
+
+
+def test_download_checks_and_keeps(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CIFAR10_URL", official.as_uri())
+    assert_is_the_official_content(load(progress=False))
+    monkeypatch.setattr(urllib.request, "urlopen", None)  # the second time there is nothing to download
+    assert_is_the_official_content(load(progress=False))
+
+
+def test_a_damaged_download_is_refused_and_not_kept(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CIFAR10_URL", official.as_uri())
+    monkeypatch.setitem(CIFAR10_MD5, CIFAR10_ARCHIVE, "0" * 32)
+    with pytest.raises(DataError, match="is corrupt: its md5 is"):
+        load(progress=False)
+    assert list(data.cache_folder().iterdir()) == []
+
+
+def test_a_failed_download_says_where_to_put_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CIFAR10_URL", (tmp_path / "nothing").as_uri())
+    with pytest.raises(DataError, match=r"cannot download .* put it at .*cifar-10-python.tar.gz"):
+        load(progress=False)
+
+
+def test_corrupt_archive_and_batch(official: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CIFAR10_MD5, "data_batch_2", "0" * 32)
+    with pytest.raises(DataError, match=r"data_batch_2 of .* is corrupt"):
+        load(official)
+    official.write_bytes(official.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz of .* is corrupt: .* get it again from https://"):
+        load(official)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pickle-was-executed",)
+
+
+def test_a_pickle_that_calls_is_refused_even_with_the_right_checksum(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / CIFAR10_FOLDER
+    folder.mkdir()
+    content = pickle.dumps({b"data": Evil(), b"labels": []}, protocol=3)
+    for name in BATCHES:
+        (folder / name).write_bytes(content)
+        monkeypatch.setitem(CIFAR10_MD5, name, hashlib.md5(content).hexdigest())
+    official.unlink()
+    with pytest.raises(DataError, match=r"refers to posix.mkdir"):
+        load(folder)
+    assert not (tmp_path / "pickle-was-executed").exists()
+
+
+@pytest.mark.parametrize("content", [{b"labels": [1]}, {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}])
+def test_a_pickle_that_is_no_batch(content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BATCHES:
+        raw = pickle.dumps(content, protocol=3)
+        (tmp_path / name).write_bytes(raw)
+        monkeypatch.setitem(CIFAR10_MD5, name, hashlib.md5(raw).hexdigest())
+    with pytest.raises(DataError, match="is not a batch of CIFAR-10"):
+        load(tmp_path)
+
+
+# --- image files
+
+
+def png(value: int, size: tuple[int, int] = (4, 4)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, (value, 2 * value, 3)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def members(prefix: str = "") -> dict[str, bytes]:
+    files = {}
+    for split, n in (("train", 3), ("test", 2)):
+        for c, label in enumerate(("dog", "cat")):  # not in the order of the alphabet
+            for i in range(n):
+                files[f"{prefix}{split}/{label}/{i}.png"] = png(10 * c + i)
+    return files | {f"{prefix}readme.txt": b"no image", f"{prefix}train/cat/._0.png": b"macOS"}
+
+
+def assert_is_the_sample(images: data.ImageData) -> None:
+    assert images.classes == ("cat", "dog")
+    assert images.train_images.shape == (6, 3, 4, 4)
+    assert images.train_images.dtype == np.uint8
+    assert images.train_images[:, 0, 0, 0].tolist() == [10, 11, 12, 0, 1, 2]
+    assert images.train_images[:, 1, 0, 0].tolist() == [20, 22, 24, 0, 2, 4]
+    assert images.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.test_labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "tar.xz", "zip"])
+@pytest.mark.parametrize("prefix", ["", "some/where/"])
+def test_images_in_a_folder_or_an_archive(kind: str, prefix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"images.{kind}"
+    if kind == "folder":
+        for name, content in members(prefix).items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members(prefix).items():
+                archive.writestr(name, content)
+    else:
+        write_tar(path, members(prefix), mode=f"w:{kind[4:]}")
+    assert_is_the_sample(load(path, progress=False))
+
+
+def test_decoded_images_are_cached_until_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "images.tar"
+    write_tar(path, members(), mode="w")
+    load(path, progress=False)
+    (cache,) = data.cache_folder().iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_decode", None)
+        assert_is_the_sample(load(path, progress=False))
+    cache.write_bytes(cache.read_bytes()[:100])  # damaged: decoded anew
+    assert_is_the_sample(load(path, progress=False))
+    write_tar(path, {k: v for k, v in members().items() if not k.endswith("2.png")}, mode="w")
+    os.utime(path, ns=(1, 1))
+    assert len(load(path, progress=False).train_images) == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train/cat/0.png": png(1)}, "has no images under test/<class>/"),
+        ({"cat/0.png": png(1), "dog/0.png": png(1)}, r"has no images under train/<class>/: expected CIFAR-10's"),
+        ({"train/cat/0.png": png(1), "test/dog/0.png": png(1)}, "has cat, dog in only one of train/ and test/"),
+        (members() | {"train/cat/9.png": png(1, (5, 4))}, "train/cat/9.png .* has 5×4 pixels, and the first image 4×4"),
+        (members() | {"train/cat/9.png": b"not an image"}, "train/cat/9.png .* cannot be read as an image"),
+        (members() | {"copy/train/cat/0.png": png(1)}, "holds train/cat/0.png twice"),
+    ],
+)
+def test_a_wrong_layout_is_explained(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "images.tar"
+    write_tar(path, files, mode="w")
+    with pytest.raises(DataError, match=message):
+        load(path, progress=False)
+    assert not data.cache_folder().exists()
+
+
+def test_nothing_there_and_no_archive(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data at .*nothing: expected .* is downloaded to"):
+        load(tmp_path / "nothing")
+    (tmp_path / "text.tar").write_text("text")
+    with pytest.raises(DataError, match="is truncated, corrupt or no archive"):
+        load(tmp_path / "text.tar", progress=False)
+    whole = tmp_path / "whole.tar.xz"
+    write_tar(whole, members(), mode="w:xz")
+    (tmp_path / "half.tar.xz").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(DataError, match="is truncated, corrupt or no archive"):
+        load(tmp_path / "half.tar.xz", progress=False)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+from npg import optim
+from npg.vision.optimizers import OPTIMIZERS, make_optimizer, takes_batches
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_a_step(name: str) -> None:
+    torch.manual_seed(0)
+    net = model()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = make_optimizer(name, net, {"lr": 0.01})
+    inputs, targets = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    if takes_batches(name):
+        optimizer.step(inputs, targets)
+    else:
+        nn.functional.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(net.parameters(), before))
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_names_mean_what_they_say() -> None:
+    built = {name: make_optimizer(name, model(), {"lr": 0.01}) for name in OPTIMIZERS}
+    assert type(built["adam"]) is type(built["amsgrad"]) is torch.optim.Adam
+    assert built["amsgrad"].defaults["amsgrad"]
+    assert not built["adam"].defaults["amsgrad"]
+    assert isinstance(built["ngd"], optim.NGD)
+    assert isinstance(built["diagonal-ngd"], optim.DiagonalNGD)
+    assert isinstance(built["online-ngd"], optim.OnlineNGD)
+
+
+@pytest.mark.parametrize(("decay_all", "decayed"), [(False, [2, 4]), (True, [1, 1, 1, 2, 4])])
+def test_weight_decay_reaches_weights_only_unless_asked(decay_all: bool, decayed: list[int]) -> None:
+    optimizer = make_optimizer("sgd", model(), {"lr": 0.1, "weight_decay": 0.1}, decay_all=decay_all)
+    axes = [p.ndim for group in optimizer.param_groups for p in group["params"] if group["weight_decay"]]
+    assert sorted(axes) == decayed
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adma", {"lr": 1.0}, "no optimizer is called 'adma'; near it: adam"),
+        ("x", {"lr": 1.0}, "There are sgd, adam, adamw"),
+        ("online-ngd", {"lr": 1.0, "rnak": 3}, "online-ngd has no option 'rnak'; it has lr, momentum, weight_decay"),
+        ("ngd", {"family": 3}, "ngd has no option 'family'"),
+        ("online-ngd", {}, "online-ngd needs a learning rate, lr"),
+        ("online-ngd", {"lr": -1.0}, "lr"),
+        ("sgd", {"lr": -1.0}, "learning rate"),
+        ("sgd", {"lr": "fast"}, "the options of sgd do not fit"),
+    ],
+)
+def test_bad_input(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(name, model(), options)

@@ -1,0 +1,97 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from npg.vision.config import Config
+from npg.vision.run_folder import CheckpointError, RunFolder, find_checkpoint, load_checkpoint
+
+CONFIG = Config("wrn-16-1", "sgd", {"lr": 0.1}, keep_checkpoints=2)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with (path / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def filled(path: Path, epochs: int = 3) -> RunFolder:
+    folder = RunFolder(path, CONFIG)
+    for epoch in range(1, epochs + 1):
+        folder.write_epoch({"epoch": epoch, "train_loss": 1.0 / epoch})
+        folder.write_checkpoint(epoch, {"config": CONFIG.to_dict(), "epoch": epoch, "x": torch.ones(3)})
+    folder.write_summary({"best": 1})
+    folder.close()
+    return folder
+
+
+def test_what_a_run_leaves(run_dir: Path) -> None:
+    filled(run_dir)
+    assert [float(row["train_loss"]) for row in rows(run_dir)] == [1.0, 0.5, 1 / 3]
+    assert Config(**yaml.safe_load((run_dir / "config.yaml").read_text())) == CONFIG
+    assert f"torch: {torch.__version__}" in (run_dir / "versions.txt").read_text()
+    assert "git commit: " in (run_dir / "versions.txt").read_text()
+    assert (run_dir / "command.txt").read_text().strip()
+    assert json.loads((run_dir / "summary.json").read_text()) == {"best": 1}
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["epoch_0002.pt", "epoch_0003.pt"]
+    events = EventAccumulator(str(run_dir)).Reload().Scalars("train/loss")
+    assert [(e.step, round(e.value, 6)) for e in events] == [(1, 1.0), (2, 0.5), (3, 0.333333)]
+
+
+def test_an_existing_folder_is_not_touched(run_dir: Path) -> None:
+    filled(run_dir)
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"the run folder .* exists; go on with --resume"):
+        RunFolder(run_dir, CONFIG)
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_going_on_in_the_same_folder_drops_what_came_after(run_dir: Path) -> None:
+    filled(run_dir)
+    folder = RunFolder(run_dir, CONFIG, run_dir / "checkpoints" / "epoch_0002.pt")
+    folder.write_epoch({"epoch": 3, "train_loss": 7.0})
+    folder.close()
+    assert [float(row["train_loss"]) for row in rows(run_dir)] == [1.0, 0.5, 7.0]
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["epoch_0002.pt"]
+
+
+def test_going_on_elsewhere_leaves_the_old_run_alone(run_dir: Path, tmp_path: Path) -> None:
+    filled(run_dir)
+    folder = RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt")
+    folder.write_epoch({"epoch": 3, "train_loss": 7.0})
+    folder.close()
+    assert [float(row["train_loss"]) for row in rows(tmp_path / "new")] == [1.0, 0.5, 7.0]
+    assert [float(row["train_loss"]) for row in rows(run_dir)] == [1.0, 0.5, 1 / 3]
+    assert len(list((run_dir / "checkpoints").iterdir())) == 2
+    with pytest.raises(ValueError, match="exists"):
+        RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt")
+
+
+def test_finding_and_reading_checkpoints(run_dir: Path, tmp_path: Path) -> None:
+    filled(run_dir)
+    newest = find_checkpoint(run_dir)
+    assert newest.name == "epoch_0003.pt"
+    assert find_checkpoint(newest) == newest
+    assert load_checkpoint(newest)["epoch"] == 3
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        find_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("size", [0, 100, -50])
+def test_a_truncated_checkpoint_names_an_earlier_one(size: int, run_dir: Path) -> None:
+    filled(run_dir)
+    newest = find_checkpoint(run_dir)
+    newest.write_bytes(newest.read_bytes()[:size])
+    with pytest.raises(
+        CheckpointError, match=r"truncated or damaged; go on from an earlier one: --resume .*epoch_0002.pt"
+    ):
+        load_checkpoint(newest)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        load_checkpoint(tmp_path / "list.pt")

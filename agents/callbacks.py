@@ -1,0 +1,179 @@
+"""What a run does beside learning: record, evaluate, save, show, and stop when it is told to."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, Self
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from tqdm import tqdm
+
+from agents.config import RunConfig
+from agents.evaluation import Evaluation, evaluate
+from agents.runs import RunFolder, save_agent
+
+__all__ = ["EpisodeRecorder", "Evaluator", "ProgressBar", "Saver", "StopRequest", "evaluation_seed"]
+
+
+def evaluation_seed(config: RunConfig, *, final: bool = False) -> int:
+    """The seed of the evaluation environments: apart from training's, and the final one's apart from both."""
+    return config.seed + (2**29 if final else 2**28)
+
+
+class EpisodeRecorder(BaseCallback):
+    """Writes every training episode to monitor.csv."""
+
+    def __init__(self, folder: RunFolder, env_id: str) -> None:
+        super().__init__()
+        self._file = folder.episodes(env_id)
+
+    def _on_step(self) -> bool:
+        if self.locals["dones"].any():
+            for info in self.locals["infos"]:
+                if episode := info.get("episode"):
+                    self._file.add(episode, self.num_timesteps)
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _Periodic(BaseCallback):
+    """Acts between two updates, each time that another `frequency` environment steps are over."""
+
+    def __init__(self, frequency: int) -> None:
+        super().__init__()
+        self._frequency = frequency
+
+    def _on_training_start(self) -> None:
+        self._period = self.model.num_timesteps // self._frequency
+
+    def _on_rollout_start(self) -> None:
+        # Between updates parameters, statistics and counters belong together; a rollout under way cannot be saved.
+        period = self.model.num_timesteps // self._frequency
+        if period > self._period:
+            self._period = period
+            self._act()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _act(self) -> None:
+        raise NotImplementedError
+
+
+class Evaluator(_Periodic):
+    """Evaluates with deterministic actions and frozen statistics, and saves the best agent so far.
+
+    The environments are seeded alike each time, so that evaluations differ by the agent alone.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, env: VecEnv) -> None:
+        super().__init__(config.eval_freq)
+        self._config, self._folder, self._env = config, folder, env
+        earlier = folder.evaluations()
+        self._best = max(earlier["mean_return"]) if earlier and len(earlier["mean_return"]) else float("-inf")
+        self.last: Evaluation | None = None
+        self.seconds = 0.0
+
+    def _act(self) -> None:
+        self.evaluate()
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate now."""
+        statistics = self.model.get_vec_normalize_env()
+        if statistics is not None and isinstance(self._env, VecNormalize):
+            self._env.obs_rms = statistics.obs_rms
+        e = evaluate(self.model, self._env, self._config.eval_episodes, evaluation_seed(self._config))
+        self._folder.add_evaluation(e.summary)
+        self.logger.record("eval/mean_return", e.mean_return)
+        self.logger.record("eval/mean_length", e.mean_length)
+        # Of equals the later: it had more data.
+        if e.mean_return >= self._best:
+            self._best = e.mean_return
+            save_agent(self.model, self._folder.best)
+        self.last = e
+        self.seconds += e.seconds
+        return e
+
+
+class Saver(_Periodic):
+    """Saves the agent under its number of steps and as the last one."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        super().__init__(config.save_freq)
+        self._folder = folder
+
+    def _act(self) -> None:
+        save_agent(self.model, self._folder.checkpoint(self.model.num_timesteps))
+        save_agent(self.model, self._folder.last)
+
+
+class ProgressBar(BaseCallback):
+    """Steps, speed, remaining time, and the mean return of the latest training episodes."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self._timesteps = config.timesteps
+
+    def _on_training_start(self) -> None:
+        done, rollout = self.model.num_timesteps, self.model.n_steps * self.model.n_envs
+        self._bar = tqdm(
+            total=done + math.ceil((self._timesteps - done) / rollout) * rollout,
+            initial=done,
+            unit=" steps",
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}",
+        )
+
+    def _on_step(self) -> bool:
+        self._bar.update(self.training_env.num_envs)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.model.ep_info_buffer:
+            mean = safe_mean([episode["r"] for episode in self.model.ep_info_buffer])
+            self._bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+class StopRequest(BaseCallback):
+    """Ctrl-C and SIGTERM end the training after the present step or update; a second Ctrl-C ends it at once.
+
+    An interrupt in the middle of an update would leave parameters between two policies.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested = False
+        self._former: dict[int, Any] = {}
+
+    def _on_step(self) -> bool:
+        return not self.requested
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

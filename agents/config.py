@@ -1,0 +1,318 @@
+"""What a training run is made of, and the presets that fill it in."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
+
+import agents
+from envs.atari import Game
+
+__all__ = [
+    "ALGORITHMS",
+    "PRESET_KEYS",
+    "RunConfig",
+    "check_names",
+    "hyperparameters_of",
+    "parse_settings",
+    "read_yaml",
+    "resolve",
+]
+
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+    name.lower(): algorithm
+    for name in agents.__all__
+    if isinstance(algorithm := getattr(agents, name), type) and issubclass(algorithm, BaseAlgorithm)
+}
+"""The name on the command line → the class: all that `agents` exports."""
+
+PRESET_KEYS = ("timesteps", "n_envs", "normalize", "policy", "env_kwargs")
+"""What a preset may hold beside the arguments of the algorithm's constructor."""
+
+# Arguments of a constructor that the run itself fills in, and classes, which no text can name.
+_NOT_SET = {
+    *("policy", "env", "seed", "device", "verbose", "tensorboard_log"),
+    *("rollout_buffer_class", "rollout_buffer_kwargs", "_init_setup_model"),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run: everything that decides its result, and how it is watched.
+
+    Attributes:
+        algo: a name out of `ALGORITHMS`.
+        env: an environment that `envs.make_vec_env` knows.
+        seed: of the initialisation, the actions and the environments.
+        timesteps: environment steps in all; the run ends with the first update at or after it.
+        n_envs: environments that are stepped together.
+        backend: of the environments: ``auto``, ``envpool`` or ``gymnasium``.
+        device: ``cpu``, ``cuda``, …; ``auto`` is CUDA where there is one.
+        threads: of PyTorch and of EnvPool; None leaves both at their default.
+        policy: None takes MultiInputPolicy, CnnPolicy or MlpPolicy, by the observation.
+        normalize: the arguments of VecNormalize; None does not normalise.
+        env_kwargs: arguments of the environment.
+        eval_freq: environment steps between two evaluations.
+        eval_episodes: episodes of an evaluation during training.
+        n_eval_envs: environments that are evaluated together.
+        save_freq: environment steps between two checkpoints.
+        hyperparameters: the arguments of the algorithm's constructor.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    algo: str
+    env: str
+    seed: int = 0
+    timesteps: int = 100_000
+    n_envs: int = 8
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    policy: str | None = None
+    normalize: dict[str, Any] | None = None
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    eval_freq: int | None = None
+    eval_episodes: int = 10
+    n_eval_envs: int | None = None
+    save_freq: int | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        filled_in = {
+            "eval_freq": lambda: max(1, self.timesteps // 20),
+            "save_freq": lambda: max(1, self.timesteps // 5),
+            "n_eval_envs": lambda: self.eval_episodes,
+        }
+        for name in ("timesteps", "n_envs", "eval_episodes", *filled_in, "threads"):
+            value = getattr(self, name)
+            if value is None and name in filled_in:
+                object.__setattr__(self, name, filled_in[name]())
+            elif value is not None or name != "threads":
+                _whole(name, value, 1)
+        _whole("seed", self.seed, 0)
+        if self.seed >= 2**28:
+            raise ValueError(f"seed={self.seed} must be less than 2**28")
+        try:
+            device = torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device={self.device!r} must be auto, cpu, cuda or cuda:<number>") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device={self.device!r}: there are {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain values, in the order of the fields."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> RunConfig:
+        """The run that `to_dict` wrote to a YAML file.
+
+        Raises:
+            ValueError: if the file is damaged, or its values are out of their ranges.
+        """
+        content = read_yaml(path)
+        check_names("key", content, [f.name for f in fields(cls)], f"in {path}")
+        if missing := {"algo", "env"} - content.keys():
+            raise ValueError(f"{path} lacks {' and '.join(sorted(missing))}: it is not the config.yaml of a run")
+        check_names("algorithm", [content["algo"]], ALGORITHMS, f"in {path}")
+        return cls(**content)
+
+
+def resolve(
+    algo: str, env: str, *, preset: str | None = None, settings: Mapping[str, Any] | None = None, **options: Any
+) -> RunConfig:
+    """The run of `algo` on `env`: its preset, changed by `settings`, then by the fields of `RunConfig` in `options`.
+
+    Args:
+        algo: a name out of `ALGORITHMS`.
+        env: the environment's id.
+        preset: the name of a preset of the algorithm, or a YAML file of presets; by default the environment's own.
+        settings: `PRESET_KEYS` and arguments of the constructor; a dot reaches into a mapping (``normalize.clip_obs``).
+        options: fields of `RunConfig`; None is as if left out.
+
+    Raises:
+        ValueError: for a name that is not known (the nearest known ones are told) or a value out of its range.
+    """
+    check_names("algorithm", [algo], ALGORITHMS)
+    defaults = hyperparameters_of(algo)
+    known = [*PRESET_KEYS, *defaults]
+    values = load_preset(algo, env, preset)
+    for key, value in (settings or {}).items():
+        _set(values, key, value)
+    check_names("setting", values, known, f"for {algo}")
+
+    given = {key: values.pop(key) for key in list(values) if key not in PRESET_KEYS}
+    hyperparameters = defaults | {key: _like(defaults[key], key, value) for key, value in given.items()}
+    values |= {key: _like(1, key, values[key]) for key in ("timesteps", "n_envs") if key in values}
+    values["env_kwargs"] = _mapping("env_kwargs", values.get("env_kwargs"))
+    values["normalize"] = _normalize(values.get("normalize"), hyperparameters)
+    values |= {key: value for key, value in options.items() if value is not None}
+    return RunConfig(algo=algo, env=env, hyperparameters=hyperparameters, **values)
+
+
+def hyperparameters_of(algo: str) -> dict[str, Any]:
+    """The arguments of the algorithm's constructor that a run can set, and their defaults."""
+    parameters = inspect.signature(ALGORITHMS[algo].__init__).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.name != "self" and p.name not in _NOT_SET and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+
+
+def load_preset(algo: str, env: str, preset: str | None = None) -> dict[str, Any]:
+    """The preset of `algo` called `preset`, over the entry ``default`` of its file.
+
+    Without a name it is the environment's: its id, else ``Atari`` for an Atari game, else the default alone.
+
+    Raises:
+        ValueError: if there is no such file or preset, or the file is damaged.
+    """
+    if preset is not None and (preset.endswith((".yaml", ".yml")) or Path(preset).is_file()):
+        source, path = Path(preset), Path(preset)
+        if not path.is_file():
+            raise ValueError(f"preset {preset!r}: there is no such file")
+        preset = None
+    else:
+        source = Path(f"{algo}.yaml")
+        path = resources.files("agents") / "presets" / source.name
+        if not path.is_file() and preset is None:
+            return {}
+    presets = read_yaml(path)
+    for name, entry in presets.items():
+        _mapping(f"{source}: {name}", entry)
+    if preset is not None:
+        check_names("preset", [preset], presets, f"for {algo}", "Or give a .yaml file.")
+    elif env in presets:
+        preset = env
+    elif "Atari" in presets and Game.parse(env, False, {}) is not None:
+        preset = "Atari"
+    else:
+        preset = "default"
+    return {**(presets.get("default") or {}), **(presets.get(preset) or {})}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-3 is one, where PyYAML by itself reads a string."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Any) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ValueError: if it cannot be read, or is anything else.
+    """
+    try:
+        content = yaml.load(path.read_text(), _Loader)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return _mapping(str(path), content)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``["target_kl=0.02", …]`` → ``{"target_kl": 0.02, …}``; values are YAML.
+
+    Raises:
+        ValueError: for a setting that is not ``key=value``, or whose value is not YAML.
+    """
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise ValueError(f"setting {setting!r} must have the form key=value")
+        try:
+            parsed[key] = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {setting!r}: the value is not YAML") from error
+    return parsed
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for name in outer:
+        inner = values.get(name)
+        values[name] = values = dict(inner) if isinstance(inner, Mapping) else {}
+    values[last] = value
+
+
+def _normalize(value: Any, hyperparameters: dict[str, Any]) -> dict[str, Any] | None:
+    """All arguments of VecNormalize; rewards are scaled with the algorithm's own discount unless told otherwise."""
+    if not value and value != {}:
+        return None
+    given = {} if value is True else _mapping("normalize", value)
+    parameters = list(inspect.signature(VecNormalize.__init__).parameters.values())
+    defaults = {p.name: p.default for p in parameters if p.name not in ("self", "venv", "training")}
+    if "gamma" in hyperparameters:
+        defaults["gamma"] = hyperparameters["gamma"]
+    check_names("argument", given, defaults, "of VecNormalize, in 'normalize'")
+    return defaults | given
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check_names(what: str, names: Iterable[str], known: Iterable[str], where: str = "", remedy: str = "") -> None:
+    """Raise ValueError for the first of `names` that is not `known`, and tell the nearest known ones, or all."""
+    known = list(known)
+    for name in names:
+        if name in known:
+            continue
+        lower = {str(k).lower(): str(k) for k in known}
+        nearest = [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower)]
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(map(str, known))}."
+        message = f"unknown {what} {str(name)!r} {where}".rstrip()
+        raise ValueError(f"{message}: {hint} {remedy}".rstrip())
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping, got {value!r}")
+    return dict(value)
+
+
+def _like(default: Any, name: str, value: Any) -> Any:
+    """`value`, if it is of the kind of a `default` that is a truth value or a number."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be true or false")
+    elif isinstance(default, int | float):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be a number")
+        if isinstance(default, int):
+            if value != (value // 1):
+                raise ValueError(f"{name}={value!r} must be a whole number")
+            return int(value)
+    return value
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -1,0 +1,50 @@
+"""The learning curve of a run as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from agents.runs import RunFolder
+
+__all__ = ["learning_curve"]
+
+
+def learning_curve(folder: RunFolder) -> Path:
+    """Draw learning_curve.png: training episodes, their running mean, and the evaluations with their deviation."""
+    config = folder.config
+    episodes, evaluations = folder.training_episodes(), folder.evaluations()
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    returns, steps = episodes["r"], episodes["timesteps"]
+    if len(returns):
+        order = np.argsort(steps, kind="stable")  # a run that was resumed from an earlier agent goes over steps again
+        returns, steps = returns[order], steps[order]
+        window = max(1, min(100, len(returns) // 10))
+        axes.plot(steps, returns, ".", color="C0", alpha=0.3, markersize=5, markeredgewidth=0, label="training episode")
+        mean = np.convolve(returns, np.full(window, 1 / window), mode="valid")
+        axes.plot(steps[window - 1 :], mean, color="C0", linewidth=2, label=f"mean of {window} episodes")
+    if evaluations:
+        axes.errorbar(
+            evaluations["timesteps"],
+            evaluations["mean_return"],
+            evaluations["std_return"],
+            fmt="o-",
+            color="C1",
+            markersize=4,
+            linewidth=1,
+            capsize=2,
+            label=f"evaluation: mean ± sd of {config.eval_episodes} episodes",
+        )
+    axes.set_xlabel("training (environment steps)")
+    axes.set_ylabel("return (sum of rewards per episode)")
+    axes.set_title(f"{config.algo.upper()} on {config.env}, seed {config.seed}")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="best", frameon=False)
+    path = folder.path / "learning_curve.png"
+    figure.savefig(path)
+    return path

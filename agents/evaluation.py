@@ -1,0 +1,203 @@
+"""How good an agent is: returns of whole episodes, with frozen statistics; and how it looks."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.config import RunConfig
+from agents.runs import SavedAgent, load_agent
+from envs import make_vec_env
+
+__all__ = ["Evaluation", "check_video", "evaluate", "evaluate_saved", "make_env", "record_video", "table"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The episodes of one agent.
+
+    Attributes:
+        timesteps: environment steps of the agent's training.
+        returns: the sum of rewards of each episode, not normalised.
+        lengths: in steps.
+        seconds: for all episodes.
+        deterministic: whether the mode of the policy acted, or a sample.
+        seed: of the environments.
+    """
+
+    timesteps: int
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    seconds: float
+    deterministic: bool
+    seed: int
+
+    @property
+    def mean_return(self) -> float:
+        """Mean over the episodes."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std_return(self) -> float:
+        """Standard deviation over the episodes (population)."""
+        return float(np.std(self.returns))
+
+    @property
+    def mean_length(self) -> float:
+        """Mean over the episodes, in steps."""
+        return float(np.mean(self.lengths))
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """One row of evaluations.csv."""
+        return {
+            "timesteps": self.timesteps,
+            "episodes": len(self.returns),
+            "mean_return": self.mean_return,
+            "std_return": self.std_return,
+            "min_return": min(self.returns),
+            "max_return": max(self.returns),
+            "mean_length": self.mean_length,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary and every episode."""
+        return self.summary | {k: v for k, v in asdict(self).items() if k not in ("timesteps", "seconds")}
+
+
+def make_env(config: RunConfig, n_envs: int, seed: int, *, evaluation: bool) -> VecEnv:
+    """The run's environments, bare."""
+    return make_vec_env(
+        config.env,
+        n_envs,
+        seed,
+        backend=config.backend,
+        n_threads=config.threads,
+        env_kwargs=config.env_kwargs,
+        evaluation=evaluation,
+    )
+
+
+def evaluate(model: BaseAlgorithm, env: VecEnv, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
+    """Let `model` play `episodes` whole episodes, shared evenly among the environments of `env`."""
+    env.seed(seed)
+    started = time.perf_counter()
+    returns, lengths = evaluate_policy(
+        model, env, episodes, deterministic=deterministic, return_episode_rewards=True, warn=False
+    )
+    return Evaluation(
+        timesteps=model.num_timesteps,
+        returns=tuple(map(float, returns)),
+        lengths=tuple(map(int, lengths)),
+        seconds=time.perf_counter() - started,
+        deterministic=deterministic,
+        seed=seed,
+    )
+
+
+def evaluate_saved(
+    files: SavedAgent, config: RunConfig, episodes: int, seed: int, deterministic: bool = True
+) -> Evaluation:
+    """Load an agent and `evaluate` it.
+
+    Raises:
+        ValueError: if a file is damaged or belongs to another algorithm or environment.
+        FileNotFoundError: if a file is missing.
+    """
+    n_envs = min(episodes, config.n_eval_envs)
+    model, env = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
+    set_random_seed(seed)
+    try:
+        return evaluate(model, env, episodes, seed, deterministic)
+    finally:
+        env.close()
+
+
+def table(rows: Sequence[tuple[str, Evaluation]]) -> str:
+    """Evaluations as a table of at most 80 columns."""
+    cells = [("", "return", "min … max", "length", "episodes", "trained steps")]
+    for name, e in rows:
+        spread = f"{min(e.returns):.1f} … {max(e.returns):.1f}"
+        mean = f"{e.mean_return:.1f} ± {e.std_return:.1f}"
+        cells.append((name, mean, spread, f"{e.mean_length:.0f}", str(len(e.returns)), f"{e.timesteps:,}"))
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+# Video ----------------------------------------------------------------------------------------------------------------
+
+
+def check_video(config: RunConfig) -> None:
+    """Raise an error, with the remedy, if `record_video` could not work for the run."""
+    if importlib.util.find_spec("moviepy") is None:
+        raise ImportError('a video needs moviepy: pip install "npg-toolkit[video]"')
+    env = _rendering_env(config, seed=0)
+    try:
+        env.reset()
+        frame = env.render()
+    except (gym.error.Error, ImportError, AttributeError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f'{config.env} does not render ({error}): leave out --video, or pip install "npg-toolkit[video]"'
+        ) from error
+    finally:
+        env.close()
+    if frame is None:
+        raise ValueError(f"{config.env} does not render as rgb_array: leave out --video")
+
+
+def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, deterministic: bool = True) -> Evaluation:
+    """Write one episode of a saved agent to an MP4 file.
+
+    Raises:
+        ValueError: if the agent cannot be loaded, as `evaluate_saved`.
+    """
+    from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
+
+    model, env = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
+    started = time.perf_counter()
+    try:
+        frames = []
+        env.seed(seed)
+        observation = env.reset()
+        episode = None
+        while episode is None:
+            frames.append(env.render())
+            action, _ = model.predict(observation, deterministic=deterministic)
+            observation, _, _, infos = env.step(action)
+            episode = infos[0].get("episode")
+        fps = (env.get_attr("metadata")[0] or {}).get("render_fps", 30)
+    finally:
+        env.close()
+    # The encoder needs even sides.
+    frames = [np.ascontiguousarray(f[: f.shape[0] // 2 * 2, : f.shape[1] // 2 * 2]) for f in frames]
+    path.parent.mkdir(exist_ok=True)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None, audio=False)
+    return Evaluation(
+        model.num_timesteps,
+        (float(episode["r"]),),
+        (int(episode["l"]),),
+        time.perf_counter() - started,
+        deterministic,
+        seed,
+    )
+
+
+def _rendering_env(config: RunConfig, seed: int) -> VecEnv:
+    env_kwargs = config.env_kwargs | {"render_mode": "rgb_array"}
+    return make_vec_env(config.env, 1, seed, backend="gymnasium", env_kwargs=env_kwargs, evaluation=True)

@@ -1,0 +1,206 @@
+"""A training run from its configuration to its last agent, with everything that its folder then holds."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.callbacks import EpisodeRecorder, Evaluator, ProgressBar, Saver, StopRequest, evaluation_seed
+from agents.config import ALGORITHMS, RunConfig, check_names
+from agents.curves import learning_curve
+from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
+from agents.runs import RunFolder, load_agent, normalized, restore_rng, save_agent
+
+__all__ = ["FINAL_EPISODES", "Outcome", "Run", "resume", "start"]
+
+FINAL_EPISODES = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        interrupted: whether it was told to stop before its end.
+        timesteps: environment steps of the last agent.
+        new_timesteps: those of them that this call trained.
+        seconds: for these, evaluations left out.
+        evaluation_seconds: for the evaluations on the way.
+        evaluations: the last and the best agent's, on fresh episodes; none if it was interrupted.
+    """
+
+    interrupted: bool
+    timesteps: int
+    new_timesteps: int
+    seconds: float
+    evaluation_seconds: float
+    evaluations: tuple[tuple[str, Evaluation], ...]
+
+
+@dataclass
+class Run:
+    """A run that is ready to train: `start` or `resume` makes it."""
+
+    config: RunConfig
+    folder: RunFolder
+    model: BaseAlgorithm
+
+    def train(self, *, progress: bool = True, video: bool = False) -> Outcome:
+        """Train to the configured number of steps, or until Ctrl-C; in both cases the agent and its curve are saved."""
+        model, config, folder = self.model, self.config, self.folder
+        model.set_logger(folder.logger())
+        seed = evaluation_seed(config)
+        bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
+        evaluator = Evaluator(config, folder, normalized(bare, config, training=False))
+        recorder, stop = EpisodeRecorder(folder, config.env), StopRequest()
+        bar = [ProgressBar(config)] if progress else []
+        before = model.num_timesteps
+        if before == 0:
+            save_agent(model, folder.last)
+        started = time.perf_counter()
+        try:
+            with stop:
+                model.learn(
+                    config.timesteps - before,
+                    callback=[recorder, evaluator, Saver(config, folder), *bar, stop],
+                    reset_num_timesteps=before == 0,
+                )
+                seconds = time.perf_counter() - started - evaluator.seconds
+                save_agent(model, folder.last)
+                if not stop.requested:
+                    evaluator.evaluate()
+                model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
+                model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
+        finally:
+            for callback in (recorder, *bar):
+                callback.close()
+            bare.close()
+            model.logger.close()
+            learning_curve(folder)
+        finals = () if stop.requested else self._final_evaluations(video)
+        return Outcome(
+            interrupted=stop.requested,
+            timesteps=model.num_timesteps,
+            new_timesteps=model.num_timesteps - before,
+            seconds=seconds,
+            evaluation_seconds=evaluator.seconds,
+            evaluations=finals,
+        )
+
+    def _final_evaluations(self, video: bool) -> tuple[tuple[str, Evaluation], ...]:
+        seed = evaluation_seed(self.config, final=True)
+        agents = {"last": self.folder.last, "best": self.folder.best}
+        rows = {name: evaluate_saved(files, self.config, FINAL_EPISODES, seed) for name, files in agents.items()}
+        self.folder.write_json("final_evaluation.json", {name: e.to_dict() for name, e in rows.items()})
+        if video:
+            record_video(self.folder.best, self.config, self.folder.path / "video" / "best.mp4", seed)
+        return tuple((f"{name} model", e) for name, e in rows.items())
+
+
+def start(config: RunConfig, run_dir: Path | None = None, command: str = "") -> Run:
+    """Make environments and agent, then the run's folder: nothing is created where one of them cannot be had.
+
+    Raises:
+        FileExistsError: if the folder exists.
+        ValueError: for what the environment or the algorithm's constructor does not take.
+        ImportError: if a package is missing.
+    """
+    if run_dir is not None and run_dir.exists():
+        raise FileExistsError(
+            f"run folder {run_dir} exists: continue it with --resume {run_dir}, or name another with --run-dir"
+        )
+    _set_threads(config)
+    env = make_env(config, config.n_envs, config.seed, evaluation=False)
+    config = replace(config, policy=config.policy or _policy_for(env.observation_space))
+    try:
+        model = _build(config, normalized(env, config, training=True))
+        return Run(config, RunFolder.create(run_dir, config, command), model)
+    except BaseException:
+        env.close()
+        raise
+
+
+def resume(path: Path, command: str = "", *, algo: str | None = None, env: str | None = None, **changes: Any) -> Run:
+    """Continue a run with its parameters, optimiser, statistics, counters and random number generators.
+
+    The episodes under way when it was saved are lost: the state of an environment cannot be saved. The environments
+    begin new ones, from a seed that depends on the number of steps, so as not to repeat those at the beginning.
+
+    Args:
+        path: the run's folder, or one of the models in its ``checkpoints``.
+        command: for command.txt.
+        algo: if given, the algorithm that the run must be of.
+        env: if given, the environment that the run must be of.
+        changes: fields of `RunConfig` that may change on the way: timesteps, device, threads, the frequencies.
+
+    Raises:
+        FileNotFoundError: if there is no such run or agent.
+        ValueError: if a file is damaged or of another algorithm, or nothing is left to train.
+    """
+    if path.suffix == ".zip" and path.parent.name == "checkpoints":
+        folder = RunFolder.open(path.parent.parent)
+        files = folder.checkpoint(path.stem.removeprefix("model_").removesuffix("_steps"))
+    else:
+        folder = RunFolder.open(path)
+        files = folder.last
+    config = folder.config
+    for name, expected, found in (("algorithm", algo, config.algo), ("environment", env, config.env)):
+        if expected not in (None, found):
+            raise ValueError(f"the {name} of {path} is {found}, not {expected}")
+    config = replace(config, **{key: value for key, value in changes.items() if value is not None})
+    _set_threads(config)
+
+    def environments() -> VecEnv:
+        return make_env(config, config.n_envs, config.seed, evaluation=False)
+
+    model, venv = load_agent(files, config, environments, training=True)
+    try:
+        if model.num_timesteps >= config.timesteps:
+            raise ValueError(
+                f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
+                "Give more with --timesteps."
+            )
+        venv.seed(config.seed + model.num_timesteps)
+        restore_rng(files)
+        folder.begin(config, command)
+    except BaseException:
+        venv.close()
+        raise
+    return Run(config, folder, model)
+
+
+def _build(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
+    algorithm = ALGORITHMS[config.algo]
+    check_names("policy", [config.policy], algorithm.policy_aliases, f"for {config.algo}")
+    hyperparameters = dict(config.hyperparameters)
+    policy_kwargs = dict(hyperparameters.get("policy_kwargs") or {})
+    if isinstance(name := policy_kwargs.get("activation_fn"), str):
+        activation = getattr(torch.nn, name, None)
+        if activation is None:
+            raise ValueError(f"activation_fn={name!r} is not a class of torch.nn, such as Tanh or ReLU")
+        policy_kwargs["activation_fn"] = activation
+        hyperparameters["policy_kwargs"] = policy_kwargs
+    parameters = inspect.signature(algorithm.policy_aliases[config.policy]).parameters.values()
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        check_names("argument", policy_kwargs, [p.name for p in parameters], f"of {config.policy}, in 'policy_kwargs'")
+    return algorithm(config.policy, env, seed=config.seed, device=config.device, verbose=0, **hyperparameters)
+
+
+def _policy_for(space: spaces.Space[Any]) -> str:
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
+
+
+def _set_threads(config: RunConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)

@@ -1,0 +1,61 @@
+"""Evaluate the agent of a run: `python scripts/evaluate_agent.py runs/trpo-CartPole-v1-s0-1`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from agents.command_line import MISTAKES, Parser
+from agents.evaluation import check_video, evaluate_saved, record_video, table
+from agents.runs import RunFolder
+
+DESCRIPTION = """\
+Let the agent of a run play whole episodes, with the run's own frozen observation
+statistics, and write every return and length to a JSON file in the run folder."""
+
+
+def make_parser() -> Parser:
+    parser = Parser("evaluate_agent.py RUN_DIR [options]", DESCRIPTION)
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train_agent.py left")
+    add("--model", choices=("best", "last"), default="best", help="which agent of the run (default: best)")
+    add("--episodes", type=int, default=20, metavar="N", help="whole episodes to play (default: 20)")
+    add("--seed", type=int, default=0, metavar="S", help="of the environments and of sampled actions (default: 0)")
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("--deterministic", action="store_true", default=True, help="act with the mode of the policy (default)")
+    mode("--stochastic", dest="deterministic", action="store_false", help="act with samples from the policy")
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (default: cpu)")
+    add("--video", action="store_true", help="also record one episode")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse(arguments)
+    try:
+        folder = RunFolder.open(args.run_dir)
+        config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
+        files = folder.best if args.model == "best" else folder.last
+        mode = "deterministic" if args.deterministic else "stochastic"
+        if args.video:
+            check_video(config)
+        evaluation = evaluate_saved(files, config, args.episodes, args.seed, args.deterministic)
+    except MISTAKES as error:
+        parser.error(str(error))
+    name = f"{args.model}_{mode}_seed{args.seed}"
+    content = {"model": args.model, "algo": config.algo, "env": config.env} | evaluation.to_dict()
+    path = folder.write_json(f"evaluation_{name}_{args.episodes}episodes.json", content)
+    print(f"{config.algo} on {config.env}, {mode} actions, seed {args.seed}\n")
+    print(table([(f"{args.model} model", evaluation)]))
+    print(f"\nwritten: {path}")
+    if args.video:
+        video = folder.path / "video" / f"{name}.mp4"
+        episode = record_video(files, config, video, args.seed, args.deterministic)
+        print(f"written: {video} (return {episode.mean_return:.1f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

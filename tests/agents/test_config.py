@@ -1,0 +1,106 @@
+import inspect
+from importlib import resources
+
+import pytest
+from stable_baselines3.common.vec_env import VecNormalize
+
+import agents
+from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, load_preset, parse_settings, read_yaml, resolve
+
+
+def preset_names(algo):
+    return read_yaml(resources.files("agents") / "presets" / f"{algo}.yaml")
+
+
+def test_every_exported_algorithm_is_on_the_command_line():
+    assert ALGORITHMS["trpo"] is agents.TRPO
+    assert ALGORITHMS["npg"] is agents.NPG
+
+
+@pytest.mark.parametrize("algo", ["trpo", "npg"])
+def test_every_preset_is_of_arguments_that_exist(algo):
+    names = preset_names(algo)
+    assert {"CartPole-v1", "HalfCheetah-v5", "Humanoid-v5", "LunarLander-v3", "Atari"} <= set(names)
+    for name in names:
+        config = resolve(algo, "CartPole-v1", preset=name)
+        assert set(config.hyperparameters) == set(hyperparameters_of(algo))
+        assert set(config.hyperparameters) < set(inspect.signature(ALGORITHMS[algo]).parameters)
+
+
+def test_the_environment_s_preset_lies_over_the_default(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("default: {gamma: 0.5, n_envs: 3}\nA: {gamma: 0.6}\n")
+    assert load_preset("trpo", "A", str(path)) == {"gamma": 0.6, "n_envs": 3}
+    assert load_preset("trpo", "B", str(path)) == {"gamma": 0.5, "n_envs": 3}
+
+
+def test_settings_override_the_preset_and_options_override_settings():
+    config = resolve("trpo", "HalfCheetah-v5", settings={"target_kl": 0.02, "n_envs": 3}, n_envs=5, seed=None)
+    assert config.hyperparameters["target_kl"] == 0.02
+    assert (config.n_envs, config.seed) == (5, 0)
+
+
+def test_a_dotted_setting_reaches_into_a_mapping_and_leaves_the_rest():
+    config = resolve("trpo", "HalfCheetah-v5", settings={"normalize.clip_obs": 5.0})
+    defaults = inspect.signature(VecNormalize.__init__).parameters
+    assert config.normalize["clip_obs"] == 5.0
+    assert config.normalize["clip_reward"] == defaults["clip_reward"].default
+    assert preset_names("trpo")["HalfCheetah-v5"]["normalize"] is True
+
+
+def test_rewards_are_scaled_with_the_discount_of_the_algorithm():
+    assert resolve("trpo", "X", settings={"normalize": True, "gamma": 0.9}).normalize["gamma"] == 0.9
+    assert resolve("trpo", "X", settings={"normalize": {"gamma": 0.5}, "gamma": 0.9}).normalize["gamma"] == 0.5
+    assert resolve("trpo", "HalfCheetah-v5", settings={"normalize": False}).normalize is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1.5", 1.5), ("3", 3), ("true", True), ("[64, 64]", [64, 64]), ("null", None), ("a=b", "a=b")],
+)
+def test_settings_are_typed_as_yaml(text, value):
+    (parsed,) = parse_settings([f"key={text}"]).values()
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "message"),
+    [
+        ("tpro", {}, "unknown algorithm 'tpro': did you mean trpo"),
+        ("trpo", {"taget_kl": 1}, "unknown setting 'taget_kl' for trpo: did you mean target_kl"),
+        ("trpo", {"normalize.clip": 1}, "unknown argument 'clip' of VecNormalize"),
+        ("trpo", {"target_kl": "much"}, "target_kl='much' must be a number"),
+        ("trpo", {"n_steps": 1.5}, "n_steps=1.5 must be a whole number"),
+        ("trpo", {"use_sde": 1}, "use_sde=1 must be true or false"),
+        ("trpo", {"env_kwargs": 3}, "env_kwargs must be a mapping"),
+        ("trpo", {"timesteps": 0}, "timesteps=0 must be"),
+    ],
+)
+def test_what_is_not_known_is_named_with_the_nearest(algo, settings, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(algo, "CartPole-v1", settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed=-1"),
+        ({"n_envs": 0}, "n_envs=0"),
+        ({"eval_freq": 0}, "eval_freq=0"),
+        ({"threads": 0}, "threads=0"),
+        ({"device": "gpu"}, "device='gpu' must be auto, cpu"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+    ],
+)
+def test_values_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig("trpo", "CartPole-v1", **options)
+
+
+@pytest.mark.parametrize("text", ["{", "- 1", "default: 3", "CartPole-v1: {taget_kl: 1}"])
+def test_a_damaged_preset_file_is_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml|taget_kl"):
+        resolve("trpo", "CartPole-v1", preset=str(path))

@@ -1,0 +1,115 @@
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from agents import TRPO
+from agents.config import resolve
+from agents.runs import RunFolder
+from agents.training import start
+
+SPEC = importlib.util.spec_from_file_location(
+    "evaluate_agent", Path(__file__).parents[2] / "scripts" / "evaluate_agent.py"
+)
+evaluate_agent = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(evaluate_agent)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.training.FINAL_EPISODES", 1)
+        settings = {"normalize": True, "use_sde": False, "n_steps": 32, "policy_kwargs.net_arch": [8]}
+        options = {"timesteps": 256, "n_envs": 2, "eval_episodes": 2, "backend": "gymnasium", "device": "cpu"}
+        config = resolve("trpo", "Pendulum-v1", settings=settings, **options)
+        run = start(config, tmp_path_factory.mktemp("runs") / "run")
+        run.train(progress=False)
+    return run.folder
+
+
+def evaluate(folder, *arguments):
+    assert evaluate_agent.main([str(folder.path), *map(str, arguments)]) == 0
+    newest = max(folder.path.glob("evaluation_*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())
+
+
+def test_the_return_is_that_of_the_bare_environment(folder):
+    written = evaluate(folder, "--episodes", 1, "--seed", 5, "--model", "last")
+    model = TRPO.load(folder.last.model)
+    statistics = pickle.loads(folder.last.statistics.read_bytes())
+    env = gym.make("Pendulum-v1")
+    observation, _ = env.reset(seed=5)
+    total, done = 0.0, False
+    while not done:
+        action, _ = model.predict(statistics.normalize_obs(observation[None]), deterministic=True)
+        observation, reward, terminated, truncated, _ = env.step(action[0])
+        total += float(np.asarray(reward).item())
+        done = terminated or truncated
+    assert written["returns"] == [pytest.approx(total, rel=1e-4)]
+    assert written["lengths"] == [200]
+
+
+def test_an_evaluation_changes_no_agent_and_can_be_repeated(folder):
+    agents = {path: path.read_bytes() for path in (*folder.last, *folder.best)}
+    first, again = (evaluate(folder, "--episodes", 3, "--seed", 1)["returns"] for _ in range(2))
+    assert first == again
+    assert evaluate(folder, "--episodes", 3, "--seed", 2)["returns"] != first
+    assert {path: path.read_bytes() for path in agents} == agents
+
+
+def test_stochastic_actions_differ_from_deterministic_ones(folder):
+    mode = evaluate(folder, "--episodes", 2)
+    sample = evaluate(folder, "--episodes", 2, "--stochastic")
+    assert (mode["deterministic"], sample["deterministic"]) == (True, False)
+    assert mode["returns"] != sample["returns"]
+    assert evaluate(folder, "--episodes", 2, "--stochastic")["returns"] == sample["returns"]
+
+
+def test_the_table_says_what_the_file_says(folder, capsys):
+    written = evaluate(folder, "--episodes", 2)
+    out = capsys.readouterr().out
+    assert f"{written['mean_return']:.1f} ± {written['std_return']:.1f}" in out
+    assert max(map(len, out.splitlines()[:5])) <= 80
+
+
+def test_a_video_shows_the_first_episode_of_the_evaluation(folder, capsys):
+    pytest.importorskip("moviepy")
+    pytest.importorskip("pygame")
+    from moviepy.video.io.VideoFileClip import VideoFileClip
+
+    written = evaluate(folder, "--episodes", 1, "--seed", 3, "--video")
+    assert f"(return {written['mean_return']:.1f})" in capsys.readouterr().out
+    with VideoFileClip(str(folder.path / "video" / "best_deterministic_seed3.mp4")) as clip:
+        assert clip.n_frames == pytest.approx(200, abs=3)  # some encoders leave out the last ones
+        frame = clip.get_frame(1.0)
+    assert frame.std() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--episodes", "0"], "eval_episodes=0"),
+        (["--seed", "-1"], "seed"),
+        (["--model", "worst"], "'best', 'last'"),
+        (["--episode", "3"], "did you mean --episodes"),
+    ],
+)
+def test_bad_input_is_refused(folder, arguments, message, capsys):
+    before = sorted(folder.path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate_agent.main([str(folder.path), *arguments])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert sorted(folder.path.rglob("*")) == before
+
+
+def test_a_run_without_a_best_agent_is_told(folder, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes((folder.path / "config.yaml").read_bytes())
+    with pytest.raises(SystemExit):
+        evaluate_agent.main([str(tmp_path)])
+    assert "best_model.zip" in capsys.readouterr().err
+    assert RunFolder(tmp_path).config == folder.config

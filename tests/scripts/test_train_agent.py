@@ -1,0 +1,348 @@
+import csv
+import importlib.util
+import json
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from stable_baselines3.common.monitor import load_results
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import NPG, TRPO
+from agents.callbacks import Saver, evaluation_seed
+from agents.config import RunConfig
+from agents.evaluation import evaluate_saved
+from agents.runs import RunFolder
+from agents.training import resume
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_agent.py"
+SPEC = importlib.util.spec_from_file_location("train_agent", SCRIPT)
+train_agent = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(train_agent)
+
+# 64 steps in an update; Pendulum is normalised, and its episodes have 200 steps.
+TINY = [
+    *("--n-envs", "2", "--eval-episodes", "2", "--no-progress", "--device", "cpu", "--backend", "gymnasium"),
+    *("--set", "n_steps=32", "--set", "n_critic_updates=1", "--set", "policy_kwargs.net_arch=[8]"),
+]
+PENDULUM = ["trpo", "Pendulum-v1", "--timesteps", "600", "--eval-freq", "200", "--save-freq", "200", *TINY]
+PENDULUM += ["--set", "normalize=true", "--set", "use_sde=false"]
+CARTPOLE = ["trpo", "CartPole-v1", "--timesteps", "256", *TINY]
+
+
+@pytest.fixture(autouse=True)
+def few_final_episodes(monkeypatch):
+    monkeypatch.setattr("agents.training.FINAL_EPISODES", 2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that came to its end; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agents.training.FINAL_EPISODES", 2)
+        path = tmp_path_factory.mktemp("runs") / "pendulum"
+        assert train_agent.main([*PENDULUM, "--run-dir", str(path)]) == 0
+    return RunFolder(path)
+
+
+def run(arguments, path):
+    assert train_agent.main([*arguments, "--run-dir", str(path)]) == 0
+    return RunFolder(path)
+
+
+def refused(arguments, capsys):
+    """The message of a command that must be refused in one line."""
+    with pytest.raises(SystemExit) as exit_info:
+        train_agent.main([str(a) for a in arguments])
+    assert exit_info.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "error: " in err
+    return err
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_is_complete(finished):
+    written = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert RunConfig(**written) == finished.config
+    assert written["policy"] == "MlpPolicy"
+    model = TRPO.load(finished.last.model)
+    for name in ("target_kl", "cg_damping", "n_steps", "gamma", "gae_lambda", "batch_size"):
+        assert written["hyperparameters"][name] == getattr(model, name)
+    assert written["hyperparameters"]["n_steps"] == 32
+
+
+def test_every_episode_is_recorded_as_stable_baselines3_reads_it(finished):
+    pytest.importorskip("pandas")
+    episodes = load_results(str(finished.path))
+    # Of 640 steps in two environments, each has had one episode of 200, which ended together.
+    assert list(episodes["l"]) == [200, 200]
+    assert list(episodes["timesteps"]) == [400, 400]
+    assert episodes["r"].max() < -1  # of the environment, not normalised
+
+
+def test_every_update_is_recorded(finished):
+    with (finished.path / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    last = finished.config.timesteps + (-finished.config.timesteps % 64)
+    assert int(rows[-1]["time/total_timesteps"]) == last
+    kls = [float(row["train/kl"]) for row in rows if row["train/kl"]]
+    assert len(kls) == last // 64
+    assert max(kls) <= finished.config.hyperparameters["target_kl"]
+    assert "rollout/ep_rew_mean" in rows[-1]
+
+
+def test_tensorboard_has_the_same_scalars(finished):
+    events = EventAccumulator(str(finished.path)).Reload()
+    with (finished.path / "progress.csv").open() as file:
+        kls = [float(row["train/kl"]) for row in csv.DictReader(file) if row["train/kl"]]
+    np.testing.assert_allclose([e.value for e in events.Scalars("train/kl")], kls, rtol=1e-6)
+
+
+def test_evaluations_come_at_their_frequency_and_at_the_end(finished):
+    assert list(finished.evaluations()["timesteps"]) == [256, 448, 640]
+    names = sorted(p.name for p in finished.checkpoints.glob("model_*"))
+    assert names == ["model_256_steps.zip", "model_448_steps.zip"]
+    assert {TRPO.load(p).num_timesteps for p in finished.checkpoints.glob("model_*")} == {256, 448}
+
+
+def test_the_best_agent_with_its_statistics_gives_its_return_again(finished):
+    config = finished.config
+    again = evaluate_saved(finished.best, config, 2, evaluation_seed(config))
+    assert again.mean_return == pytest.approx(max(finished.evaluations()["mean_return"]), rel=1e-6)
+
+
+def test_the_final_evaluation_is_of_other_episodes_and_is_written(finished):
+    content = json.loads((finished.path / "final_evaluation.json").read_text())
+    again = evaluate_saved(finished.last, finished.config, 2, evaluation_seed(finished.config, final=True))
+    assert content["last"]["returns"] == pytest.approx(again.returns)
+    assert content["last"]["timesteps"] == 640
+    assert content["last"]["seed"] != evaluation_seed(finished.config)
+
+
+def test_versions_and_command_are_written(finished):
+    versions = yaml.safe_load((finished.path / "versions.yaml").read_text())
+    assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
+    assert versions["python"] == sys.version.split()[0]
+    assert len((finished.path / "command.txt").read_text().splitlines()) == 1
+
+
+def test_the_curve_is_a_picture(finished):
+    with Image.open(finished.path / "learning_curve.png") as image:
+        assert image.size == (960, 600)
+        assert len(image.convert("RGB").getcolors(2**20)) > 100
+
+
+def test_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train_agent.main(CARTPOLE) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["trpo-CartPole-v1-s0-1", "trpo-CartPole-v1-s0-2"]
+
+
+# Reproducibility ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_run_however_it_is_watched(tmp_path):
+    a = run(CARTPOLE, tmp_path / "a")
+    b = run([*CARTPOLE, "--eval-freq", "64", "--save-freq", "64"], tmp_path / "b")
+    c = run([*CARTPOLE, "--seed", "1"], tmp_path / "c")
+    returns = [folder.training_episodes()["r"].tolist() for folder in (a, b, c)]
+    assert returns[0] == returns[1] != returns[2]
+    parameters = [TRPO.load(folder.last.model).policy.state_dict() for folder in (a, b)]
+    for name, value in parameters[0].items():
+        assert torch.equal(value, parameters[1][name])
+
+
+def test_npg_trains_too(tmp_path):
+    folder = run(["npg", *CARTPOLE[1:]], tmp_path / "npg")
+    assert NPG.load(folder.last.model).num_timesteps == 256
+
+
+# Continuing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    path = tmp_path / "copy"
+    for name, content in contents(finished.path).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return RunFolder(path)
+
+
+def test_a_run_continues_with_everything_that_was_saved(copy):
+    saved = pickle.loads(copy.last.rng.read_bytes())
+    continued = resume(copy.path, timesteps=1000)
+    assert torch.equal(torch.get_rng_state(), saved["torch"])
+    assert random.getstate() == saved["python"]
+    np.testing.assert_array_equal(np.random.get_state()[1], saved["numpy"][1])  # noqa: NPY002
+    model = TRPO.load(copy.last.model)
+    assert continued.model.num_timesteps == 640
+    assert continued.model._n_updates == 10
+    for name, value in model.policy.state_dict().items():
+        assert torch.equal(value, continued.model.policy.state_dict()[name])
+    old, new = model.policy.optimizer.state_dict(), continued.model.policy.optimizer.state_dict()
+    assert new["state"].keys() == old["state"].keys() != set()
+    for key, state in old["state"].items():
+        assert torch.equal(state["exp_avg_sq"], new["state"][key]["exp_avg_sq"])
+    statistics = pickle.loads(copy.last.statistics.read_bytes())
+    running = continued.model.get_vec_normalize_env()
+    np.testing.assert_array_equal(running.obs_rms.mean, statistics.obs_rms.mean)
+    assert running.obs_rms.count == statistics.obs_rms.count > 640
+    assert running.training
+    assert running.norm_reward
+    continued.model.get_env().close()
+
+
+def test_records_are_continued_and_not_overwritten(copy):
+    names = ["monitor.csv", "progress.csv", "evaluations.csv", "command.txt", "versions.yaml"]
+    before = {name: (copy.path / name).read_text() for name in names}
+    checkpoints = contents(copy.checkpoints)
+    assert train_agent.main(["--resume", str(copy.path), "--timesteps", "1000", "--no-progress"]) == 0
+    for name in names:
+        assert (copy.path / name).read_text().startswith(before[name])
+    assert len((copy.path / "command.txt").read_text().splitlines()) == 2
+    assert contents(copy.checkpoints).items() >= checkpoints.items()
+    assert TRPO.load(copy.last.model).num_timesteps == 1024
+    assert list(copy.evaluations()["timesteps"]) == [256, 448, 640, 832, 1024]
+    with (copy.path / "progress.csv").open() as file:
+        steps = [int(row["time/total_timesteps"]) for row in csv.DictReader(file)]
+    assert steps == sorted(steps)
+    assert copy.config.timesteps == 1000
+
+
+def test_a_run_continues_from_a_checkpoint(copy):
+    continued = resume(copy.checkpoints / "model_256_steps.zip")
+    assert continued.model.num_timesteps == 256
+    continued.model.get_env().close()
+
+
+def test_an_interrupt_saves_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "_act", lambda self: signal.raise_signal(signal.SIGINT))
+        assert train_agent.main([*CARTPOLE, "--save-freq", "100", "--run-dir", str(path)]) == 130
+    assert f"--resume {path}" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # The update under way was finished, then a single step was taken.
+    assert TRPO.load(RunFolder(path).last.model).num_timesteps == 130
+    assert (path / "learning_curve.png").is_file()
+    assert train_agent.main(["--resume", str(path), "--no-progress"]) == 0
+    assert TRPO.load(RunFolder(path).last.model).num_timesteps >= 256
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tpro", "CartPole-v1"], "did you mean trpo"),
+        (["trpo", "CartPol-v1"], "CartPole-v1"),
+        (["trpo", "CartPole-v1", "--timestep", "5"], "did you mean --timesteps"),
+        (["trpo", "CartPole-v1", "--set", "taget_kl=1"], "did you mean target_kl"),
+        (["trpo", "CartPole-v1", "--set", "policy=MlpPolice"], "did you mean MlpPolicy"),
+        (["trpo", "CartPole-v1", "--set", "policy_kwargs.net_ach=[8]"], "did you mean net_arch"),
+        (["trpo", "CartPole-v1", "--set", "policy_kwargs.activation_fn=Than"], "activation_fn='Than'"),
+        (["trpo", "CartPole-v1", "--set", "target_kl=-1"], "target_kl"),
+        (["trpo", "CartPole-v1", "--set", "cg_damping=-1"], "cg_damping"),
+        (["trpo", "CartPole-v1", "--set", "fisher_fraction=2"], "fisher_fraction"),
+        (["trpo", "CartPole-v1", "--set", "gamma"], "key=value"),
+        (["trpo", "CartPole-v1", "--preset", "CartPole-v2"], "did you mean CartPole-v1"),
+        (["trpo", "CartPole-v1", "--preset", "none.yaml"], "none.yaml"),
+        (["trpo", "CartPole-v1", "--timesteps", "0"], "timesteps=0"),
+        (["trpo", "CartPole-v1", "--backend", "pool"], "'envpool'"),
+        (["trpo", "Blackjack-v1", "--backend", "gymnasium"], "not supported"),
+        (["trpo"], "ENV_ID"),
+        (["trpo", "CartPole-v1", "more"], "'more'"),
+        (["--resume", "none"], "not a run folder"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_created(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_refused(copy, capsys):
+    before = contents(copy.path)
+    assert f"--resume {copy.path}" in refused([*CARTPOLE, "--run-dir", copy.path], capsys)
+    assert contents(copy.path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "3"], "--seed"),
+        (["--set", "gamma=0.9"], "--set"),
+        (["npg", "Pendulum-v1"], "trpo, not npg"),
+        (["trpo", "CartPole-v1"], "Pendulum-v1, not CartPole-v1"),
+        ([], "nothing is left to do"),
+    ],
+)
+def test_a_run_keeps_what_it_began_with(copy, arguments, message, capsys):
+    before = contents(copy.path)
+    assert message in refused([*arguments, "--resume", copy.path], capsys)
+    assert contents(copy.path) == before
+
+
+@pytest.mark.parametrize("name", ["last_model.zip", "vecnormalize.pkl", "rng.pkl"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
+def test_damaged_files_are_refused_and_left(copy, name, damage, capsys):
+    path = copy.path / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-200] if damage == "truncated" else b"garbage")
+    before = contents(copy.path)
+    message = refused(["--resume", copy.path, "--timesteps", "1000"], capsys)
+    assert name in message
+    assert contents(copy.path) == before
+
+
+def test_an_agent_of_another_algorithm_is_refused_and_left(copy, capsys):
+    NPG("MlpPolicy", "Pendulum-v1", n_steps=32).save(copy.last.model)
+    before = contents(copy.path)
+    message = refused(["--resume", copy.path, "--timesteps", "1000"], capsys)
+    assert "NPG" in message
+    assert "TRPO" in message
+    assert contents(copy.path) == before
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def test_help_fits_a_terminal(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train_agent.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(option in text for option in ("--timesteps", "--resume", "--set", "--video", "--eval-freq"))
+
+
+def test_the_script_runs_and_shows_progress(tmp_path):
+    arguments = [a for a in CARTPOLE if a != "--no-progress"]
+    command = [sys.executable, str(SCRIPT), *arguments, "--run-dir", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "last model" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "256/256" in result.stderr
+    assert "return" in result.stderr

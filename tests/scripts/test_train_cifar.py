@@ -1,0 +1,159 @@
+import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_cifar.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_cifar", SCRIPT)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 24), ("test", 4)):
+        for label in ("cat", "dog"):
+            place = tmp_path / "images" / split / label
+            place.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    return tmp_path / "images"
+
+
+def arguments(folder: Path, run_dir: Path) -> list[str]:
+    return [
+        *("--data", str(folder), "--run-dir", str(run_dir), "--device", "cpu"),
+        *("--validation-size", "16", "--batch-size", "8", "--epochs", "2"),
+    ]
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_then_resume_from_the_first_epoch(
+    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    asked = ["--preset", "report", "--set", "rank=4", "alpha=2", "--lr", "1e-2", "--seed", "3"]
+    assert script.main(["wrn-10-1", "online-ngd", *arguments(folder, run), *asked]) == 0
+    output = capsys.readouterr().out
+    assert "epoch   2/2" in output
+    assert "test top-1" in output
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["optimizer_options"] == {
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "decoupled_weight_decay": False,
+        "rank": 4,
+        "alpha": 2,
+    }
+    assert (config["seed"], config["schedule"], config["epochs"]) == (3, "step", 2)
+    newest = run / "checkpoints" / "epoch_0002.pt"
+    whole = torch.load(newest)["model"]
+    before = rows(run)
+    assert script.main(["--resume", str(run / "checkpoints" / "epoch_0001.pt")]) == 0
+    assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
+    timeless = ("epoch", "lr", "train_loss", "validation_loss", "validation_top1")
+    assert [[row[k] for k in timeless] for row in rows(run)] == [[row[k] for k in timeless] for row in before]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([], "say which MODEL and OPTIMIZER to train"),
+        (["wrn-18-1", "sgd"], "wide_resnet has no depth 18; the nearest legal ones are 16 and 22"),
+        (["resnet", "sgd"], "no model is called 'resnet'"),
+        (["wrn-10-1", "sdg"], "no optimizer is called 'sdg'; near it: sgd"),
+        (["wrn-10-1", "sgd", "--preset", "rapport"], "no preset is called 'rapport'; there are report, tuned"),
+        (["wrn-10-1", "sgd", "--set", "rank"], "--set takes KEY=VALUE, such as rank=40; got 'rank'"),
+        (["wrn-10-1", "sgd", "--set", "rank=3"], "sgd has no option 'rank'"),
+        (["wrn-10-1", "sgd", "--batch-size", "1000"], "batch_size must be between 1 and the 32 training images"),
+        (["wrn-10-1", "sgd", "--data", "nowhere"], "no data at nowhere: expected CIFAR-10's Python archive"),
+        (["wrn-10-1", "sgd", "--resume", "nowhere"], "there is no checkpoint at nowhere"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    asked: list[str],
+    message: str,
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert script.main([*asked[:2], *arguments(folder, tmp_path / "run"), *asked[2:]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_resume_may_not_change(
+    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert script.main(["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
+    capsys.readouterr()
+    assert script.main(["wrn-10-1", "sgd", *arguments(folder, run)]) == 2
+    assert "exists; go on with --resume" in capsys.readouterr().err
+    for asked, message in (
+        (["wrn-16-1", "sgd"], "is of model wrn-10-1, not of wrn-16-1"),
+        (["wrn-10-1", "adam"], "is of optimizer sgd, not of adam"),
+        (["--batch-size", "4"], "batch_size is 8 in"),
+        (["--lr", "5"], "optimizer_options is"),
+    ):
+        assert script.main([*asked, "--resume", str(run)]) == 2
+        assert message in capsys.readouterr().err
+    assert len(rows(run)) == 2
+    assert script.main(["--resume", str(run), "--epochs", "3"]) == 0
+    assert len(rows(run)) == 3
+
+
+def test_a_loss_that_explodes_ends_with_status_1(
+    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["wrn-10-1", "sgd", *arguments(folder, tmp_path / "run"), "--lr", "1e38"]) == 1
+    assert "is not finite. No epoch was whole" in capsys.readouterr().err
+
+
+def test_values(script: ModuleType) -> None:
+    texts = ["1e-3", "1.0e-3", "3", "true", "null", "dense", "[1, 2]"]
+    assert [script.value(text) for text in texts] == [1e-3, 1e-3, 3, True, None, "dense", [1, 2]]
+
+
+def test_help_fits_80_columns() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"],
+        env={"COLUMNS": "80", "PATH": "", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for word in ("densenet-19", "online-ngd", "--preset", "--resume", "torchrun"):
+        assert word in done.stdout

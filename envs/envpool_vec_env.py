@@ -1,0 +1,209 @@
+"""EnvPool's native environments as a Stable-Baselines3 VecEnv."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from envs.vec_env import ArrayVecEnv, Transition
+
+__all__ = ["SAME_AS_GYMNASIUM", "EnvPoolVecEnv", "import_envpool", "options"]
+
+SAME_AS_GYMNASIUM = frozenset(
+    {
+        "Acrobot-v1",
+        "CartPole-v1",
+        "MountainCar-v0",
+        "MountainCarContinuous-v0",
+        "Ant-v5",
+        "HalfCheetah-v5",
+        "Hopper-v5",
+        "Humanoid-v5",
+        "HumanoidStandup-v5",
+        "InvertedDoublePendulum-v5",
+        "InvertedPendulum-v5",
+        "Pusher-v5",
+        "Reacher-v5",
+        "Swimmer-v5",
+        "Walker2d-v5",
+    }
+)
+"""Ids whose spaces, dynamics, rewards and endings the tests compare with Gymnasium's, step by step.
+
+Pendulum-v1 is not among them: EnvPool turns the pendulum with its speed before that is clipped, Gymnasium after.
+"""
+
+# What is ours to set, or means something else than Gymnasium's argument of that name.
+_RESERVED = {
+    "base_path",
+    "batch_size",
+    "env_seed",
+    "gym_reset_return_info",
+    "max_num_players",
+    "num_envs",
+    "num_threads",
+    "reward_threshold",
+    "seed",
+    "thread_affinity_offset",
+    "xml_file",
+}
+
+
+def import_envpool() -> ModuleType | None:
+    """EnvPool, or None where it is not installed. It is imported when first needed, and without its warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import envpool
+    except ImportError:
+        return None
+    return envpool
+
+
+def options(task: str) -> set[str]:
+    """The options that EnvPool's `task` takes."""
+    return set(_spec(task)._config_keys) - _RESERVED
+
+
+def _spec(task: str, **config: Any) -> Any:
+    envpool = import_envpool()
+    if envpool is None:
+        raise ImportError(f'EnvPool is not installed, and {task!r} needs it: pip install "npg-toolkit[fast]".')
+    return envpool.make_spec(task, **config)
+
+
+class EnvPoolVecEnv(ArrayVecEnv):
+    """EnvPool's environments `task` as a VecEnv.
+
+    EnvPool by itself restarts a finished environment in the step after, whose action and reward mean nothing. Here the
+    finished ones alone are restarted at once, so that no transition is added or lost. The time limit of a task shared
+    with Gymnasium is kept here as well, because EnvPool calls an episode that fails in its very last step truncated.
+
+    Args:
+        task: EnvPool's own id.
+        num_envs: how many environments.
+        n_threads: EnvPool's threads; by default one for each environment, at most one for each processor.
+        config: options of the task, such as ``reset_noise_scale``.
+
+    Raises:
+        ImportError: if EnvPool is not installed.
+        ValueError: for an option that the task does not have, or if its observation or action is not one array.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        num_envs: int = 1,
+        n_threads: int | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        config = dict(config or {})
+        if unknown := set(config) - options(task):
+            raise ValueError(
+                f"env_kwargs has {sorted(unknown)}, but EnvPool's {task} takes only {sorted(options(task))}. Use "
+                "these, or backend='gymnasium'."
+            )
+        pool_spec = _spec(task, **config)
+        with warnings.catch_warnings():  # float64 bounds become float32
+            warnings.simplefilter("ignore")
+            observation_space, action_space = pool_spec.observation_space, pool_spec.action_space
+        if not all(isinstance(space, spaces.Box | spaces.Discrete) for space in (observation_space, action_space)):
+            raise ValueError(
+                f"env_id={task!r} has the spaces {observation_space} and {action_space}; of EnvPool's tasks, those "
+                "whose observation and action are one array each can be had."
+            )
+        self._time_limit: int | None = None
+        if task in SAME_AS_GYMNASIUM:
+            self._time_limit = pool_spec.config.max_episode_steps
+            config["max_episode_steps"] = self._time_limit + 1
+
+        self._task = task
+        self._config = config | {"num_envs": num_envs, "num_threads": n_threads or min(num_envs, _processors())}
+        self._pool: Any = None
+        self._indices = np.arange(num_envs, dtype=np.int32)
+        self._row = {key: i for i, key in enumerate(pool_spec._state_keys)}
+        self._action_dtype = pool_spec.action_array_spec["action"].dtype
+        self._n_actions = int(action_space.n) if isinstance(action_space, spaces.Discrete) else None
+        self.spec = gym.registry.get(task)
+        super().__init__(num_envs, observation_space, action_space)
+        self._action_shape = (num_envs, *action_space.shape)
+
+    # EnvPool's public step() and reset() convert and nest their arrays, for a third of a vector step of CartPole; the
+    # three calls beneath them take and give flat lists, in the order of the spec's keys.
+
+    def _reset(self, seed: int | None) -> NDArray[Any]:
+        if self._pool is None or seed is not None:
+            if seed is None:
+                seed = int(np.random.SeedSequence().generate_state(1)[0])
+            envpool = import_envpool()
+            assert envpool is not None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # EnvPool adds the index to the seed, in 32 bits with a sign.
+                self._pool = envpool.make_gymnasium(self._task, seed=seed % 2**30, **self._config)
+        self._pool._reset(self._indices)
+        return self._observations(self._pool._recv())
+
+    def _send(self, actions: NDArray[Any]) -> None:
+        if self._pool is None:
+            raise RuntimeError("step() before the first reset(): call reset() first.")
+        actions = np.ascontiguousarray(actions, dtype=self._action_dtype)
+        if actions.shape != self._action_shape:
+            raise ValueError(f"actions must have the shape {self._action_shape}, got {actions.shape}.")
+        # EnvPool looks an action up unchecked. As unsigned numbers, negative ones are too large.
+        if self._n_actions is not None and actions.view(np.uint32).max() >= self._n_actions:
+            raise ValueError(f"actions must lie in 0, …, {self._n_actions - 1}, got {actions}.")
+        self._pool._send([self._indices, self._indices, actions])
+
+    def _receive(self) -> Transition:
+        try:
+            state = self._pool._recv()
+        except BaseException:  # an interrupt: which step the next answer would belong to is not known
+            self._pool = None
+            raise
+        observations = self._observations(state)
+        rewards = state[self._row["reward"]]
+        if self._time_limit is None:
+            truncated = state[self._row["trunc"]]
+            terminated = state[self._row["done"]] & ~truncated
+        else:
+            truncated = self._lengths >= self._time_limit
+            terminated = state[self._row["done"]]
+        dones = terminated | truncated
+        last = None
+        if dones.any():
+            finished = np.flatnonzero(dones)
+            last = dict(zip(finished.tolist(), observations[finished]))
+            observations[finished] = self._restart(self._indices[finished])
+        return Transition(observations, rewards, terminated, truncated, last, *self._score(state, rewards, dones))
+
+    def _restart(self, indices: NDArray[np.int32]) -> NDArray[Any]:
+        self._pool._reset(indices)
+        return self._observations(self._pool._recv())
+
+    def _score(
+        self, state: list[NDArray[Any]], rewards: NDArray[Any], dones: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Rewards as the statistics count them, and where the statistics end."""
+        return rewards, dones
+
+    def _observations(self, state: list[NDArray[Any]]) -> NDArray[Any]:
+        # The memory is new in every step, so that there is nothing to copy.
+        return state[self._row["obs"]].astype(self.observation_space.dtype, copy=False)
+
+    def close(self) -> None:
+        """Stop EnvPool's threads."""
+        self._pool = None
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

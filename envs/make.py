@@ -1,0 +1,204 @@
+"""One function that makes vector environments from an id."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import numbers
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import TransformObservation
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
+from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
+from envs.episodes import EpisodeWriter
+from envs.vec_env import VectorEnvAdapter, float32_space
+
+__all__ = ["UnknownEnvironment", "make_vec_env"]
+
+BACKENDS = ("auto", "envpool", "gymnasium")
+
+
+class UnknownEnvironment(gym.error.NameNotFound, ValueError):
+    """No backend has an environment of this id."""
+
+
+def make_vec_env(
+    env_id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    backend: Literal["auto", "envpool", "gymnasium"] = "auto",
+    *,
+    n_threads: int | None = None,
+    env_kwargs: dict[str, Any] | None = None,
+    monitor_path: str | Path | None = None,
+    evaluation: bool = False,
+) -> VecEnv:
+    """Make `n_envs` environments of one kind as a Stable-Baselines3 VecEnv with float32 (or uint8 image) observations.
+
+    The infos of a step that finishes an episode have ``terminal_observation``, ``TimeLimit.truncated`` (truncated and
+    not terminated) and ``episode`` (return ``r``, length ``l`` in steps, seconds ``t``), whatever the backend.
+
+    Args:
+        env_id: as registered with Gymnasium or EnvPool; ``module:id`` imports a module that registers it first.
+        n_envs: how many environments.
+        seed: environment i draws from the stream seed + i; None for fresh entropy.
+        backend: ``"envpool"`` or ``"gymnasium"``. ``"auto"`` takes the fastest that means the same: an environment's
+            own vector form (``vector_entry_point`` in its Gymnasium spec) if it restarts in the step that finishes an
+            episode, else EnvPool where its task equals Gymnasium's or Gymnasium has none, else Gymnasium.
+        n_threads: EnvPool's threads; by default one for each environment, at most one for each processor.
+        env_kwargs: arguments of the environment. With ``render_mode``, or with one that EnvPool does not have,
+            ``"auto"`` takes Gymnasium. Atari games take the fields of `envs.atari.Game`.
+        monitor_path: a folder, or a file ending in ``monitor.csv``, to which all episodes are appended.
+        evaluation: Atari only: whole games and the games' own scores, instead of single lives and signs of rewards.
+
+    Raises:
+        UnknownEnvironment: (a ValueError) if no backend has the id; the nearest known ids are named.
+        ValueError: for any other argument that cannot be had.
+        ImportError: if a package is missing that the environment or the backend needs.
+    """
+    n_envs = _positive("n_envs", n_envs)
+    if n_threads is not None:
+        n_threads = _positive("n_threads", n_threads)
+    if seed is not None and (not _is_int(seed) or seed < 0):
+        raise ValueError(f"seed={seed!r} must be None or an integer that is not negative.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}.")
+    if not isinstance(env_id, str):
+        raise ValueError(f"env_id={env_id!r} must be a string, such as 'CartPole-v1'.")
+    env_kwargs = dict(env_kwargs or {})
+    if env_kwargs.get("max_episode_steps", 1) is None:  # Gymnasium's way to say: as registered
+        del env_kwargs["max_episode_steps"]
+    _positive("env_kwargs['max_episode_steps']", env_kwargs.get("max_episode_steps", 1))
+
+    if ":" in env_id:
+        module, env_id = env_id.split(":", 1)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"env_id={env_id!r} begins with a module that cannot be imported: {error}.") from error
+
+    try:
+        venv = _make(env_id, n_envs, backend, n_threads, env_kwargs, evaluation)
+    except TypeError as error:  # how Python and EnvPool say that an argument does not fit
+        if not env_kwargs:
+            raise
+        raise ValueError(f"env_kwargs={env_kwargs!r} do not fit {env_id}: {error}.") from error
+    if seed is not None:
+        venv.seed(int(seed))
+        venv.action_space.seed(int(seed))
+    return venv if monitor_path is None else EpisodeWriter(venv, monitor_path, env_id)
+
+
+def _make(
+    env_id: str, n_envs: int, backend: str, n_threads: int | None, env_kwargs: dict[str, Any], evaluation: bool
+) -> VecEnv:
+    env_kwargs = dict(env_kwargs)
+    render_mode = env_kwargs.pop("render_mode", None)
+    game = Game.parse(env_id, evaluation, env_kwargs)
+    if backend == "auto":
+        backend = "gymnasium" if render_mode else _fastest(env_id, game, env_kwargs)
+
+    if backend == "own":
+        return VectorEnvAdapter(gym.make_vec(env_id, n_envs, "vector_entry_point", **env_kwargs))
+    if backend == "envpool":
+        if render_mode is not None:
+            raise ValueError(f"env_kwargs has render_mode={render_mode!r}; only backend='gymnasium' renders.")
+        if not _in_envpool(env_id, game):
+            raise _absent(env_id, game, "envpool")
+        if game is not None:
+            return EnvPoolAtariVecEnv(game, n_envs, n_threads)
+        return EnvPoolVecEnv(env_id, n_envs, n_threads, env_kwargs)
+    if not _in_gymnasium(env_id, game):
+        raise _absent(env_id, game, "gymnasium")
+    if game is not None:
+        return gymnasium_atari(game, n_envs, render_mode)
+    return _gymnasium(env_id, n_envs, env_kwargs | ({"render_mode": render_mode} if render_mode else {}))
+
+
+def _fastest(env_id: str, game: Game | None, env_kwargs: dict[str, Any]) -> str:
+    """The fastest backend that means the same as Gymnasium, where Gymnasium has the environment."""
+    spec = gym.registry.get(env_id)
+    if game is not None or spec is None:
+        return "envpool" if _in_envpool(env_id, game) else "gymnasium"
+    if (vector_form := spec.vector_entry_point) is not None:
+        creator = load_env_creator(vector_form) if isinstance(vector_form, str) else vector_form
+        if getattr(creator, "metadata", {}).get("autoreset_mode") is AutoresetMode.SAME_STEP:
+            return "own"
+    same = env_id in SAME_AS_GYMNASIUM and _in_envpool(env_id, game) and set(env_kwargs) <= options(env_id)
+    return "envpool" if same else "gymnasium"
+
+
+def _in_envpool(env_id: str, game: Game | None) -> bool:
+    if game is not None:
+        return game.name in envpool_games()
+    envpool = import_envpool()
+    return envpool is not None and env_id in envpool.list_all_envs()
+
+
+def _in_gymnasium(env_id: str, game: Game | None) -> bool:
+    return env_id in gym.registry if game is None else game.name in ale_games()
+
+
+def _absent(env_id: str, game: Game | None, backend: str) -> Exception:
+    """The error for an environment that `backend` does not have."""
+    envpool = import_envpool()
+    get_envpool = 'EnvPool (pip install "npg-toolkit[fast]")'
+    get_ale = 'the Arcade Learning Environment (pip install "npg-toolkit[atari]")'
+    if backend == "envpool" and envpool is None:
+        return ImportError(f"backend='envpool' needs {get_envpool}; backend='gymnasium' does not.")
+    if backend == "envpool" and _in_gymnasium(env_id, game):
+        return ValueError(f"backend='envpool' has no environment {env_id!r}. Use backend='gymnasium'.")
+    if backend == "gymnasium" and game is not None:
+        return ImportError(f"{env_id!r} with backend='gymnasium' needs {get_ale}; backend='envpool' does not.")
+    if backend == "gymnasium" and _in_envpool(env_id, game):
+        return ValueError(f"backend='gymnasium' has no environment {env_id!r}. Use backend='envpool'.")
+
+    known = {*gym.registry, *(f"ALE/{task}" for task in envpool_games().values())}
+    if envpool is not None:
+        known.update(envpool.list_all_envs())
+    lower = {name.lower(): name for name in sorted(known)}
+    nearest = [lower[name] for name in difflib.get_close_matches(env_id.lower(), lower, n=5)]
+    message = f"env_id={env_id!r} is not known."
+    if nearest:
+        message += f" Did you mean {', '.join(nearest)}?"
+    if envpool is None:
+        message += f" Not installed, and may know it: {get_envpool}"
+        message += "." if ale_games() else f", {get_ale}."
+    return UnknownEnvironment(message)
+
+
+def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
+    """Gymnasium's environments, one after the other."""
+
+    def make() -> gym.Env[Any, Any]:
+        env = gym.make(env_id, **env_kwargs)
+        space = float32_space(env.observation_space)
+        if space is not env.observation_space:
+            env = TransformObservation(env, lambda observation: observation.astype(np.float32), space)
+        return Monitor(env)
+
+    try:
+        return DummyVecEnv([make] * n_envs)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        remedy = ", or use backend='envpool'" if _in_envpool(env_id, None) else ""
+        if "mujoco" in str(gym.registry[env_id].entry_point):
+            remedy = f': pip install "npg-toolkit[mujoco]"{remedy}'
+        raise ImportError(f"{env_id} with backend='gymnasium' misses a package{remedy}. {error}") from error
+
+
+def _positive(name: str, value: Any) -> int:
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    return int(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

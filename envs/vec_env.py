@@ -1,0 +1,208 @@
+"""Stable-Baselines3's VecEnv over environments that step together, as arrays."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+
+__all__ = ["ArrayVecEnv", "Transition", "VectorEnvAdapter", "float32_space"]
+
+
+def float32_space(space: gym.Space[Any]) -> gym.Space[Any]:
+    """The same space with float32 in the place of float64; images, Discrete and the like stay as they are."""
+    if isinstance(space, spaces.Box) and space.dtype == np.float64:
+        return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+    return space
+
+
+class Transition(NamedTuple):
+    """One step of n environments, those that finished already restarted."""
+
+    observations: NDArray[Any]
+    """(n, …): what the policy sees next; the first observation of the next episode where one finished."""
+    rewards: NDArray[Any]
+    """(n,): what the learner sees."""
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    last: Mapping[int, NDArray[Any]] | NDArray[Any] | None
+    """The last observation of each finished episode, by index; None if none finished."""
+    scores: NDArray[Any]
+    """(n,): what the statistics count; differs from `rewards` where those are clipped."""
+    over: NDArray[np.bool_]
+    """(n,): where the statistics end; differs from terminated | truncated where a life is an episode to the learner."""
+
+
+class ArrayVecEnv(VecEnv):
+    """n environments that step as one batch of arrays, with the semantics of Stable-Baselines3's DummyVecEnv.
+
+    In the step that finishes an episode the observation is the next episode's first, and the info holds
+
+    - ``terminal_observation``: the true last observation of the finished episode;
+    - ``TimeLimit.truncated``: truncated and not terminated;
+    - ``episode``: return ``r``, length ``l`` in steps and seconds ``t`` since construction, as Monitor writes them.
+
+    The infos of all other environments are empty. `step_async` starts the step and returns, `step_wait` waits for it:
+    what lies between the two runs beside the environments.
+    """
+
+    def __init__(self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        super().__init__(num_envs, float32_space(observation_space), float32_space(action_space))
+        self._returns = np.zeros(num_envs)
+        self._lengths = np.zeros(num_envs, dtype=np.int64)
+        self._waiting = False
+        self._start = time.time()
+
+    # What a subclass says -------------------------------------------------------------------------------------------
+
+    spec: gym.envs.registration.EnvSpec | None = None
+
+    @abstractmethod
+    def _reset(self, seed: int | None) -> NDArray[Any]:
+        """Start an episode everywhere; environment i then draws from the stream seed + i, or goes on with its own."""
+
+    @abstractmethod
+    def _send(self, actions: NDArray[Any]) -> None:
+        """Start a step. `_lengths` already counts it."""
+
+    @abstractmethod
+    def _receive(self) -> Transition:
+        """Finish the step, and restart the environments that need it."""
+
+    # What Stable-Baselines3 calls -----------------------------------------------------------------------------------
+
+    def reset(self) -> NDArray[Any]:
+        """Start an episode everywhere and return the first observations; a step under way is thrown away."""
+        if self._waiting:
+            self._waiting = False
+            self._receive()
+        observations = self._reset(self._seeds[0])
+        self._reset_seeds()
+        self._returns[:] = 0.0
+        self._lengths[:] = 0
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        return observations
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Start a step with actions (n, …) and return at once."""
+        if self._waiting:
+            raise RuntimeError("step_async() while a step is under way: call step_wait() first")
+        self._send(actions)
+        self._lengths += 1
+        self._waiting = True
+
+    def step_wait(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_], list[dict[str, Any]]]:
+        """Finish the step: observations (n, …), rewards (n,), dones (n,), infos."""
+        if not self._waiting:
+            raise RuntimeError("step_wait() without a step under way: call step_async() first")
+        self._waiting = False
+        observations, rewards, terminated, truncated, last, scores, over = self._receive()
+        self._returns += scores
+        dones = terminated | truncated
+        # New dictionaries, because wrappers and callbacks write into them; 16 of them cost less than a microsecond.
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if last is not None:
+            seconds = round(time.time() - self._start, 6)
+            for i in np.flatnonzero(dones).tolist():
+                infos[i]["terminal_observation"] = last[i]
+                infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+                if over[i]:
+                    infos[i]["episode"] = {
+                        "r": round(float(self._returns[i]), 6),
+                        "l": int(self._lengths[i]),
+                        "t": seconds,
+                    }
+            self._returns[over] = 0.0
+            self._lengths[over] = 0
+        return observations, rewards, dones, infos
+
+    def set_options(self, options: Sequence[dict[str, Any]] | dict[str, Any] | None = None) -> None:
+        """Accept no options, because the environments take none."""
+        if options and (isinstance(options, dict) or any(options)):
+            raise ValueError(f"options={options!r}: these environments take none. Use backend='gymnasium'.")
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """``spec``, ``render_mode`` and the spaces, once for each index; there is no Python object per environment."""
+        if attr_name not in ("spec", "render_mode", "observation_space", "action_space"):
+            raise AttributeError(self._no_object(f"attribute {attr_name!r}"))
+        return [getattr(self, attr_name, None) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Raise AttributeError."""
+        raise AttributeError(self._no_object(f"attribute {attr_name!r}"))
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """Raise AttributeError."""
+        raise AttributeError(self._no_object(f"method {method_name!r}"))
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+        """True for Monitor, whose statistics the infos carry; there are no other wrappers."""
+        return [issubclass(Monitor, wrapper_class) for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        """Raise RuntimeError."""
+        raise RuntimeError(
+            "These environments do not render. Make the environment with backend='gymnasium' and "
+            "env_kwargs={'render_mode': 'rgb_array'}."
+        )
+
+    def render(self, mode: str | None = None) -> NDArray[np.uint8] | None:
+        """Raise RuntimeError."""
+        self.get_images()
+        return None
+
+    def _no_object(self, what: str) -> str:
+        return f"{type(self).__name__} has no Python object per environment and so no {what}. Use backend='gymnasium'."
+
+
+class VectorEnvAdapter(ArrayVecEnv):
+    """A `gymnasium.vector.VectorEnv` with same-step autoreset as a VecEnv.
+
+    Raises:
+        ValueError: if the vector environment resets in another way, which would add or lose transitions.
+    """
+
+    def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
+        mode = vector_env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.SAME_STEP:
+            raise ValueError(f"vector_env must have metadata['autoreset_mode'] = AutoresetMode.SAME_STEP, not {mode}.")
+        self.vector_env = vector_env
+        self.spec = vector_env.spec
+        super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
+
+    def _reset(self, seed: int | None) -> NDArray[Any]:
+        return self._cast(self.vector_env.reset(seed=seed)[0])
+
+    def _send(self, actions: NDArray[Any]) -> None:
+        self._actions = actions
+
+    def _receive(self) -> Transition:
+        observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
+        last = infos.get("final_obs")
+        if last is not None:
+            last = {i: self._cast(last[i]) for i in np.flatnonzero(terminated | truncated).tolist()}
+        return Transition(
+            self._cast(observations),
+            rewards.astype(np.float32),
+            terminated,
+            truncated,
+            last,
+            rewards,
+            terminated | truncated,
+        )
+
+    def _cast(self, observations: Any) -> NDArray[Any]:
+        return np.asarray(observations, dtype=self.observation_space.dtype)
+
+    def close(self) -> None:
+        """Close the vector environment."""
+        self.vector_env.close()

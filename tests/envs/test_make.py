@@ -1,0 +1,222 @@
+import subprocess
+import sys
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from envs import UnknownEnvironment, make_vec_env
+from envs.envpool_vec_env import EnvPoolVecEnv, import_envpool
+from envs.vec_env import VectorEnvAdapter
+
+needs_envpool = pytest.mark.skipif(import_envpool() is None, reason="needs EnvPool")
+BACKENDS = [pytest.param("envpool", marks=needs_envpool), "gymnasium"]
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Makes packages look as if they were not installed."""
+
+    def remove(*packages):
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return remove
+
+
+# ------------------------------------------------------------------------------------------------------- choice
+
+
+@needs_envpool
+@pytest.mark.parametrize(
+    ("env_id", "kwargs", "kind"),
+    [
+        ("CartPole-v1", {}, EnvPoolVecEnv),
+        ("CartPole-v1", {"max_episode_steps": 7}, EnvPoolVecEnv),
+        ("CartPole-v1", {"render_mode": "rgb_array"}, DummyVecEnv),
+        ("CartPole-v1", {"sutton_barto_reward": True}, DummyVecEnv),  # EnvPool does not have it
+        ("Pendulum-v1", {}, DummyVecEnv),  # EnvPool's is another
+        ("FrozenLake-v1", {}, DummyVecEnv),
+        ("Catch-v0", {}, EnvPoolVecEnv),  # Gymnasium has none
+        ("CartPole-v1", {"max_episode_steps": None}, EnvPoolVecEnv),
+        ("npg/LQR-v0", {}, VectorEnvAdapter),
+        ("npg/LQR-v0", {"render_mode": "rgb_array"}, DummyVecEnv),
+    ],
+)
+def test_auto_takes_the_fastest_that_means_the_same(env_id, kwargs, kind):
+    assert type(make_vec_env(env_id, env_kwargs=kwargs)) is kind
+
+
+def test_gymnasium_alone_is_enough(without):
+    without("envpool")
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    assert type(env) is DummyVecEnv
+    assert env.reset().shape == (2, 4)
+
+
+def test_gymnasium_gives_float32_and_the_true_last_observation():
+    pytest.importorskip("mujoco")
+    env = make_vec_env("HalfCheetah-v5", 2, 0, "gymnasium", env_kwargs={"max_episode_steps": 3})
+    assert env.observation_space.dtype == env.reset().dtype == np.float32
+    for _ in range(3):
+        _, _, dones, infos = env.step(np.zeros((2, 6)))
+    assert dones.all()
+    assert infos[0]["terminal_observation"].dtype == np.float32
+    assert infos[0]["TimeLimit.truncated"]
+    assert infos[0]["episode"]["l"] == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_seed_determines_first_observations_and_sampled_actions(backend):
+    def draw(seed):
+        env = make_vec_env("CartPole-v1", 3, seed, backend)
+        return env.reset().tolist(), [env.action_space.sample() for _ in range(20)]
+
+    assert draw(1) == draw(1)
+    assert draw(1)[0] != draw(2)[0]
+    assert draw(1)[1] != draw(2)[1]
+
+
+def test_a_module_is_imported_for_its_ids(tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('mine/Pole-v0', 'gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=9)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert make_vec_env("my_tasks:mine/Pole-v0", 2).reset().shape == (2, 4)
+    finally:
+        gym.registry.pop("mine/Pole-v0", None)
+    with pytest.raises(ValueError, match=r"'nowhere:CartPole-v1'.*imported"):
+        make_vec_env("nowhere:CartPole-v1")
+
+
+@needs_envpool
+def test_nothing_is_printed():
+    code = "from envs import make_vec_env; make_vec_env('CartPole-v1', 2).reset(); make_vec_env('Catch-v0').reset()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("env_id", "nearest"),
+    [("CartPol-v1", "CartPole-v1"), ("halfcheetah-v5", "HalfCheetah-v5"), ("Hopper-v9", "Hopper-v5")],
+)
+def test_an_unknown_id_names_the_nearest(env_id, nearest):
+    with pytest.raises(UnknownEnvironment, match=f"env_id='{env_id}'.*{nearest}") as error:
+        make_vec_env(env_id)
+    assert isinstance(error.value, ValueError)
+    assert isinstance(error.value, gym.error.NameNotFound)
+
+
+@needs_envpool
+def test_nearest_ids_include_envpools_and_games():
+    with pytest.raises(UnknownEnvironment, match="CheetahRun-v1"):
+        make_vec_env("CheetaRun-v1")
+    with pytest.raises(UnknownEnvironment, match="ALE/Pong-v5"):
+        make_vec_env("ALE/Pnog-v5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_envs": 0}, "n_envs=0 must be an integer of at least 1"),
+        ({"n_envs": 2.0}, "n_envs=2.0"),
+        ({"n_envs": True}, "n_envs=True"),
+        ({"n_threads": -1}, "n_threads=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": "0"}, "seed='0'"),
+        ({"backend": "subproc"}, "backend='subproc' must be one of 'auto', 'envpool', 'gymnasium'"),
+        ({"env_id": None}, "env_id=None"),
+        ({"env_kwargs": {"max_episode_steps": 0}}, "max_episode_steps'.*=0"),
+        ({"env_kwargs": {"gravity": 3}}, "env_kwargs=.*gravity"),
+        ({"env_kwargs": {"gravity": 3}, "env_id": "npg/LQR-v0"}, "env_kwargs=.*gravity"),
+        ({"env_kwargs": {"gravity": 3}, "backend": "envpool"}, "EnvPool|gravity"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_vec_env(**{"env_id": "CartPole-v1", **arguments})
+
+
+@needs_envpool
+def test_the_other_backend_is_the_remedy():
+    gym.register("only/Gymnasium-v0", "gymnasium.envs.classic_control:CartPoleEnv")
+    try:
+        with pytest.raises(ValueError, match=r"backend='envpool' has no .*only/Gymnasium-v0.*'gymnasium'"):
+            make_vec_env("only/Gymnasium-v0", backend="envpool")
+    finally:
+        gym.registry.pop("only/Gymnasium-v0")
+    with pytest.raises(ValueError, match=r"backend='gymnasium' has no .*Catch-v0.*'envpool'"):
+        make_vec_env("Catch-v0", backend="gymnasium")
+    with pytest.raises(ValueError, match="render_mode='human'; only backend='gymnasium' renders"):
+        make_vec_env("CartPole-v1", backend="envpool", env_kwargs={"render_mode": "human"})
+
+
+def test_missing_packages_are_named_with_their_extras(without, monkeypatch):
+    without("envpool", "ale_py")
+    monkeypatch.delitem(gym.registry, "ALE/Pong-v5", raising=False)
+    with pytest.raises(ImportError, match=r"npg-toolkit\[fast\]"):
+        make_vec_env("CartPole-v1", backend="envpool")
+    with pytest.raises(UnknownEnvironment, match=r"npg-toolkit\[fast\].*npg-toolkit\[atari\]"):
+        make_vec_env("ALE/Pong-v5")
+
+    def absent(*args, **kwargs):
+        raise gym.error.DependencyNotInstalled("MuJoCo is not installed")
+
+    monkeypatch.setattr(gym, "make", absent)
+    with pytest.raises(ImportError, match=r"npg-toolkit\[mujoco\]"):
+        make_vec_env("HalfCheetah-v5")
+
+
+@needs_envpool
+def test_games_on_gymnasium_need_ale(without):
+    without("ale_py")
+    with pytest.raises(ImportError, match=r"npg-toolkit\[atari\].*backend='envpool'"):
+        make_vec_env("PongNoFrameskip-v4", backend="gymnasium")
+
+
+# --------------------------------------------------------------------------------------------- Stable-Baselines3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("algorithm", ["PPO", "TRPO"])
+def test_stable_baselines3_learns_on_it(backend, algorithm):
+    if algorithm == "TRPO":
+        algorithm = pytest.importorskip("sb3_contrib").TRPO
+    else:
+        algorithm = PPO
+    env = VecNormalize(make_vec_env("CartPole-v1", 4, backend=backend))
+    model = algorithm("MlpPolicy", env, n_steps=64, batch_size=64, seed=1, device="cpu")
+    model.learn(512)
+    assert model.num_timesteps == 512
+    assert len(model.ep_info_buffer) > 0
+    assert env.obs_rms.count == pytest.approx(512 + 4, abs=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_trusts_the_statistics(backend):
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", backend="gymnasium"), n_steps=16, batch_size=16, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of an environment without Monitor
+        mean, _ = evaluate_policy(model, make_vec_env("CartPole-v1", 2, 0, backend), n_eval_episodes=4)
+    assert mean >= 8
+
+
+@needs_envpool
+def test_stable_baselines3_seeds_it():
+    def rewards():
+        env = make_vec_env("Hopper-v5", 2)
+        model = PPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=5, device="cpu").learn(128)
+        return [episode["r"] for episode in model.ep_info_buffer]
+
+    first = rewards()
+    assert first
+    assert first == rewards()

@@ -105,7 +105,7 @@ class OnlineNGD(_ExactResume):
     Raises:
         ValueError: if an option is out of its range or a gradient is sparse; no parameter has changed then.
 
-    Source: Povey, Zhang and Khudanpur (2015), arXiv 1410.7455, appendix B.
+    Source: Povey, Zhang and Khudanpur (2015), arXiv 1410.7455.
     """
 
     def __init__(
@@ -307,8 +307,7 @@ class DiagonalNGD(_ModelOptimizer):
     Raises:
         ValueError: if an option is out of its range.
 
-    Source: Amari (1998), Natural gradient works efficiently in learning; Martens (2020), arXiv 1412.1193, section 13
-    on diagonal and empirical Fishers.
+    Source: Amari (1998), Natural gradient works efficiently in learning; Martens (2020), arXiv 1412.1193.
     """
 
     def __init__(

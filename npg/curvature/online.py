@@ -12,8 +12,9 @@ and ρ are kept, with E = D / (β + D), because by the matrix inversion lemma
 
     X̂ = β X G⁻¹ = X − X Wᵀ W,   then rescaled so that ‖X̂‖ = ‖X‖.
 
-Source: Povey, Zhang and Khudanpur (2015), "Parallel training of DNNs with natural gradient and parameter
-averaging", arXiv 1410.7455, appendix B. Reading the other axes as rows is what Kaldi does for convolutions.
+Source: Povey, Zhang and Khudanpur (2015), "Parallel training of DNNs with natural gradient and parameter averaging",
+arXiv 1410.7455; the update is that of Kaldi's nnet3/natural-gradient-online.h, eqn:zt and following. Reading the other
+axes as rows is what Kaldi does for convolutions.
 """
 
 from collections import defaultdict
@@ -207,11 +208,12 @@ class OnlinePreconditioner:
                 # This axis leads. The product below is written transposed, so that the next axis leads, and after
                 # the last one the tensor is again as it was.
                 x = x.view(len(x), key[0], -1)
+                root_rows = x.shape[-1] ** 0.5
                 for _ in range(INITIAL_PASSES if first else 0):
-                    self._update(factors, *_statistics(factors, x, norm))
-                if update:
-                    statistics[key].append(_statistics(factors, x, norm))
+                    self._update(factors, factors.weight @ x @ x.mT, _norms(x), norm / root_rows)
                 h = factors.weight @ x
+                if update:
+                    statistics[key].append((h @ x.mT, _norms(x), norm / root_rows))
                 x = torch.baddbmm(x.mT, h.mT, factors.weight, alpha=-1)
             scale = norm / _norms(x).clamp_min(torch.finfo(block.dtype).tiny)
             out.append(x.view_as(gradient) * scale.view(-1, *[1] * (gradient.ndim - 1)))
@@ -220,7 +222,7 @@ class OnlinePreconditioner:
         return out
 
     def _update(self, factors: Factors, product: Tensor, norm: Tensor, root_trace: Tensor) -> None:
-        """Take in S = XᵀX / N, given W XᵀX and ‖X‖ for an X of any scale, and the (tr S)^{1/2} to rescale it to."""
+        """Take in S, given W XᵀX and ‖X‖ for an X of any scale, and the (tr S)^{1/2} that X is to be scaled to."""
         scale = (root_trace / norm.clamp_min(torch.finfo(norm.dtype).tiny)).square()
         new = update_factors(factors, scale.view(-1, 1, 1) * product, root_trace.square(), self.alpha, self.eta)
         for old, value in zip(factors, new, strict=True):
@@ -229,8 +231,3 @@ class OnlinePreconditioner:
 
 def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
-
-
-def _statistics(factors: Factors, x: Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `OnlinePreconditioner._update` needs of x = Xᵀ, (n, D, N), when X is to have the gradient's norm."""
-    return torch.bmm(factors.weight @ x, x.mT), _norms(x), gradient_norm / x.shape[-1] ** 0.5

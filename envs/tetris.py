@@ -7,7 +7,7 @@ legal placement. The reward is the number of rows completed.
 
 An observation has a row per action slot: [legal, φ₁, …, φ_d], with φ the features of the board after that placement
 (of the afterstate), and zeros where the slot has no legal placement. Over it, a policy that is linear in the features,
-π(a; s) ∝ exp(θᵀφ_sa), is two lines: see `afterstate_logits`.
+π(a; s) ∝ exp(θᵀφ_sa), is one product: see `agents.afterstate`.
 
 The kernels are compiled with Numba, which is the extra ``tetris``.
 
@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from envs.batch import Batch, NativeVectorEnv, SingleEnv
 
@@ -41,7 +40,6 @@ __all__ = [
     "Games",
     "TetrisEnv",
     "TetrisVectorEnv",
-    "afterstate_logits",
     "feature_names",
     "play",
 ]
@@ -386,11 +384,6 @@ def play(
     limit = np.iinfo(np.int64).max if max_placements is None else max_placements
     _play(theta, streams, width, height, FEATURES.index(features), _slots(width), greedy, limit, lines, placements)
     return lines, placements
-
-
-def afterstate_logits(observations: Tensor, theta: Tensor) -> Tensor:
-    """Logits θᵀφ_sa, −∞ at slots without a legal placement; (…, slots, 1 + d), (d,) → (…, slots)."""
-    return (observations[..., 1:] @ theta).masked_fill(observations[..., 0] == 0, -float("inf"))
 
 
 class Placements(spaces.Discrete):

@@ -5,7 +5,6 @@ from itertools import pairwise
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
@@ -267,7 +266,7 @@ def test_compiled_games_follow_the_policy_of_the_environment(greedy):
         env.batch._streams[:] = np.random.default_rng(9).integers(2**64, size=(games, 2, 1), dtype=np.uint64)[:, 0]
         env.batch.restart(np.arange(games))
         observations = env.batch.observe()
-    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     total, count, running = np.zeros(games), np.zeros(games, dtype=int), np.ones(games, dtype=bool)
     while running.any():
         if greedy:
@@ -275,8 +274,9 @@ def test_compiled_games_follow_the_policy_of_the_environment(greedy):
             score = sum(theta[k] * phi[..., k] for k in range(9))  # in the kernel's order, so that ties are the same
             action = np.where(observations[..., 0] != 0, score, -np.inf).argmax(-1)
         else:
-            logits = tetris.afterstate_logits(torch.as_tensor(observations).double(), torch.as_tensor(theta))
-            action = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].numpy()
+            logits = np.where(observations[..., 0] != 0, observations[..., 1:] @ theta, -np.inf)
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            action = (p.cumsum(axis=1) > rng.random((games, 1)) * p.sum(axis=1, keepdims=True)).argmax(axis=1)
         observations, rewards, over, _, _ = env.step(action)
         total += rewards * running
         count += running
@@ -300,20 +300,6 @@ def test_games_do_not_depend_on_how_many_are_played():
 def test_max_placements_cuts_a_game():
     _, placements = tetris.play(BCTS, 3, seed=0, max_placements=40)
     np.testing.assert_array_equal(placements, 40)
-
-
-def test_masked_logits_give_probability_to_legal_slots_alone():
-    env = gym.make_vec("npg/Tetris-v0", 5, features="bertsekas")
-    observations = torch.as_tensor(env.reset(seed=0)[0])
-    theta = torch.randn(22, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    logits = tetris.afterstate_logits(observations, theta)
-    probabilities = logits.softmax(-1)
-    legal = torch.as_tensor(env.batch.legal())
-    assert (probabilities[~legal] == 0).all()
-    torch.testing.assert_close(logits[legal], (observations[..., 1:] @ theta)[legal])
-    (score,) = torch.autograd.grad(torch.log_softmax(logits, -1)[torch.arange(5), legal.int().argmax(-1)].sum(), theta)
-    assert torch.isfinite(score).all()
-    assert score[-1] == pytest.approx(0, abs=1e-6)  # the constant feature cancels in the softmax
 
 
 @pytest.mark.parametrize("features", tetris.FEATURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import resource
@@ -38,6 +39,12 @@ THRESHOLDS = (60, 70, 75, 80, 85, 90, 92, 94)
 #: Steps between the looks that the host takes at a CUDA device; on the CPU, where looking is free, it is every step.
 LOOK_EVERY = 50
 EVALUATION_BATCH = 500
+#: DistributedDataParallel's option for copying the main process's buffers at every step, as this PyTorch calls it.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 #: What a natural step's report adds to the metrics, as means over an epoch's steps.
 REPORTED = (
     "accepted",
@@ -188,12 +195,13 @@ class Trainer:
                 config.average_every, warmup_steps=config.average_every - 1, process_group=world.group
             )
         elif world.group is not None and not takes_batches(config.optimizer):
+            own_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}  # they are averaged at the end of an epoch
             forward = DistributedDataParallel(
                 self.model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 process_group=world.group,
-                broadcast_buffers=False,  # running statistics are averaged at the end of an epoch
                 gradient_as_bucket_view=True,
+                **own_buffers,
             )
             forward.register_comm_hook(world.group, self.stopwatch.all_reduce_hook)
         return torch.compile(forward) if config.compile else forward

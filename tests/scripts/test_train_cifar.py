@@ -141,6 +141,25 @@ def test_a_loss_that_explodes_ends_with_status_1(
     assert "is not finite. No epoch was whole" in capsys.readouterr().err
 
 
+def test_curves_are_drawn_from_runs_and_from_a_csv(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    run, table = tmp_path / "run", tmp_path / "curves.csv"
+    assert script.main(["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
+    lines = [f"net-1-ngd/7,valid_prec,{i},{100 + i},{50 + i}" for i in range(3)]
+    table.write_text("\n".join(["run,tag,step,wall_time,value", "net-1-ngd/7,lr,0,99,0.1", *lines]))
+    draw = [sys.executable, str(SCRIPT.parent / "figures" / "cifar_curves.py")]
+    done = subprocess.run([*draw, str(run), str(table), "--out", str(tmp_path / "new" / "curves.png")], check=False)
+    assert done.returncode == 0
+    with Image.open(tmp_path / "new" / "curves.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[0] > pixels.shape[1] * 0.6  # two rows of panels, one per model
+    vermilion, black = (213, 94, 0), (0, 0, 0)
+    assert (pixels == vermilion).all(2).sum() > 100
+    assert (pixels == black).all(2).sum() > 100
+    done = subprocess.run([*draw, str(tmp_path / "images")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is neither a run folder of train_cifar.py" in done.stderr
+
+
 def test_values(script: ModuleType) -> None:
     texts = ["1e-3", "1.0e-3", "3", "true", "null", "dense", "[1, 2]"]
     assert [script.value(text) for text in texts] == [1e-3, 1e-3, 3, True, None, "dense", [1, 2]]

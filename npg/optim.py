@@ -72,8 +72,7 @@ class _ExactResume(Optimizer):
         for i, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.to(device, copy=True)
+                    self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
 
 
 class OnlineNGD(_ExactResume):

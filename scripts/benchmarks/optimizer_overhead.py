@@ -1,0 +1,145 @@
+"""Time of a training step (forward, backward, optimizer) of each optimizer, as a ratio to SGD's in the same run.
+
+    python scripts/benchmarks/optimizer_overhead.py --csv docs/results/optimizer_overhead.csv
+
+The optimizers take turns, over and over, so that whatever else slows the machine down slows all of them, and the ratio
+is taken within each round. A round is a multiple of OnlineNGD's update period, so that its updates count in full. Data
+are random: the time of a step does not depend on them.
+"""
+
+import argparse
+import copy
+import csv
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from npg import families
+from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.vision import model_from_name
+
+LR = 1e-3
+GRADIENT = {
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), LR, momentum=0.9, weight_decay=1e-4),
+    "adam": lambda m: torch.optim.Adam(m.parameters(), LR),
+    "online-ngd": lambda m: OnlineNGD(m.parameters(), LR, weight_decay=1e-4),
+    "online-ngd-report": lambda m: OnlineNGD(m.parameters(), LR, weight_decay=1e-4, decoupled_weight_decay=False),
+}
+MODEL = {
+    "diagonal-ngd": lambda m: DiagonalNGD(m, families.Categorical(), LR, weight_decay=1e-4),
+    "ngd": lambda m: NGD(m, families.Categorical(), LR, damping=0.1, max_iterations=10, rtol=0.0),
+}
+
+
+def make_step(name: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
+    """One training step of the named optimizer on a model of its own."""
+    if name in MODEL:
+        optimizer = MODEL[name](model)
+        return lambda: optimizer.step(x, y)
+    optimizer = GRADIENT[name](model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(
+    steps: dict[str, Callable[[], object]], per_round: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds per step of each optimizer in each round."""
+    # On a GPU the host runs ahead of the device, which a turn of one step would not let it do.
+    turn = per_round if device.type == "cuda" else 1
+    seconds = {name: [0.0] * rounds for name in steps}
+    for step in steps.values():
+        for _ in range(12):  # past OnlineNGD's burn-in, and past all compilation and autotuning
+            step()
+    for number in range(rounds):
+        for _ in range(per_round // turn):
+            for name, step in steps.items():
+                synchronize(device)
+                start = perf_counter()
+                for _ in range(turn):
+                    step()
+                synchronize(device)
+                seconds[name][number] += (perf_counter() - start) / per_round
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["wrn-16-1", "densenet-19"])
+    parser.add_argument("--optimizers", nargs="+", choices=[*GRADIENT, *MODEL], default=["online-ngd", "adam"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=4, help="steps per round, a multiple of 4")
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    options = parser.parse_args()
+    if options.steps < 1 or options.steps % 4:
+        parser.error(f"--steps {options.steps}: give a multiple of 4, OnlineNGD's update period")
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: give at least 2")
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    x = torch.randn(options.batch, 3, 32, 32, device=device)
+    y = torch.randint(10, (options.batch,), device=device)
+
+    rows = []
+    print(f"{'model':<14}{'optimizer':<20}{'ms/step':>9}{'× SGD':>8}   quartiles")
+    for model_name in options.models:
+        model = model_from_name(model_name).to(device)
+        names = ["sgd", *(name for name in options.optimizers if name != "sgd")]
+        steps = {name: make_step(name, copy.deepcopy(model), x, y) for name in names}
+        seconds = measure(steps, options.steps, options.rounds, device)
+        for name in names:
+            low, ratio, high = quartiles([a / b for a, b in zip(seconds[name], seconds["sgd"], strict=True)])
+            milliseconds = 1e3 * statistics.median(seconds[name])
+            print(f"{model_name:<14}{name:<20}{milliseconds:>9.2f}{ratio:>8.3f}   {low:.3f} to {high:.3f}", flush=True)
+            rows.append(
+                {
+                    "model": model_name,
+                    "optimizer": name,
+                    "device": machine,
+                    "threads": options.threads,
+                    "batch": options.batch,
+                    "rounds": options.rounds,
+                    "steps_per_round": options.steps,
+                    "ms_per_step_median": f"{milliseconds:.3f}",
+                    "ratio_to_sgd_median": f"{ratio:.4f}",
+                    "ratio_quartile_1": f"{low:.4f}",
+                    "ratio_quartile_3": f"{high:.4f}",
+                    "torch": torch.__version__,
+                }
+            )
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

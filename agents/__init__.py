@@ -1,6 +1,7 @@
 """Natural policy gradient algorithms with the life cycle of Stable-Baselines3."""
 
+from agents.mdpo import MDPO
 from agents.npg import NPG
 from agents.trpo import TRPO
 
-__all__ = ["NPG", "TRPO"]
+__all__ = ["MDPO", "NPG", "TRPO"]

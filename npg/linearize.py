@@ -106,6 +106,21 @@ def _at_least_float(outputs: Any) -> Tensor:
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
+def _by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``values`` once for every place in the model that holds the tensor so named.
+
+    `functional_call` ties names by itself, but where one module is registered under two names it swaps the same place
+    twice, and then puts the stand-in back for good.
+    """
+    held = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        f"{path}.{name}" if path else name: values[held[id(t)]]
+        for path, module in model.named_modules()
+        for name, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None and held.get(id(t)) in values
+    }
+
+
 class Linearization:
     """η(θ + v) ≈ η + J v around the present parameters.
 
@@ -167,7 +182,7 @@ class Linearization:
     def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
         inputs = inputs or self._inputs
         if isinstance(self._model, nn.Module):
-            return functional_call(self._model, dict(parameters), inputs)
+            return functional_call(self._model, _by_slot(self._model, parameters), inputs, tie_weights=False)
         return self._model(parameters, *inputs)
 
     def _present_versions(self) -> list[int]:
@@ -382,6 +397,9 @@ class _Program:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         traced = make_fx(function)(*arguments, *(torch.zeros_like(p) for p in primals))
+        for node in traced.graph.nodes:  # strides may differ from run to run, under vmap or with channels last
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         self._primal, self._tangent = _split(traced, placeholders[len(arguments) :])
 
@@ -443,8 +461,7 @@ _SHAPES = {
     aten.alias.default,
     aten.detach.default,
     aten.expand.default,
-    aten.view.default,
-    aten._unsafe_view.default,
+    aten.reshape.default,
     aten.t.default,
     aten.transpose.int,
     aten.permute.default,

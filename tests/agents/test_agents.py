@@ -17,7 +17,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from agents import NPG, TRPO
+from agents import MDPO, NPG, TRPO
 from npg import Fisher
 
 torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def filled(model):
     return model
 
 
-@pytest.mark.parametrize("algorithm", [TRPO, NPG])
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_every_space_learns_saves_and_loads(algorithm, observation, action, tmp_path):
@@ -97,6 +97,13 @@ def test_every_space_learns_saves_and_loads(algorithm, observation, action, tmp_
     after = parameters_of(model)
     assert torch.isfinite(after).all()
     assert not torch.equal(before, after)
+    # every parameter is the policy's own still, and the actor's all moved
+    own = {id(p) for p in model.policy.parameters()}
+    assert all(id(p) in own for p in model._actor_parameters.values())
+    initial = dict(zip(model.policy.state_dict(), small(algorithm, env, policy).policy.state_dict().values()))
+    for name in model._actor_parameters:
+        name = name.removeprefix("policy.")
+        assert not torch.equal(model.policy.state_dict()[name], initial[name]), name
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", env=env)
     assert torch.equal(parameters_of(loaded), after)
@@ -344,6 +351,23 @@ def test_npg_steps_have_the_length_they_promise():
     fixed.train()
     moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in fixed._actor_parameters.items()])
     assert (moved.double() - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_mdpo_climbs_its_proximal_objective_and_resumes_its_optimizer(tmp_path):
+    model = filled(small(MDPO, n_actor_updates=20, actor_learning_rate=1e-3))
+    model.n_critic_updates = 0
+    model.train()
+    values = model.logger.name_to_value
+    assert values["train/actual_gain"] - values["train/kl"] / model.step_size > 0
+    assert 0.2 < values["train/kl"] / values["train/predicted_kl"] < 5
+    model.save(tmp_path / "model")
+    loaded = MDPO.load(tmp_path / "model", env=model.env)
+    a, b = model.actor_optimizer.state_dict()["state"], loaded.actor_optimizer.state_dict()["state"]
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k]["exp_avg"], b[k]["exp_avg"]) for k in a)
+    for name in ("step_size", "actor_learning_rate", "n_actor_updates"):
+        with pytest.raises(ValueError, match=name):
+            small(MDPO, **{name: 0})
 
 
 @pytest.mark.parametrize("squash", [False, True])

@@ -94,7 +94,8 @@ class EnvPoolVecEnv(ArrayVecEnv):
 
     Raises:
         ImportError: if EnvPool is not installed.
-        ValueError: for an option that the task does not have, or if its observation or action is not one array.
+        ValueError: for an option that the task does not have, for several players, and for several arrays as
+            observation or action.
     """
 
     def __init__(
@@ -111,14 +112,19 @@ class EnvPoolVecEnv(ArrayVecEnv):
                 "these, or backend='gymnasium'."
             )
         pool_spec = _spec(task, **config)
+        observation_keys = [key for key in pool_spec._state_keys if key.startswith("obs")]
+        if (
+            len(observation_keys) > 1
+            or list(pool_spec._action_keys) != ["env_id", "players.env_id", "action"]
+            or pool_spec.config.max_num_players > 1
+        ):
+            raise ValueError(
+                f"env_id={task!r} cannot be had: it has several players, or several arrays as observation or action "
+                f"({', '.join(observation_keys)}; {', '.join(pool_spec._action_keys[2:])})."
+            )
         with warnings.catch_warnings():  # float64 bounds become float32
             warnings.simplefilter("ignore")
             observation_space, action_space = pool_spec.observation_space, pool_spec.action_space
-        if not all(isinstance(space, spaces.Box | spaces.Discrete) for space in (observation_space, action_space)):
-            raise ValueError(
-                f"env_id={task!r} has the spaces {observation_space} and {action_space}; of EnvPool's tasks, those "
-                "whose observation and action are one array each can be had."
-            )
         self._time_limit: int | None = None
         if task in SAME_AS_GYMNASIUM:
             self._time_limit = pool_spec.config.max_episode_steps
@@ -129,6 +135,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
         self._pool: Any = None
         self._indices = np.arange(num_envs, dtype=np.int32)
         self._row = {key: i for i, key in enumerate(pool_spec._state_keys)}
+        self._row["obs"] = self._row[observation_keys[0]]
         self._action_dtype = pool_spec.action_array_spec["action"].dtype
         self._n_actions = int(action_space.n) if isinstance(action_space, spaces.Discrete) else None
         self.spec = gym.registry.get(task)
@@ -154,7 +161,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
     def _send(self, actions: NDArray[Any]) -> None:
         if self._pool is None:
             raise RuntimeError("step() before the first reset(): call reset() first.")
-        actions = np.ascontiguousarray(actions, dtype=self._action_dtype)
+        actions = np.array(actions, dtype=self._action_dtype, order="C")  # the caller may reuse the memory at once
         if actions.shape != self._action_shape:
             raise ValueError(f"actions must have the shape {self._action_shape}, got {actions.shape}.")
         # EnvPool looks an action up unchecked. As unsigned numbers, negative ones are too large.

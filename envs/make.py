@@ -78,12 +78,13 @@ def make_vec_env(
         del env_kwargs["max_episode_steps"]
     _positive("env_kwargs['max_episode_steps']", env_kwargs.get("max_episode_steps", 1))
 
-    if ":" in env_id:
-        module, env_id = env_id.split(":", 1)
+    module, colon, name = env_id.rpartition(":")
+    if colon:
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             raise ValueError(f"env_id={env_id!r} begins with a module that cannot be imported: {error}.") from error
+        env_id = name
 
     try:
         venv = _make(env_id, n_envs, backend, n_threads, env_kwargs, evaluation)

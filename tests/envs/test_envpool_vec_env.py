@@ -290,6 +290,19 @@ def test_actions_are_checked_before_envpool_sees_them():
     env.step(np.zeros(2, dtype=int))  # and none of this has hurt
 
 
+def test_actions_may_be_overwritten_while_the_step_runs():
+    stepped = []
+    for overwrite in (False, True):
+        env = make_vec_env("HalfCheetah-v5", 8, seed=0, n_threads=1)
+        env.reset()
+        actions = np.ones((8, 6))
+        env.step_async(actions)
+        if overwrite:
+            actions[:] = -1.0
+        stepped.append(env.step_wait()[0])
+    np.testing.assert_array_equal(*stepped)
+
+
 def test_options_reach_the_task_and_unknown_ones_are_named():
     still = EnvPoolVecEnv("HalfCheetah-v5", config={"reset_noise_scale": 0.0})
     np.testing.assert_array_equal(still.reset(), np.zeros((1, 17)))
@@ -299,9 +312,10 @@ def test_options_reach_the_task_and_unknown_ones_are_named():
         EnvPoolVecEnv("HalfCheetah-v5", config={"num_threads": 4})
 
 
-def test_tasks_with_several_arrays_are_refused():
-    with pytest.raises(ValueError, match=r"'CheetahRun-v1' has the spaces Dict"):
-        EnvPoolVecEnv("CheetahRun-v1")
+@pytest.mark.parametrize("task", ["CheetahRun-v1", "IntersectionMultiAgent-v0", "Chess-v1"])
+def test_tasks_with_several_arrays_or_players_are_refused(task):
+    with pytest.raises(ValueError, match=f"'{task}' cannot be had"):
+        EnvPoolVecEnv(task)
 
 
 def test_an_interrupted_step_does_not_shift_the_answers(monkeypatch):

@@ -85,17 +85,17 @@ def _poisson(log_rate: Tensor) -> Tensor:
 
 
 def _beta(outputs: Tensor) -> Tensor:
-    # in (log α, log β): the chain rule on [[ψ'(α) − ψ'(α+β), −ψ'(α+β)], [·, ψ'(β) − ψ'(α+β)]]
-    a, b = outputs.exp()
+    # in log α and log β: the chain rule on [[ψ'(α) − ψ'(α+β), −ψ'(α+β)], [·, ψ'(β) − ψ'(α+β)]]
+    a, b = outputs.exp().chunk(2)
     trigamma = torch.special.polygamma
-    both = -trigamma(1, a + b)
-    information = torch.stack([torch.stack([trigamma(1, a) + both, both]), torch.stack([both, trigamma(1, b) + both])])
+    both = torch.diag(trigamma(1, a + b))
+    information = torch.block_diag(torch.diag(trigamma(1, a)), torch.diag(trigamma(1, b))) - both.repeat(2, 2)
     return torch.outer(outputs.exp(), outputs.exp()) * information
 
 
 def _tril(outputs: Tensor) -> Tensor:
-    zero = torch.zeros_like(outputs[..., 0])
-    rows = [torch.stack([outputs[..., 2].exp(), zero], -1), torch.stack([outputs[..., 3], outputs[..., 4].exp()], -1)]
+    one = torch.ones_like(outputs[..., 0])
+    rows = [torch.stack([outputs[..., 2].exp(), 0 * one], -1), torch.stack([outputs[..., 3], one], -1)]
     return torch.stack(rows, -2)
 
 
@@ -112,7 +112,7 @@ def _multivariate(outputs: Tensor) -> Tensor:
 
 
 def _families() -> dict[str, SimpleNamespace]:
-    """Every family: the number of its outputs, and the dense metric of one event."""
+    """Every family, its number of outputs (one for all, so that networks are shared), and the metric of one event."""
 
     def entry(
         family: families.Family, size: int, metric: Callable[[Tensor], Tensor], **others: object
@@ -121,16 +121,20 @@ def _families() -> dict[str, SimpleNamespace]:
 
     return {
         "categorical": entry(families.Categorical(), 4, _categorical),
-        "bernoulli": entry(families.Bernoulli(), 3, _bernoulli),
+        "bernoulli": entry(families.Bernoulli(), 4, _bernoulli),
         "multi_categorical": entry(
-            families.MultiCategorical([2, 3]),
-            5,
-            lambda o: torch.block_diag(_categorical(o[:2]), _categorical(o[2:])),
+            families.MultiCategorical([1, 3]),
+            4,
+            lambda o: torch.block_diag(_categorical(o[:1]), _categorical(o[1:])),
         ),
         "diagonal_gaussian": entry(families.DiagonalGaussian(), 4, _normal),
-        "gaussian": entry(families.Gaussian(variance=0.7), 3, lambda o: torch.eye(len(o)) / 0.7),
-        "poisson": entry(families.from_torch(lambda o: Independent(Poisson(o.exp()), 1)), 3, _poisson),
-        "beta": entry(families.from_torch(lambda o: Beta(o[..., 0].exp(), o[..., 1].exp())), 2, _beta),
+        "gaussian": entry(families.Gaussian(variance=0.7), 4, lambda o: torch.eye(len(o)) / 0.7),
+        "poisson": entry(families.from_torch(lambda o: Independent(Poisson(o.exp()), 1)), 4, _poisson),
+        "beta": entry(
+            families.from_torch(lambda o: Independent(Beta(o[..., :2].exp(), o[..., 2:].exp()), 1)),
+            4,
+            _beta,
+        ),
         "normal": entry(
             families.from_torch(lambda o: Independent(Normal(o[..., :2], o[..., 2:].exp()), 1)),
             4,
@@ -138,7 +142,7 @@ def _families() -> dict[str, SimpleNamespace]:
         ),
         "multivariate_normal": entry(
             families.from_torch(lambda o: MultivariateNormal(o[..., :2], scale_tril=_tril(o))),
-            5,
+            4,
             _multivariate,
         ),
     }

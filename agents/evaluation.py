@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -151,7 +152,7 @@ def check_video(config: RunConfig) -> None:
     try:
         env.reset()
         frame = env.render()
-    except (gym.error.Error, ImportError, AttributeError, RuntimeError, OSError) as error:
+    except Exception as error:  # graphics libraries raise anything
         raise ValueError(
             f'{config.env} does not render ({error}): leave out --video, or pip install "npg-toolkit[video]"'
         ) from error
@@ -199,5 +200,7 @@ def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, de
 
 
 def _rendering_env(config: RunConfig, seed: int) -> VecEnv:
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo looks for a display by itself
     env_kwargs = config.env_kwargs | {"render_mode": "rgb_array"}
     return make_vec_env(config.env, 1, seed, backend="gymnasium", env_kwargs=env_kwargs, evaluation=True)

@@ -1,0 +1,151 @@
+"""Two Gloo processes with half of the batch each equal one process with the whole batch.
+
+Run as a script, this file is one of those processes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from npg import Fisher, LevenbergMarquardt, TrustRegion, conjugate_gradient, families, natural_step
+from npg.parallel import mean_
+
+STEPS = 3
+OPTIONS = {
+    "rate": {"learning_rate": 0.2, "damping": 0.05},
+    "radius": {"trust_region": TrustRegion(0.05), "damping": 0.01},
+    "backtracking": {"trust_region": TrustRegion(1.0, min_gain_ratio=0.8), "damping": 0.01},
+}
+
+
+def problem() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+    return model, torch.randn(16, 3), torch.randint(4, (16,))
+
+
+def everything(x: Tensor, y: Tensor, model: nn.Module, group: dist.ProcessGroup | None) -> dict[str, object]:
+    """All that must come out the same, from the share (x, y) of the batch."""
+    family = families.Categorical()
+    found: dict[str, object] = {}
+    for kind, options in {"exact": {}, "empirical": {"kind": "empirical", "targets": y}}.items():
+        fisher = Fisher(model, x, family, process_group=group, **options)
+        V = torch.randn(fisher.shape[0], 3, generator=torch.Generator().manual_seed(1))
+        found[f"{kind} vector"] = fisher @ V[:, 0]
+        found[f"{kind} block"] = fisher @ V
+        found[f"{kind} quadratic"] = fisher.quadratic(V)
+        found[f"{kind} dense"] = fisher.dense()
+        found[f"{kind} diagonal"] = fisher.diagonal()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, options in OPTIONS.items():
+        model.load_state_dict(start)
+        damping = options["damping"]
+        for step in range(STEPS):
+            report = natural_step(
+                model,
+                x,
+                family,
+                lambda outputs: family.log_likelihood(outputs, y).mean(),
+                solver=partial(conjugate_gradient, rtol=1e-12),
+                process_group=group,
+                **{**options, "damping": damping},
+            )
+            damping = LevenbergMarquardt().update(damping, report.predicted_gain, report.actual_gain, report.accepted)
+            figures = (report.objective, report.actual_gain, report.predicted_gain, report.kl, report.predicted_kl)
+            found[f"{name} {step} report"] = torch.tensor((*figures, report.scale, report.backtracks, damping))
+            found[f"{name} {step} step"] = report.step
+        found[f"{name} parameters"] = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+    # a rank with a bad share stops all of them, and all keep their parameters
+    rank = dist.get_rank(group) if group is not None else 1
+    before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    bad = torch.nan if rank == 1 else 1.0
+    report = natural_step(
+        model,
+        x,
+        family,
+        lambda outputs: bad * family.log_likelihood(outputs, y).mean(),
+        process_group=group,
+        **OPTIONS["radius"],
+    )
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    found["refused"] = torch.tensor([float(not report.accepted), float(torch.equal(before, after))])
+    return found
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    model, x, y = problem()
+    share = slice(8 * rank, 8 * (rank + 1))
+    found = everything(x[share], y[share], model, dist.group.WORLD)
+    found["mean"] = mean_(torch.tensor([float(rank), 5.0]), dist.group.WORLD)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, object]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in range(2)
+    ]
+    try:
+        logs = [process.communicate(timeout=240)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(double) -> dict[str, object]:
+    model, x, y = problem()
+    return everything(x, y, model, None)
+
+
+def test_two_processes_equal_one(ranks, alone):
+    both = ranks[0]
+    assert set(both) == {*alone, "mean"}
+    for name, expected in alone.items():
+        torch.testing.assert_close(
+            both[name], expected, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_ranks_stay_equal_bit_for_bit(ranks):
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+
+
+def test_the_cases_are_what_they_claim(alone):
+    assert alone["refused"].tolist() == [1.0, 1.0]
+    assert max(float(alone[f"backtracking {step} report"][6]) for step in range(STEPS)) > 0
+    assert torch.equal(alone["exact dense"], alone["exact dense"].T)
+
+
+def test_mean(ranks):
+    assert ranks[0]["mean"].tolist() == [0.5, 5.0]
+
+
+def test_without_a_group_nothing_happens():
+    value = torch.tensor([1.0, 2.0])
+    assert mean_(value, None) is value
+    assert value.tolist() == [1.0, 2.0]
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))

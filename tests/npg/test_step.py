@@ -1,0 +1,589 @@
+"""natural_step: the report equals its definitions, refusals leave no trace, and the step is geometric."""
+
+import math
+from functools import cache, partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributions import Beta, Independent
+
+from npg import Fisher, Status, TrustRegion, conjugate_gradient, dense_solve, families, natural_step
+from npg.step import StepReport
+
+pytestmark = pytest.mark.usefixtures("double")
+FAMILY = families.Categorical()
+ACCURATE = partial(conjugate_gradient, rtol=1e-13, max_iterations=500)
+
+
+@pytest.fixture
+def problem(mlp):
+    """A classifier, its inputs, its labels, and the mean log-likelihood."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 3, generator=generator)
+    y = torch.randint(4, (20,), generator=generator)
+    return mlp(4), x, lambda outputs: FAMILY.log_likelihood(outputs, y).mean()
+
+
+@pytest.fixture
+def regression():
+    """A network whose Fisher is of full rank and well conditioned, so that nothing need be damped."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 30, 3, generator=generator)
+    torch.manual_seed(0)
+    family = families.Gaussian(variance=0.3)
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh()), x, family, lambda o: family.log_likelihood(o, y).mean()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+def gradient_of(model: nn.Module, x: Tensor, objective) -> Tensor:
+    gradients = torch.autograd.grad(objective(model(x)), list(model.parameters()))
+    return torch.cat([g.reshape(-1) for g in gradients])
+
+
+def bits(model: nn.Module) -> list[bytes]:
+    return [p.detach().numpy().tobytes() for p in model.parameters()]
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+@pytest.mark.parametrize("curvature", [0.0, 1.0])
+@pytest.mark.parametrize("length", ["radius", "rate", "both", "unchecked"])
+def test_every_field_equals_its_definition(regression, damping, curvature, length):
+    model, x, family, objective = regression
+    options = {
+        "radius": {"trust_region": TrustRegion(0.05)},
+        "rate": {"learning_rate": 0.3},
+        "both": {"trust_region": TrustRegion(0.05), "learning_rate": 0.1},
+        "unchecked": {"trust_region": TrustRegion(0.05, backtrack=False)},
+    }[length]
+    before, old = flat(model), model(x).detach()
+    F, g, value = Fisher(model, x, family).dense(), gradient_of(model, x, objective), objective(old)
+    report = natural_step(
+        model, x, family, objective, damping=damping, solver=ACCURATE, objective_curvature=curvature, **options
+    )
+    assert report.accepted
+    assert report.status is Status.CONVERGED
+    d, s, new = flat(model) - before, report.solution, model(x).detach()
+    close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-12)
+    damped = F + damping * torch.eye(len(F))
+    close(s, torch.linalg.solve(damped, g))
+    close(report.step, d)
+    close(report.step, report.scale * s)
+    for actual, expected in (
+        (report.objective, value),
+        (report.gradient_norm, g.norm()),
+        (report.step_norm, d.norm()),
+        (report.predicted_kl, 0.5 * d @ F @ d),
+        (report.predicted_gain, g @ d - curvature * 0.5 * d @ F @ d),
+        (report.actual_gain, objective(new) - value),
+        (report.kl, family.kl(old, new).mean()),
+    ):
+        close(torch.tensor(actual), expected.detach())
+    torch.testing.assert_close(torch.tensor(report.residual), (g - damped @ s).norm() / g.norm(), rtol=1e-3, atol=1e-8)
+    full = {
+        "radius": math.sqrt(2 * 0.05 / float(s @ damped @ s)),
+        "rate": 0.3,
+        "both": min(0.1, math.sqrt(2 * 0.05 / float(s @ damped @ s))),
+        "unchecked": math.sqrt(2 * 0.05 / float(s @ damped @ s)),
+    }[length]
+    assert report.scale == pytest.approx(full * 0.8**report.backtracks, rel=1e-7)
+    assert report.damping == damping
+    assert report.solve_seconds > 0
+    assert report.search_seconds > 0
+
+
+def test_without_evaluation_the_step_is_taken_unseen(problem):
+    model, x, objective = problem
+    before = flat(model)
+    report = natural_step(model, x, FAMILY, objective, learning_rate=0.1, damping=0.1, evaluate=False)
+    assert report.accepted
+    assert math.isnan(report.actual_gain)
+    assert math.isnan(report.kl)
+    torch.testing.assert_close(flat(model) - before, report.step)
+
+
+def test_cg_is_told_of_preconditioner_start_and_damping(problem):
+    model, x, objective = problem
+    seen = {}
+
+    def jacobi(fisher: Fisher, damping: float):
+        seen["fisher"], seen["damping"] = fisher, damping
+        diagonal = fisher.diagonal() + damping
+        return lambda r: r / diagonal
+
+    state = {name: p.clone() for name, p in model.state_dict().items()}
+    options = {"learning_rate": 0.1, "damping": 0.02, "solver": ACCURATE}
+    plain = natural_step(model, x, FAMILY, objective, **options)
+    model.load_state_dict(state)
+    preconditioned = natural_step(model, x, FAMILY, objective, preconditioner=jacobi, **options)
+    assert isinstance(seen["fisher"], Fisher)
+    assert seen["damping"] == 0.02
+    torch.testing.assert_close(preconditioned.step, plain.step, rtol=1e-7, atol=1e-10)
+    model.load_state_dict(state)
+    warm = natural_step(model, x, FAMILY, objective, x0=plain.solution, **{**options, "solver": conjugate_gradient})
+    assert warm.iterations == 0
+    torch.testing.assert_close(warm.step, plain.step)
+
+
+# --------------------------------------------------------------------------------------------------- the trust region
+
+
+@cache
+def one_model(mlp) -> nn.Module:
+    return mlp(4)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    radius=st.sampled_from([1e-6, 1e-3, 0.05, 1.0]),
+    seed=st.integers(0, 100),
+    damping=st.sampled_from([1e-4, 0.1]),
+    direction=st.sampled_from(["old_new", "new_old"]),
+)
+def test_the_kl_is_within_the_radius_always(mlp, radius, seed, damping, direction):
+    model, generator = one_model(mlp), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    x = 3 * torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    weights = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    old, origin = model(x).detach(), bits(model)
+    report = natural_step(
+        model,
+        x,
+        FAMILY,
+        lambda outputs: (outputs.softmax(-1) * weights).sum(-1).mean(),
+        trust_region=TrustRegion(radius, kl_direction=direction),
+        damping=damping,
+    )
+    new = model(x).detach()
+    pair = (old, new) if direction == "old_new" else (new, old)
+    if report.accepted:
+        assert float(FAMILY.kl(*pair).mean()) <= radius * (1 + 1e-9)
+        assert report.actual_gain > 0
+        assert report.predicted_kl <= radius * (1 + 1e-9)
+    else:
+        assert bits(model) == origin
+
+
+def test_a_small_step_uses_its_whole_radius(regression):
+    """½dᵀFd = δ and KL → δ as δ → 0 (without damping to spend a part of it)."""
+    model, x, family, objective = regression
+    region = TrustRegion(1e-8, backtrack=False)
+    report = natural_step(model, x, family, objective, trust_region=region, solver=ACCURATE)
+    assert report.predicted_kl == pytest.approx(1e-8, rel=1e-6)
+    assert report.kl == pytest.approx(1e-8, rel=1e-2)
+    assert report.actual_gain == pytest.approx(report.predicted_gain, rel=1e-2)
+
+
+def test_backtracking_obeys_the_true_objective(problem):
+    """An objective that turns back soon: the accepted point gains, and the one before it did not."""
+    model, x, objective = problem
+    start = objective(model(x)).detach()
+
+    def turning(outputs: Tensor) -> Tensor:
+        gain = objective(outputs) - start
+        return gain - 40 * gain**2
+
+    report = natural_step(
+        model, x, FAMILY, turning, trust_region=TrustRegion(0.1, shrink=0.7), damping=0.01, solver=ACCURATE
+    )
+    assert report.accepted
+    assert report.backtracks > 0
+    assert report.actual_gain > 0
+    longer = report.step / 0.7
+    origin = flat(model) - report.step
+    nn.utils.vector_to_parameters(origin + longer, model.parameters())
+    assert turning(model(x)) <= 0
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(report: StepReport) -> None:
+    assert not report.accepted
+    assert report.scale == report.step_norm == report.predicted_gain == report.predicted_kl == 0
+    assert torch.equal(report.step, torch.zeros_like(report.step))
+
+
+def test_a_refused_step_leaves_the_parameters_bit_for_bit(problem):
+    model, x, objective = problem
+    model.float()
+    with torch.no_grad():
+        model[0].bias[0] = -0.0  # the sign of zero is a bit as well
+    origin = bits(model)
+    start = objective(model(x.float())).detach()
+
+    def only_here(outputs: Tensor) -> Tensor:
+        value = objective(outputs)
+        return value if torch.is_grad_enabled() else value - start - 1e3
+
+    report = natural_step(
+        model, x.float(), FAMILY, only_here, trust_region=TrustRegion(0.01, max_trials=4), damping=0.1
+    )
+    refused(report)
+    assert report.backtracks == 3
+    assert report.actual_gain < 0
+    assert bits(model) == origin
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{"trust_region": TrustRegion(0.01)}, {"learning_rate": 0.1}])
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_non_finite_gradient_is_refused(problem, bad, options, evaluate):
+    model, x, objective = problem
+    origin = bits(model)
+    report = natural_step(model, x, FAMILY, lambda o: objective(o) * bad, damping=0.1, evaluate=evaluate, **options)
+    refused(report)
+    assert report.status is Status.NON_FINITE
+    assert bits(model) == origin
+
+
+@pytest.mark.parametrize("options", [{"trust_region": TrustRegion(0.01, max_trials=3)}, {"learning_rate": 0.1}])
+def test_a_non_finite_trial_is_refused(problem, options):
+    model, x, objective = problem
+    origin = bits(model)
+
+    def cliff(outputs: Tensor) -> Tensor:
+        return objective(outputs) if torch.is_grad_enabled() else objective(outputs) * math.nan
+
+    report = natural_step(model, x, FAMILY, cliff, damping=0.1, **options)
+    refused(report)
+    assert math.isnan(report.actual_gain)
+    assert bits(model) == origin
+
+
+def test_nan_inputs_are_refused(problem):
+    model, x, objective = problem
+    origin = bits(model)
+    x[3, 1] = math.nan
+    refused(natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.01), damping=0.1))
+    assert bits(model) == origin
+
+
+def test_outputs_outside_of_the_domain_of_a_distribution_are_a_failed_trial(mlp):
+    """torch.distributions raises where a concentration is not positive; a shorter step is then tried."""
+    family = families.from_torch(lambda o: Independent(Beta(1 + o[..., :2], 2 - o[..., 2:]), 1))
+    model, x = nn.Linear(3, 4), torch.zeros(5, 3)
+    nn.init.zeros_(model.bias)
+    y = torch.full((5, 2), 1e-9)  # wants α → 0, and overshoots
+    origin = bits(model)
+    options = {"learning_rate": 1e3, "damping": 0.1}
+    refused(natural_step(model, x, family, lambda o: family.log_likelihood(o, y).mean(), **options))
+    assert bits(model) == origin
+    region = TrustRegion(1e2, shrink=0.3, max_trials=20)
+    report = natural_step(
+        model, x, family, lambda o: family.log_likelihood(o, y).mean(), trust_region=region, damping=0.1
+    )
+    assert report.accepted
+    assert report.backtracks > 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_the_search_restores_the_parameters(problem, error):
+    model, x, objective = problem
+    origin = bits(model)
+
+    def failing(outputs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise error("mine")
+        return objective(outputs)
+
+    with pytest.raises(error, match="mine"):
+        natural_step(model, x, FAMILY, failing, trust_region=TrustRegion(0.01), damping=0.1)
+    assert bits(model) == origin
+
+
+def test_a_stationary_point_is_left_alone(problem):
+    model, x, _ = problem
+    origin = bits(model)
+    for options in ({"trust_region": TrustRegion(0.01)}, {"learning_rate": 1.0}):
+        report = natural_step(model, x, FAMILY, lambda outputs: 0 * outputs.sum(), damping=0.1, **options)
+        assert report.gradient_norm == report.step_norm == 0
+        assert bits(model) == origin
+
+
+def test_a_descent_direction_is_refused(problem):
+    """A solver that returns −s gives a negative slope: the trust region does not go there."""
+    model, x, objective = problem
+    origin = bits(model)
+
+    def backwards(A, b, **options):
+        return conjugate_gradient(A, -b, **options)
+
+    refused(natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.1), damping=0.1, solver=backwards))
+    assert bits(model) == origin
+
+
+# ---------------------------------------------------------------------------------- running statistics and randomness
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_running_statistics_move_once(refuse):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4))
+    x, y = torch.randn(12, 3), torch.randint(4, (12,))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model(x)
+    once = {name: value.clone() for name, value in model.named_buffers()}
+    model.load_state_dict(state)
+
+    def objective(outputs: Tensor) -> Tensor:
+        value = FAMILY.log_likelihood(outputs, y).mean()
+        return value - (1e3 if refuse and not torch.is_grad_enabled() else 0)
+
+    report = natural_step(
+        model,
+        x,
+        FAMILY,
+        objective,
+        trust_region=TrustRegion(1.0, min_gain_ratio=0.9, shrink=0.5),
+        damping=0.1,
+        curvature_inputs=x[:6],
+        preconditioner=lambda fisher, damping: lambda r: r / (fisher.diagonal(probes=1) + damping),
+    )
+    assert report.backtracks > 0
+    assert report.accepted != refuse
+    for name, value in model.named_buffers():
+        assert torch.equal(value, once[name])
+    assert model[1].track_running_stats
+    assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_random_numbers_are_drawn_by_one_forward_pass(dropout):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(dropout), nn.Tanh(), nn.Linear(8, 4))
+    x, y = torch.randn(12, 3), torch.randint(4, (12,))
+    torch.manual_seed(1)
+    masked = model(x).detach()
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    report = natural_step(
+        model,
+        x,
+        FAMILY,
+        lambda o: FAMILY.log_likelihood(o, y).mean(),
+        trust_region=TrustRegion(0.3, min_gain_ratio=0.8),
+        damping=0.1,
+    )
+    assert torch.equal(torch.get_rng_state(), after)
+    # the search used the mask of the gradient: gain and KL are those of one and the same network
+    torch.manual_seed(1)
+    new = model(x).detach()
+    assert report.kl == pytest.approx(float(FAMILY.kl(masked, new).mean()), rel=1e-12)
+    gain = FAMILY.log_likelihood(new, y).mean() - FAMILY.log_likelihood(masked, y).mean()
+    assert report.actual_gain == pytest.approx(float(gain), rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------- theorems
+
+
+def test_the_step_is_invariant_to_linear_reparameterisation(regression):
+    """θ = Tφ: the same function after the step, although the gradient is another (the flat one would not be)."""
+    model, x, family, objective = regression
+    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sizes, P = [p.numel() for p in theta.values()], sum(p.numel() for p in theta.values())
+    T = torch.randn(P, P) / math.sqrt(P) + 2 * torch.eye(P)
+
+    def reparameterised(parameters, inputs):
+        parts = (T @ parameters["phi"]).split(sizes)
+        values = {name: part.view(p.shape) for part, (name, p) in zip(parts, theta.items())}
+        return torch.func.functional_call(model, values, (inputs,))
+
+    phi = torch.linalg.solve(T, flat(model)).requires_grad_()
+    for options in ({"learning_rate": 0.2}, {"trust_region": TrustRegion(0.01)}):
+        before = flat(model)
+        natural = natural_step(model, x, family, objective, solver=dense_solve, **options)
+        new = model(x).detach()
+        nn.utils.vector_to_parameters(before, model.parameters())
+        start = phi.detach().clone().requires_grad_()
+        other = natural_step(
+            reparameterised, x, family, objective, solver=dense_solve, parameters={"phi": start}, **options
+        )
+        assert other.scale == pytest.approx(natural.scale, rel=1e-6)
+        assert other.kl == pytest.approx(natural.kl, rel=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(reparameterised({"phi": start}, x), new, rtol=1e-6, atol=1e-7)
+
+
+def test_parameter_space_equals_sample_space(problem, jacobian):
+    """(BᵀB + λI)⁻¹Bᵀe = Bᵀ(BBᵀ + λI)⁻¹e for the gradient g = Bᵀe: P × P or N × N, the same step."""
+    model, x, _ = problem
+    x = x[:5]
+    y = torch.tensor([0, 1, 2, 3, 0])
+    outputs = model(x)
+    J = jacobian(outputs, list(model.parameters()))
+    score = FAMILY.score(outputs.detach(), y)
+    rows = torch.einsum("nd,ndp->np", score, J.view(5, 4, -1)) / math.sqrt(5)  # the empirical Fisher is BᵀB
+    by_samples = rows.T @ torch.linalg.solve(rows @ rows.T + 0.1 * torch.eye(5), torch.full((5,), 5**-0.5))
+    report = natural_step(
+        model,
+        x,
+        FAMILY,
+        lambda o: FAMILY.log_likelihood(o, y).mean(),
+        learning_rate=1.0,
+        damping=0.1,
+        solver=ACCURATE,
+        fisher=partial(Fisher, kind="empirical", targets=y),
+    )
+    torch.testing.assert_close(report.step, by_samples, rtol=1e-9, atol=1e-12)
+
+
+def test_one_step_solves_linear_regression():
+    """For a linear-Gaussian model the natural gradient is Newton's method: one step with rate 1 is least squares."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(30, 3), torch.randn(30, 2)
+    family = families.Gaussian(variance=0.3)
+    natural_step(model, x, family, lambda o: family.log_likelihood(o, y).mean(), learning_rate=1.0, solver=ACCURATE)
+    design = torch.cat([x, torch.ones(30, 1)], 1)
+    best = torch.linalg.lstsq(design, y).solution
+    torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T.detach(), best)
+
+
+# -------------------------------------------------------------------------------------------------- solvers and kinds
+
+
+def test_dense_and_cg_give_the_same_step(problem):
+    model, x, objective = problem
+    before, steps = flat(model), []
+    for solver in (ACCURATE, dense_solve, partial(dense_solve, method="eigh")):
+        nn.utils.vector_to_parameters(before.clone(), model.parameters())
+        steps.append(
+            natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.01), damping=1e-3, solver=solver).step
+        )
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical", "metric", "curvature_inputs"])
+def test_other_curvatures(problem, kind):
+    model, x, objective = problem
+    y = torch.randint(4, (20,))
+    options = {
+        "sampled": {"kind": "sampled", "samples": 3},
+        "empirical": {"kind": "empirical", "targets": y},
+        "metric": {"metric": lambda outputs: lambda u: 2 * u},
+        "curvature_inputs": {},
+    }[kind]
+    inputs = x[:7] if kind == "curvature_inputs" else None
+    if kind == "sampled":
+        options["generator"] = torch.Generator().manual_seed(4)
+    F = Fisher(model, x if inputs is None else inputs, FAMILY, **options).dense()
+    if kind == "sampled":
+        options["generator"].manual_seed(4)
+    g = gradient_of(model, x, objective)
+    report = natural_step(
+        model,
+        x,
+        FAMILY,
+        objective,
+        learning_rate=0.1,
+        damping=0.05,
+        solver=ACCURATE,
+        fisher=partial(Fisher, **options),
+        curvature_inputs=inputs,
+    )
+    torch.testing.assert_close(
+        report.solution, torch.linalg.solve(F + 0.05 * torch.eye(len(F)), g), rtol=1e-8, atol=1e-10
+    )
+    assert report.predicted_kl == pytest.approx(float(0.5 * report.step @ F @ report.step), rel=1e-7)
+
+
+def test_frozen_parameters_stay_and_functions_of_parameters_move(problem):
+    model, x, objective = problem
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.clone()
+    report = natural_step(model, x, FAMILY, objective, learning_rate=0.1, damping=0.1)
+    assert report.accepted
+    assert torch.equal(model[0].weight, frozen)
+    parameters = {"w": torch.randn(3, 4)}
+    before = parameters["w"].clone()
+    report = natural_step(
+        lambda p, inputs: inputs @ p["w"], x, FAMILY, objective, parameters=parameters, learning_rate=0.1, damping=0.1
+    )
+    torch.testing.assert_close(parameters["w"] - before, report.step.view(3, 4))
+    assert report.actual_gain > 0
+
+
+def test_a_part_of_the_parameters(problem):
+    model, x, objective = problem
+    first = model[0].weight.clone()
+    chosen = {name: p for name, p in model.named_parameters() if name.startswith("2.")}
+    before = torch.cat([p.detach().reshape(-1).clone() for p in chosen.values()])
+    report = natural_step(model, x, FAMILY, objective, parameters=chosen, trust_region=TrustRegion(0.01), damping=0.1)
+    assert report.accepted
+    assert torch.equal(model[0].weight, first)
+    torch.testing.assert_close(torch.cat([p.detach().reshape(-1) for p in chosen.values()]) - before, report.step)
+
+
+def test_bfloat16_parameters_move_to_the_nearest_representable_point(problem):
+    model, x, objective = problem
+    model.bfloat16()
+    before = flat(model).float()
+    report = natural_step(model, x.bfloat16(), FAMILY, objective, trust_region=TrustRegion(0.1), damping=0.1)
+    assert report.accepted
+    assert report.kl <= 0.1
+    error = (flat(model).float() - before - report.step).abs()
+    assert (error <= 2**-7 * (before.abs() + report.step.abs())).all()
+
+
+def test_float32_steps_keep_the_radius(problem):
+    model, x, objective = problem
+    model.float()
+    for radius in (1e-4, 1e-2):
+        report = natural_step(model, x.float(), FAMILY, objective, trust_region=TrustRegion(radius), damping=1e-3)
+        assert report.accepted
+        assert 0 < report.kl <= radius
+
+
+def test_many_steps_climb(problem):
+    model, x, objective = problem
+    values = [
+        natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.05), damping=1e-3).objective
+        for _ in range(15)
+    ]
+    assert values == sorted(values)
+    assert values[-1] > 0.5 * values[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "trust_region or learning_rate must be given"),
+        ({"learning_rate": -0.1}, "learning_rate must be a finite number ≥ 0, got -0.1"),
+        ({"learning_rate": math.nan}, "learning_rate must be .* got nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be .* got inf"),
+        ({"learning_rate": 0.1, "damping": -1.0}, "damping must be a finite number ≥ 0, got -1.0"),
+        ({"learning_rate": 0.1, "damping": math.nan}, "damping must be .* got nan"),
+    ],
+)
+def test_bad_arguments_change_nothing(options, match):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        natural_step(model, torch.randn(5, 3), FAMILY, lambda o: o.mean(), **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_objectives_and_starts_are_named(problem):
+    model, x, objective = problem
+    origin = bits(model)
+    with pytest.raises(ValueError, match=r"objective must return a mean over events, a scalar, got shape \(20,\)"):
+        natural_step(model, x, FAMILY, lambda outputs: outputs.sum(-1), learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"x0 must have the shape \(36,\)"):
+        natural_step(model, x, FAMILY, objective, learning_rate=0.1, x0=torch.zeros(3))
+    with pytest.raises(ValueError, match="targets must have shape"):
+        natural_step(model, x, FAMILY, lambda o: FAMILY.log_likelihood(o, torch.zeros(3)).mean(), learning_rate=0.1)
+    assert bits(model) == origin

@@ -67,10 +67,9 @@ class EpisodeWriter(VecEnvWrapper):
 
 
 def _header(path: Path) -> dict[str, Any]:
-    with path.open() as file:
-        line = file.readline()
     try:
-        header = json.loads(line.removeprefix("#"))
+        with path.open() as file:
+            header = json.loads(file.readline().removeprefix("#"))
         return {"t_start": float(header["t_start"]), "env_id": header["env_id"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -60,13 +60,13 @@ def test_another_environments_file_is_left_alone(tmp_path):
     assert (tmp_path / "monitor.csv").read_text() == before
 
 
-@pytest.mark.parametrize("content", ["", "r,l,t\n1,2,3\n", "#{}\n", "#[1]\n"])
+@pytest.mark.parametrize("content", [b"", b"r,l,t\n1,2,3\n", b"#{}\n", b"#[1]\n", b"\xff\xfe"])
 def test_a_damaged_file_is_left_alone(tmp_path, content):
     path = tmp_path / "monitor.csv"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="does not begin as a monitor file"):
         play(path)
-    assert path.read_text() == content
+    assert path.read_bytes() == content
 
 
 def test_other_names_are_refused(tmp_path):

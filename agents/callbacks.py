@@ -131,6 +131,7 @@ class ProgressBar(BaseCallback):
             unit=" steps",
             unit_scale=True,
             dynamic_ncols=True,
+            smoothing=0,  # steps come in bursts between updates: only the mean speed means something
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
             bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}",
         )

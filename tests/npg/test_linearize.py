@@ -313,7 +313,9 @@ def test_dropout_keeps_one_mask(jacobian, assert_close):
     x = torch.randn(6, 3)
     linearization = Linearization(model, x)
     v, u = torch.randn(linearization.parameters.numel), torch.randn(6, 2)
+    state = torch.get_rng_state()
     first = linearization.push_forward(v)
+    assert torch.equal(torch.get_rng_state(), state)  # tracing draws the mask again, and gives the state back
     torch.rand(10)
     assert torch.equal(linearization.push_forward(v), first)
     torch.testing.assert_close((first * u).sum(), torch.dot(linearization.pull_back(u), v))

@@ -42,8 +42,9 @@ __all__ = ["Batch", "NaturalPolicyAlgorithm"]
 Critic = Literal["adam", "natural"]
 
 # The critic's natural step is Gauss–Newton's, cut where the values would move by more than the returns' own spread.
+# Its damping does not fall below where it would begin to fit the noise of one rollout (docs/performance.md).
 _CRITIC_REGION = TrustRegion(radius=0.5, shrink=0.5, max_trials=4)
-_CRITIC_DAMPING = LevenbergMarquardt(factor=2.0, minimum=1e-5, maximum=1e3)
+_CRITIC_DAMPING = LevenbergMarquardt(factor=2.0, minimum=0.05, maximum=1e3)
 
 
 class Batch(NamedTuple):
@@ -84,7 +85,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     Args:
         fisher_fraction: the part of the batch, in (0, 1], on which the Fisher is taken; gradient, KL and search use
-            all of it.
+            all of it. It holds for the natural steps of the critic as well.
         preconditioner: None or ``"diagonal"``, for conjugate gradients.
         critic: ``"adam"``: ``n_critic_updates`` epochs of mini-batch Adam; ``"natural"``: as many Gauss–Newton steps
             on the whole batch, the natural gradient of a Gaussian likelihood.
@@ -184,7 +185,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self.preconditioner = preconditioner
         self.critic = critic
         self.train_shared_features = train_shared_features
-        self.critic_damping = 1e-2
+        self.critic_damping = 0.1
         if self.env is not None and self.normalize_advantage and self.env.num_envs * self.n_steps < 2:
             raise ValueError(
                 f"n_steps * n_envs must be at least 2 to normalise advantages, got {self.n_steps} * {self.env.num_envs}"
@@ -209,6 +210,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._critic_parameters = {
             name: p for name, p in self._critic.own_parameters(observation).items() if id(p) not in shared
         }
+        if type(self.policy.optimizer) is torch.optim.Adam:
+            for group in self.policy.optimizer.param_groups:
+                group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
 
     def _excluded_save_params(self) -> list[str]:
         return [
@@ -411,30 +415,34 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         advantages = rollout.advantages[part]
         if self.normalize_advantage:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        curvature_inputs = None
-        if self.fisher_fraction < 1:
-            rows = max(1, round(self.fisher_fraction * len(advantages)))
-            curvature_inputs = _rows(inputs, slice(rows))
         return Batch(
             inputs=inputs,
-            curvature_inputs=curvature_inputs,
+            curvature_inputs=self._fisher_part(inputs, len(advantages)),
             actions=self._actor.targets(rollout.actions[part]),
             old_log_likelihood=rollout.old_log_prob[part],
             advantages=advantages,
         )
 
+    def _fisher_part(self, inputs: Any, rows: int) -> Any:
+        """The rows on which the Fisher is taken; None for all."""
+        return None if self.fisher_fraction == 1 else _rows(inputs, slice(max(1, round(self.fisher_fraction * rows))))
+
     def _fit_critic_by_adam(self, observations: Any, returns: Tensor) -> float:
         """``n_critic_updates`` epochs of mini-batches; the loss is the mean squared error over the last epoch."""
         inputs = self._critic.prepare(observations)
         optimizer = self.policy.optimizer
+        # Without gradients the optimizer passes over all other parameters.
+        optimizer.zero_grad()
+        parameters = list(self._critic_parameters.values())
         losses: list[Tensor] = []
         for _ in range(self.n_critic_updates):
             losses = []
-            for index in torch.randperm(len(returns), device=self.device).split(self.batch_size):
-                loss = (self._critic(_rows(inputs, index)).flatten() - returns[index]).square().mean()
-                optimizer.zero_grad()
-                gradients = torch.autograd.grad(loss, list(self._critic_parameters.values()))
-                for p, gradient in zip(self._critic_parameters.values(), gradients):
+            order = torch.randperm(len(returns), device=self.device)
+            shuffled, targets = _rows(inputs, order), returns[order]
+            for start in range(0, len(returns), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                loss = (self._critic(_rows(shuffled, part)).flatten() - targets[part]).square().mean()
+                for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
                     p.grad = gradient
                 optimizer.step()
                 losses.append(loss.detach())
@@ -457,6 +465,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                 trust_region=_CRITIC_REGION,
                 damping=self.critic_damping,
                 solver=partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-2),
+                curvature_inputs=self._fisher_part(inputs, len(returns)),
                 objective_curvature=1.0,
                 parameters=self._critic_parameters,
             )

@@ -1,0 +1,72 @@
+"""Times of several functions as ratios taken in one run: they take turns, so that what slows one slows all."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+
+def synchronize(device: torch.device | str = "cpu") -> None:
+    """Wait for a CUDA device; nothing on CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    turn: int = 4,
+    warm_up: int = 3,
+    device: torch.device | str = "cpu",
+) -> dict[str, list[float]]:
+    """Seconds per call of each function in each round.
+
+    Every round gives each function one turn of ``turn`` calls, in an order that alternates from round to round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        for _ in range(warm_up):
+            function()
+    for number in range(rounds):
+        for name in functions if number % 2 == 0 else reversed(list(functions)):
+            synchronize(device)
+            start = perf_counter()
+            for _ in range(turn):
+                functions[name]()
+            synchronize(device)
+            seconds[name].append((perf_counter() - start) / turn)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> tuple[float, float, float]:
+    """Quartiles (median in the middle) of the ratio of ``name`` to ``unit``, each taken within one round."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[unit], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """What ran: the GPU's name, or the number of CPU cores and their architecture."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{len(os.sched_getaffinity(0))} cores {platform.machine()}"
+
+
+def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows; without a path, do nothing."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -58,7 +58,8 @@ def machine(device: torch.device | str = "cpu") -> str:
     """What ran: the GPU's name, or the number of CPU cores and their architecture."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{len(os.sched_getaffinity(0))} cores {platform.machine()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' if cores > 1 else ''} {platform.machine()}"
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

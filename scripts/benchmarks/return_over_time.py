@@ -135,7 +135,6 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
             axis.set_xlabel(label)
             axis.set_ylabel(f"{task}: evaluation return")
             axis.grid(alpha=0.3)
-        line[0].set_xscale("log")
         line[1].legend(frameon=False)
     figure.savefig(path, dpi=130)
 

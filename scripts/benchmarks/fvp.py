@@ -97,7 +97,7 @@ def rivals(model: nn.Module, x: torch.Tensor, family: families.Family) -> dict[s
     try:
         with frozen_statistics(model):
             operator = GGNLinearOperator(
-                model, loss, {n: p for n, p in model.named_parameters()}, [(x, targets)], check_deterministic=False
+                model, loss, list(model.parameters()), [(x, targets)], check_deterministic=False
             )
             operator @ v
     except Exception as error:

@@ -27,7 +27,7 @@ class Stopwatch:
         """Now; on CUDA, the moment at which the work queued until now is done."""
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

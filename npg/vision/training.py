@@ -125,7 +125,7 @@ class Trainer:
         if model is None:
             model = model_from_name(config.model, len(data.classes), dropout=config.dropout)
         if config.sync_bn:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device)
         self.model = self.model.to(memory_format=layout)  # type: ignore[call-overload]
@@ -145,7 +145,7 @@ class Trainer:
         self.forward = self._distributed_forward()
         self.ema: AveragedModel | None = None
         if config.ema:
-            average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+            average = get_ema_multi_avg_fn(config.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         torch.manual_seed(config.seed + world.rank)  # dropout and sampled labels differ from process to process
 
@@ -296,7 +296,7 @@ class Trainer:
         with self._autocast():
             logits = self.forward(inputs)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         now = self.stopwatch.lap("forward_backward", now)
         self.optimizer.step()
         self._average_parameters(self.stopwatch.lap("optimizer", now))

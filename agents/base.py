@@ -42,7 +42,7 @@ __all__ = ["Batch", "NaturalPolicyAlgorithm"]
 Critic = Literal["adam", "natural"]
 
 # The critic's natural step is Gauss–Newton's, cut where the values would move by more than the returns' own spread.
-# Its damping does not fall below where it would begin to fit the noise of one rollout (docs/performance.md).
+# Its damping does not fall below where it would begin to fit the noise of one rollout.
 _CRITIC_REGION = TrustRegion(radius=0.5, shrink=0.5, max_trials=4)
 _CRITIC_DAMPING = LevenbergMarquardt(factor=2.0, minimum=0.05, maximum=1e3)
 

@@ -189,10 +189,14 @@ def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
     try:
         return DummyVecEnv([make] * n_envs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        remedy = ", or use backend='envpool'" if _in_envpool(env_id, None) else ""
-        if "mujoco" in str(gym.registry[env_id].entry_point):
-            remedy = f': pip install "npg-toolkit[mujoco]"{remedy}'
-        raise ImportError(f"{env_id} with backend='gymnasium' misses a package{remedy}. {error}") from error
+        extra = "mujoco" if "mujoco" in str(gym.registry[env_id].entry_point) else None
+        remedies = [f'pip install "npg-toolkit[{extra}]"'] if extra else []
+        if _in_envpool(env_id, None):
+            remedies.append("backend='envpool'")
+        elif env_id in SAME_AS_GYMNASIUM:
+            remedies.append('pip install "npg-toolkit[fast]" for EnvPool')
+        remedy = "".join(f" Remedy: {remedy}." for remedy in remedies)
+        raise ImportError(f"{env_id} with backend='gymnasium' misses a package: {error}.{remedy}") from error
 
 
 def _positive(name: str, value: Any) -> int:

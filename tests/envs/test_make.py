@@ -172,7 +172,7 @@ def test_missing_packages_are_named_with_their_extras(without, monkeypatch):
         raise gym.error.DependencyNotInstalled("MuJoCo is not installed")
 
     monkeypatch.setattr(gym, "make", absent)
-    with pytest.raises(ImportError, match=r"npg-toolkit\[mujoco\]"):
+    with pytest.raises(ImportError, match=r"npg-toolkit\[mujoco\].*npg-toolkit\[fast\]"):
         make_vec_env("HalfCheetah-v5")
 
 

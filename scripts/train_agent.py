@@ -20,7 +20,7 @@ examples:
   train_agent.py trpo CartPole-v1
   train_agent.py npg HalfCheetah-v5 --timesteps 1000000 --set target_kl=0.02
   train_agent.py trpo Hopper-v5 --set policy_kwargs.net_arch=[256,256]
-  train_agent.py --resume runs/trpo-CartPole-v1-s0-1 --timesteps 200000
+  train_agent.py --resume runs/trpo-CartPole-v1-s0-1 --timesteps 400000
 """
 
 

@@ -25,6 +25,8 @@ class _Afterstates(nn.Module):
         super().__init__()
         self.shape = (actions, 1 + features)
         self.theta = nn.Parameter(torch.zeros(features))
+        # With momentum 1 the statistics are those of the batch that the critic was last fitted to.
+        self.standardize = nn.BatchNorm1d(features, momentum=1.0, affine=False)
         self.latent_dim_pi, self.latent_dim_vf = actions, 2 * features
 
     def forward_actor(self, observations: Tensor) -> Tensor:
@@ -34,8 +36,8 @@ class _Afterstates(nn.Module):
         # The policy only picks the afterstates that the critic looks at; the critic does not train it.
         phi = observations.unflatten(-1, self.shape)[..., 1:]
         p = self.forward_actor(observations).detach().softmax(-1)
-        mean = 0.1 * (p.unsqueeze(-1) * phi).sum(-2)
-        return torch.cat([mean, mean.square()], -1)
+        z = self.standardize((p.unsqueeze(-1) * phi).sum(-2))
+        return torch.cat([z, z.square()], -1)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         return self.forward_actor(observations), self.forward_critic(observations)
@@ -44,7 +46,8 @@ class _Afterstates(nn.Module):
 class AfterstatePolicy(ActorCriticPolicy):
     """π(a; s) ∝ exp(θᵀφ_sa) with as many parameters as features, starting at θ = 0 (Kakade 2001, section 5).
 
-    The critic is linear in the expected features of the next state and in their squares, ψ = (E_π φ/10, (E_π φ)²/100).
+    The critic is linear in ψ = (z, z²), with z the expected features E_π φ of the next state, standardised over the
+    batch: features of any unit are alike to it.
 
     Raises:
         ValueError: if the observations are not one row [legal, φ] per discrete action.

@@ -125,9 +125,9 @@ def draw_two_state(out: Path, quick: bool, seed: int) -> Numbers:
     for method, colour, line in (("plain", VERMILION, "-"), ("natural", BLUE, "--")):
         path = paths[method]
         reward, rho = mdp.average_reward(path), mdp.stationary_distribution(path)
-        curve.semilogx(times, reward, color=colour, ls=line, label=f"{method} gradient")
+        curve.semilogx(times, reward, color=colour, ls=line)
         done = int((reward >= 1.99).argmax()) + 1
-        phase.plot(*path[:done].T, color=colour, ls=line, label=f"{method} gradient")
+        phase.plot(*path[:done].T, color=colour, ls=line)
         rows += [
             {"method": method, "time": t, "reward": r, "theta_i": a, "theta_j": b, "rho_i": p, "rho_j": q}
             for t, r, (a, b), (p, q) in zip(times, reward, path, rho)
@@ -147,9 +147,11 @@ def draw_two_state(out: Path, quick: bool, seed: int) -> Numbers:
     )
     curve.set(xlabel="integration time", ylabel="average reward per step", xticks=10.0 ** np.arange(-2, 9, 2))
     curve.text(2e3, 1.03, "plateau", ha="center")
-    curve.legend(loc="center", bbox_to_anchor=(0.5, 0.6))
+    curve.text(6, 1.6, "natural\ngradient", color=BLUE)
+    curve.text(1.2e6, 1.4, "plain\ngradient", color=VERMILION, ha="right")
     phase.plot(*mdp.START, "o", color=BLACK)
-    phase.annotate("start", mdp.START, (-2, 9), textcoords="offset points")
+    phase.annotate("start", mdp.START, (-10, -18), textcoords="offset points")
+    phase.set_ylim(bottom=-3.5)
     phase.set(xlabel=r"$\theta_i$ (log-odds of staying in i)", ylabel=r"$\theta_j$ (log-odds of staying in j)")
     style.save(figure, out / "kakade_two_state.png")
     style.write_csv(out / "kakade_two_state.csv", rows)
@@ -157,6 +159,9 @@ def draw_two_state(out: Path, quick: bool, seed: int) -> Numbers:
 
 
 # --------------------------------------------------------------------------------------------------- figure 2: Tetris
+
+
+RADIUS = 0.04  # nats per step in the first iteration
 
 
 def gradient_itself(A: Fisher, b: Tensor, *, x0: Tensor | None = None, damping: float = 0.0) -> Solution:
@@ -220,8 +225,8 @@ class Units(VecEnvWrapper):
         return observations * self.factors, rewards, dones, infos
 
 
-class _Record(BaseCallback):
-    """Keep θ as it is at the beginning of every iteration."""
+class _Progress(BaseCallback):
+    """Keep θ as it is at the beginning of every iteration, and let the KL of its step fall linearly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +234,7 @@ class _Record(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self.thetas.append(self.model.policy.theta.detach().double().numpy().copy())
+        self.model.target_kl = RADIUS * self.model._current_progress_remaining
 
     def _on_step(self) -> bool:
         return True
@@ -242,14 +248,14 @@ def policy_gradient(run: Run) -> list[Vector]:
     )
     units = run.units or (1.0,) * (env.observation_space.shape[1] - 1)
     env = Units(env, units)
-    record = _Record()
+    progress = _Progress()
     agent = (NPG if run.method == "natural" else PolicyGradient)(
         AfterstatePolicy,
         env,
         n_steps=run.steps,
-        gamma=0.99,
-        gae_lambda=1.0,
-        target_kl=0.02,
+        gamma=0.995,
+        gae_lambda=0.98,
+        target_kl=RADIUS,
         step_size=run.step_size,
         cg_damping=DAMPING,
         cg_max_steps=30,
@@ -259,8 +265,8 @@ def policy_gradient(run: Run) -> list[Vector]:
         seed=run.seed,
         device="cpu",
     )
-    agent.learn(run.iterations * run.games * run.steps, callback=record)
-    thetas = [*record.thetas, agent.policy.theta.detach().double().numpy()]
+    agent.learn(run.iterations * run.games * run.steps, callback=progress)
+    thetas = [*progress.thetas, agent.policy.theta.detach().double().numpy()]
     return [theta * np.array(units) for theta in thetas]
 
 
@@ -347,15 +353,15 @@ def each(runs: list[Run], workers: int) -> Iterator[list[dict[str, Any]]]:
 OTHER_UNITS = (10.0, 0.1) * 4 + (10.0,)
 
 
-def draw_tetris(out: Path, quick: bool, seed: int) -> Numbers:
-    """Points (rows) per game on 10 × 10 over the iterations: 22 features, and 9 features in two systems of units."""
+def tetris_curves(quick: bool, seed: int) -> list[tuple[Run, str, str, str, str]]:
+    """Run, label, colour, line and marker of every curve; the longest first, so that the workers end together."""
     small: dict[str, Any] = {"features": "bertsekas", "iterations": 80, "games": 512, "seed": seed}
     large: dict[str, Any] = {"features": "dellacherie-thiery", "iterations": 60, "games": 1024, "seed": seed}
     if quick:
         for size in (small, large):
             size |= {"iterations": 2, "games": 32, "steps": 16, "evaluation_games": 4, "final_games": 4}
     kl = "same KL per step"
-    curves = [  # the longest first, so that the workers end together
+    return [
         (Run("natural", **large), "natural gradient", BLUE, "-", "o"),
         (Run("natural", units=OTHER_UNITS, **large), "natural, other units", BLACK, "--", "x"),
         (Run("plain", **large), f"plain, {kl}", ORANGE, "-", "s"),
@@ -366,6 +372,11 @@ def draw_tetris(out: Path, quick: bool, seed: int) -> Numbers:
         (Run("plain", step_size=3.0, **small), "plain, fixed step 3", PURPLE, "-.", "^"),
         (Run("policy iteration", **small), "greedy λ-policy iteration", GREEN, ":", "D"),
     ]
+
+
+def draw_tetris(out: Path, quick: bool, seed: int) -> Numbers:
+    """Points (rows) per game on 10 × 10 over the iterations: 22 features, and 9 features in two systems of units."""
+    curves = tetris_curves(quick, seed)
     figure, both = style.panels(2, height=5.0, sharey=True)
     rows, numbers = [], Numbers()
     for (run, label, colour, line, marker), rows_of_run in zip(

@@ -1,16 +1,33 @@
-"""What several processes must add up, and nothing else.
+"""What several processes must add up and agree on, and nothing else.
 
 Each process holds the same parameters and an equal share of the batch. Then every mean over the batch (a gradient, a
 Fisher-vector product, an objective, a KL) is the mean over processes of the local means, and one all-reduce of it makes
 all processes go on with the same numbers.
+
+The mathematics takes a process group, or None for a process that is alone; a training run takes a `World`.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["mean_"]
+__all__ = ["World", "average_", "mean_", "moments", "open_world", "size"]
+
+T = TypeVar("T")
+
+
+def size(process_group: dist.ProcessGroup | None) -> int:
+    """The number of processes: 1 without a group."""
+    return 1 if process_group is None else dist.get_world_size(process_group)
 
 
 def mean_(tensor: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
@@ -22,3 +39,138 @@ def mean_(tensor: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
         dist.all_reduce(tensor, group=process_group)
         tensor.div_(dist.get_world_size(process_group))
     return tensor
+
+
+def average_(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
+    """Replace each floating-point tensor by its mean over the processes of the group, in one all-reduce."""
+    means = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if process_group is None or not means:
+        return
+    flat = mean_(torch.cat([tensor.reshape(-1) for tensor in means]), process_group)
+    for tensor, part in zip(means, torch.split(flat, [tensor.numel() for tensor in means])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def moments(x: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance E[(x − E x)²] over the equal shares of all processes, in float64.
+
+    Two all-reduces of one element: with the mean known, the variance loses no digits where the mean is large.
+    """
+    x = x.double()
+    mean = mean_(x.mean(), process_group)
+    return mean, mean_((x - mean).square().mean(), process_group)
+
+
+@dataclass(frozen=True)
+class World:
+    """A process among its peers; alone by default.
+
+    Attributes:
+        device: where this process computes.
+        rank: its number, from 0.
+        size: the number of processes.
+        group: the process group, or None alone.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do `work` in every process, in the main one before the others; what it raises there is raised in all.
+
+        Raises:
+            RuntimeError: in a process that could not do what the main one did.
+        """
+        if self.group is None:
+            return work()
+        result: list[T] = []
+        outcome: list[Exception | None] = [None]
+        if self.is_main:
+            try:
+                result.append(work())
+            except Exception as error:
+                outcome[0] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[0] is not None:
+            raise outcome[0]
+        if result:
+            return result[0]
+        try:
+            return work()
+        except Exception as error:
+            raise RuntimeError(f"process {self.rank} could not do what process 0 did: {error}") from error
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over the processes."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def min_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its elementwise minimum over the processes."""
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group)
+        return tensor
+
+    def average_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each floating-point tensor by its mean over the processes, in one all-reduce."""
+        average_(tensors, self.group)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; in the main process only, elsewhere an empty list."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.group)
+        return values
+
+
+@contextmanager
+def open_world(device: str | None = None) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, on NCCL for CUDA and on Gloo for CPU; or be alone.
+
+    An error in one process ends them all, and is shown once: what the others raise, when they find their peer gone,
+    becomes a silent ``SystemExit`` with status 1.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``; by default CUDA where there is a device for this process.
+
+    Raises:
+        ValueError: the device cannot be had.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        # Judged alike by all processes of a machine, so that none waits for one that has given up.
+        index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
+        needed = here if chosen.index is None else index + 1
+        if needed > torch.cuda.device_count():
+            raise ValueError(
+                f"device {chosen} cannot be had for {here} processes on this machine: it has "
+                f"{torch.cuda.device_count()} CUDA devices; start fewer processes or choose device cpu"
+            )
+        if chosen.index is not None and here > 1:
+            raise ValueError(f"device {chosen} is a single one for {here} processes: choose device cuda, or cpu")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if not launched:
+        yield World(chosen)
+        return
+    store, rank, world_size = next(rendezvous("env://"))
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        yield World(chosen, rank, world_size, dist.group.WORLD)
+    except Exception:
+        if store.add("failed", 1) > 1:
+            raise SystemExit(1) from None
+        raise
+    finally:
+        dist.destroy_process_group()

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from npg.parallel import World, open_world
 from npg.vision import data
 from npg.vision.config import PRESETS, Config, load_config
-from npg.vision.distributed import open_world
 from npg.vision.models import KNOWN_MODELS
 from npg.vision.optimizers import OPTIMIZERS
 from npg.vision.run_folder import find_checkpoint, load_checkpoint
@@ -155,10 +155,26 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     return dataclasses.replace(Config(**saved), **asked), checkpoint
 
 
+def train(config: Config, run_dir: Path, checkpoint: Path | None, world: World) -> int:
+    """Train and tell; what goes wrong in all processes alike is told by the main one."""
+    try:
+        images = world.main_first(lambda: data.load(config.data, progress=sys.stderr.isatty() and world.is_main))
+        summary = Trainer(config, images, run_dir, world, checkpoint=checkpoint).run()
+    except (ValueError, TrainingStopped) as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingStopped) else 2
+    if world.is_main:
+        print(
+            f"{summary['evaluated_on']} top-1: best {summary['best_top1']:.2f}, final {summary['final_top1']:.2f}; "
+            f"test top-1 {summary['test_top1']:.2f}; {summary['train_seconds']:.0f} s of training; see {run_dir}"
+        )
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse(arguments))
     run_dir = options.pop("run_dir", None)
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
         config, checkpoint = configure(options)
         if run_dir is None and checkpoint is not None:
@@ -168,18 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
                 Path("runs") / f"{config.model}_{config.optimizer}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
             )
         with open_world(config.device) as world:
-            images = world.main_first(lambda: data.load(config.data, progress=sys.stderr.isatty() and is_main))
-            summary = Trainer(config, images, run_dir, world, checkpoint=checkpoint).run()
-    except (ValueError, TrainingStopped) as error:
-        if is_main:
+            return train(config, run_dir, checkpoint, world)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingStopped) else 2
-    if is_main:
-        print(
-            f"{summary['evaluated_on']} top-1: best {summary['best_top1']:.2f}, final {summary['final_top1']:.2f}; "
-            f"test top-1 {summary['test_top1']:.2f}; {summary['train_seconds']:.0f} s of training; see {run_dir}"
-        )
-    return 0
+        return 2
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from npg.parallel import World
 from npg.step import StepReport
 from npg.vision.config import Config
 from npg.vision.data import ImageData
-from npg.vision.distributed import World
 from npg.vision.loader import Normalization, TrainLoader, split_validation
 from npg.vision.models import model_from_name
 from npg.vision.optimizers import make_optimizer, takes_batches

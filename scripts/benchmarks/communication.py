@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from npg.parallel import World, open_world
 from npg.vision.config import Config
 from npg.vision.data import ImageData
-from npg.vision.distributed import World, open_world
 from npg.vision.training import Trainer
 
 CASES = {

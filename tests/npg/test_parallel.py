@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from npg import Fisher, LevenbergMarquardt, TrustRegion, conjugate_gradient, families, natural_step
-from npg.parallel import mean_
+from npg.parallel import average_, mean_, moments, size
 
 STEPS = 3
 OPTIONS = {
@@ -30,6 +30,11 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
     return model, torch.randn(16, 3), torch.randint(4, (16,))
+
+
+def far_away() -> Tensor:
+    """Sixteen float32 numbers whose mean is 10⁴ times their spread."""
+    return (1e4 + torch.randn(16, generator=torch.Generator().manual_seed(2))).float()
 
 
 def everything(x: Tensor, y: Tensor, model: nn.Module, group: dist.ProcessGroup | None) -> dict[str, object]:
@@ -89,6 +94,11 @@ def work(rank: int, folder: Path) -> None:
     share = slice(8 * rank, 8 * (rank + 1))
     found = everything(x[share], y[share], model, dist.group.WORLD)
     found["mean"] = mean_(torch.tensor([float(rank), 5.0]), dist.group.WORLD)
+    found["moments"] = torch.stack(moments(far_away()[share], dist.group.WORLD))
+    several = [torch.full((2, 3), float(rank)), torch.tensor(rank), torch.tensor([4.0 * rank])]
+    average_(several, dist.group.WORLD)
+    found["average"] = torch.cat([several[0].flatten(), several[2]])
+    found["size"] = torch.tensor(size(dist.group.WORLD))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -119,7 +129,7 @@ def alone(double) -> dict[str, object]:
 
 def test_two_processes_equal_one(ranks, alone):
     both = ranks[0]
-    assert set(both) == {*alone, "mean"}
+    assert set(both) == {*alone, "mean", "moments", "average", "size"}
     for name, expected in alone.items():
         torch.testing.assert_close(
             both[name], expected, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
@@ -139,12 +149,23 @@ def test_the_cases_are_what_they_claim(alone):
 
 def test_mean(ranks):
     assert ranks[0]["mean"].tolist() == [0.5, 5.0]
+    assert ranks[0]["average"].tolist() == [0.5] * 6 + [2.0]
+    assert int(ranks[0]["size"]) == 2
+
+
+def test_moments(ranks):
+    x = far_away().double()
+    expected = torch.stack([x.mean(), x.var(correction=0)])
+    torch.testing.assert_close(ranks[0]["moments"], expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(torch.stack(moments(far_away(), None)), expected, rtol=1e-10, atol=0)
 
 
 def test_without_a_group_nothing_happens():
     value = torch.tensor([1.0, 2.0])
     assert mean_(value, None) is value
+    average_([value], None)
     assert value.tolist() == [1.0, 2.0]
+    assert size(None) == 1
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from npg.parallel import World, open_world
 from npg.vision.config import Config
 from npg.vision.data import ImageData
-from npg.vision.distributed import World, open_world
 from npg.vision.training import Trainer, TrainingStopped
 
 #: Optimizer, its options, and after how many steps parameters are averaged (0: gradients are, at every step).
@@ -250,9 +250,12 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_device_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
     with (
-        pytest.raises(ValueError, match=r"device cuda cannot be had for process 1 .* it has 1 CUDA devices"),
+        pytest.raises(ValueError, match=r"device cuda cannot be had for 2 processes .* it has 1 CUDA devices"),
         open_world("cuda"),
     ):
+        pass
+    with pytest.raises(ValueError, match=r"device cuda:0 is a single one for 2 processes"), open_world("cuda:0"):
         pass

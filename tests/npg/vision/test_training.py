@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from npg.parallel import World
 from npg.vision.config import Config
 from npg.vision.data import ImageData
-from npg.vision.distributed import World
 from npg.vision.run_folder import CheckpointError
 from npg.vision.training import Trainer, TrainingStopped, learning_rate_factor
 

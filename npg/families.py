@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import log, pi
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "DiagonalGaussian",
     "Family",
     "Gaussian",
+    "Geometry",
     "MultiCategorical",
     "from_torch",
 ]
@@ -33,6 +35,21 @@ __all__ = [
 LinearMap = Callable[[Tensor], Tensor]
 
 _LOG_2PI = log(2 * pi)
+
+
+class Geometry(Protocol):
+    """A geometry of outputs: a metric to solve for a step in, and the divergence to check the step by.
+
+    Every family has one in its Fisher information and its KL; `npg.transport.wasserstein` makes others.
+    """
+
+    @abstractmethod
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        """M(η) as a map of output tangents, (…, D) → (…, D); further axes in front broadcast."""
+
+    @abstractmethod
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        """Per event, what ½dᵀM(η)d is the second order of; (…, D), (…, D) → (…)."""
 
 
 class Family(ABC):

@@ -20,12 +20,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from npg.curvature.online import OnlinePreconditioner
-from npg.families import Family
+from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
 from npg.linearize import Linearization
 from npg.parallel import mean_
 from npg.solvers import Solver, conjugate_gradient, dense_solve
 from npg.step import StepReport, natural_step
+from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = ["NGD", "DiagonalNGD", "OnlineNGD"]
@@ -410,12 +411,16 @@ class NGD(_ModelOptimizer):
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
         curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
         fisher: ``"exact"``, ``"sampled"`` or ``"empirical"``.
+        metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, and
+            ``wasserstein(family, graph)`` that with classes on a graph of your own. ``max_kl`` then bounds ½W₂², and
+            the gain that ``damping_control`` compares with is that of the linear model.
         damping_control: adapts λ after each step, which then costs one more forward pass.
         process_group: average over these processes, each of which holds an equal share of the mini-batch. A model in
             DistributedDataParallel brings its own.
 
     Raises:
         ValueError: if an option is out of its range.
+        TypeError: if the family has no Wasserstein metric.
 
     Source: Amari (1998), Natural gradient works efficiently in learning; Martens (2010), Deep learning via
     Hessian-free optimization.
@@ -437,6 +442,7 @@ class NGD(_ModelOptimizer):
         warm_start: float = 0.0,
         curvature_fraction: float = 1.0,
         fisher: Kind = "exact",
+        metric: Literal["fisher", "wasserstein"] | Geometry = "fisher",
         damping_control: LevenbergMarquardt | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -451,6 +457,8 @@ class NGD(_ModelOptimizer):
         _check(rtol >= 0, "rtol", rtol, "0 or above")
         _check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
         _check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
+        self.metric = geometry(metric, family)
+        _check(fisher == "exact" or self.metric is None, "fisher", fisher, "'exact' with another metric")
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, family, defaults, fisher, process_group)
         self.trust_region = None if max_kl is None else TrustRegion(max_kl)
@@ -487,9 +495,11 @@ class NGD(_ModelOptimizer):
             damping=group["damping"],
             solver=self._solver,
             fisher=partial(Fisher, kind=self.fisher, targets=targets[part] if self.fisher == "empirical" else None),
+            metric=self.metric,
             curvature_inputs=curvature_inputs,
             x0=x0,
-            objective_curvature=1.0,
+            # the Hessian of the loss is about the Fisher information, and about no other metric
+            objective_curvature=1.0 if self.metric is None else 0.0,
             evaluate=self.damping_control is not None,
             process_group=self.process_group,
         )

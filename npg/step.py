@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npg.families import Family
+from npg.families import Family, Geometry
 from npg.fisher import Fisher
 from npg.linearize import Linearization, Model, frozen_statistics, replayed_randomness
 from npg.parallel import mean_
@@ -37,7 +37,8 @@ class StepReport:
         predicted_gain: gᵀd − ½c dᵀFd for the step d, with c the ``objective_curvature`` of `natural_step`.
         actual_gain: the gain in the objective at the last point tried (NaN where none was evaluated).
         predicted_kl: ½dᵀFd, in nats.
-        kl: the true mean KL at the last point tried, in nats (NaN where none was evaluated).
+        kl: the true mean KL at the last point tried, in nats (NaN where none was evaluated); of a step with another
+            ``metric``, both are its divergence, in its units.
         status: how the solver ended.
         iterations: products with F that the solver took.
         residual: ‖g − (F + λI)s‖/‖g‖.
@@ -83,6 +84,7 @@ def natural_step(
     damping: float = 0.0,
     solver: Solver = conjugate_gradient,
     fisher: Callable[..., Fisher] = Fisher,
+    metric: Geometry | None = None,
     curvature_inputs: Any = None,
     preconditioner: Callable[[Fisher, float], Callable[[Tensor], Tensor]] | None = None,
     x0: Tensor | None = None,
@@ -103,11 +105,13 @@ def natural_step(
         inputs: a tensor, or a tuple of positional arguments.
         family: the predictive distribution of the outputs.
         objective: outputs (…, D) ↦ the mean over events of what to maximise, (): a log-likelihood, a surrogate return.
-        trust_region: the KL radius and how to keep to it.
+        trust_region: the radius, of the KL or of the divergence of ``metric``, and how to keep to it.
         learning_rate: a fixed, or with a trust region the largest, multiple of the solution.
         damping: λ ≥ 0.
         solver: a function of `npg.solvers`, with its options bound by ``functools.partial``.
-        fisher: `Fisher`, or a partial of it, to choose its kind or metric.
+        fisher: `Fisher`, or a partial of it, to choose its kind.
+        metric: another geometry than the family's: its metric takes the place of the Fisher information in F, and its
+            divergence that of the KL in the trust region and the report.
         curvature_inputs: the inputs to take F at, where they are not ``inputs`` (a part of the batch).
         preconditioner: (fisher, λ) ↦ (r ↦ C⁻¹r), for solvers that take one.
         x0: where the solver starts, (P,), for instance a decayed ``StepReport.solution``.
@@ -150,6 +154,7 @@ def natural_step(
         parameters=parameters,
         process_group=process_group,
         linearization=shared,
+        **({} if metric is None else {"metric": metric}),
     )
     options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
     solution = solver(F, g, x0=x0, damping=damping, **options)
@@ -166,9 +171,10 @@ def natural_step(
     ).tolist()
     solve_seconds = perf_counter() - started
 
-    # 4. Length: scale to the radius, backtrack on the true KL and the true objective.
+    # 4. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
     origin = theta.copy()
     forward = "old_new" if trust_region is None else trust_region.kl_direction
+    divergence = family.kl if metric is None else metric.divergence
 
     @torch.no_grad()
     def trial(scale: float) -> Trial:
@@ -176,7 +182,7 @@ def natural_step(
         with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
             new = linearization.forward()
         try:
-            kl = family.kl(old, new) if forward == "old_new" else family.kl(new, old)
+            kl = divergence(old, new) if forward == "old_new" else divergence(new, old)
             local = torch.stack([objective(new).double(), kl.double().mean()])
         except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
             local = old.new_full((2,), nan, dtype=torch.float64)

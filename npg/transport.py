@@ -6,27 +6,56 @@ the same pull-back Jᵀ M J (Li & Montúfar 2018):
 
     metric = wasserstein(family)
     Fisher(model, inputs, family, metric=metric)
-    natural_step(…, fisher=partial(Fisher, metric=metric))
+    natural_step(…, metric=metric)                      NGD(…, metric="wasserstein")    TRPO(…, metric="wasserstein")
 
-A KL radius then bounds ½W₂², in half squared units of the targets for normals, of the edges for classes.
+A radius then bounds ½W₂² in place of the KL, in the model and in the check of the step: in half squared units of the
+targets for normals, of the edges for classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from npg.families import Bernoulli, Categorical, DiagonalGaussian, Family, Gaussian, LinearMap, MultiCategorical
+from npg.families import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    Family,
+    Gaussian,
+    Geometry,
+    LinearMap,
+    MultiCategorical,
+)
 
-__all__ = ["wasserstein"]
-
-Metric = Callable[[Tensor], LinearMap]
+__all__ = ["geometry", "wasserstein"]
 
 
-def wasserstein(family: Family, graph: Tensor | None = None) -> Metric:
-    """The Wasserstein-2 metric of a family, as the function η ↦ (u ↦ M(η)u) that `npg.Fisher` takes as ``metric``.
+def geometry(metric: Literal["fisher", "wasserstein"] | Geometry, family: Family) -> Geometry | None:
+    """What `npg.natural_step` takes as ``metric``, from a name: None is the family's own.
+
+    Raises:
+        ValueError: if the name is unknown.
+        TypeError: if the family has no Wasserstein metric.
+    """
+    if metric == "fisher":
+        return None
+    if metric == "wasserstein":
+        return wasserstein(family)
+    if isinstance(metric, str) or not (callable(metric) and hasattr(metric, "divergence")):
+        raise ValueError(
+            "metric must be 'fisher', 'wasserstein', or a geometry such as wasserstein(family, graph): a function of "
+            f"the outputs with a method divergence(old, new), got {metric!r}"
+        )
+    return metric
+
+
+def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
+    """The Wasserstein-2 metric of a family, and the distance of which it is the second order.
 
     Normals. W₂² between N(m, σ²) and N(m', σ'²) is (m − m')² + (σ − σ')², componentwise; with dσ = σ d(log σ):
 
@@ -42,7 +71,13 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Metric:
 
     On the complete graph of C classes with w = 1, L = ½diag(1 + Cp) − ½(p1ᵀ + 1pᵀ), and for a change that sums to zero
     L⁺ = 2(diag(a) − aaᵀ/Σa) with a = 1/(1 + Cp): O(C) per product, as for Fisher. Any other graph costs O(C³) per
-    event and linearisation, and O(C²) per product. A Bernoulli bit is a graph of two nodes, where L⁺ ṗ costs 2dp².
+    event and linearisation, and O(C²) per product. W₂² is the least ∫ ṗᵀL(p)⁺ṗ dt of all paths from p to q, and has no
+    closed form. The straight path, Δ = q − p, costs no less, and since L is linear in p its cost is convex along it:
+
+        ½W₂²(p, q) ≤ ½ ∫ ΔᵀL(p + tΔ)⁺Δ dt ≤ ¼ Δᵀ(L(p)⁺ + L(q)⁺)Δ
+
+    The last is the divergence, symmetric and with the second order of ½W₂²: a step within its radius is within that of
+    ½W₂². A Bernoulli bit is a graph of two nodes, where L⁺ṗ costs 2dp² and W₂² = 2(Δp)² exactly.
 
         Bernoulli          M = 2p²(1 − p)²
 
@@ -54,7 +89,8 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Metric:
             the two classes (length w^−½). The complete graph with w = 1 by default.
 
     Returns:
-        The metric, a function of the outputs (…, D). On a given graph, θ is kept above 1e-12.
+        The metric, a function η ↦ (u ↦ M(η)u) of the outputs (…, D), with its ``divergence(old, new)``. On a given
+        graph, θ is kept above 1e-12.
 
     Raises:
         ValueError: if the graph is not a connected graph as above, or is given for another family.
@@ -66,79 +102,122 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Metric:
         if not isinstance(family, Categorical):
             raise ValueError(f"graph connects the classes of a Categorical, and {family!r} has none: leave it out")
         _check_graph(graph)
-        return _weighted_graph(graph)
+        return _WeightedGraph(graph)
     if isinstance(family, Gaussian):
-        return lambda outputs: lambda u: u.clone()
+        return _Gaussian()
     if isinstance(family, DiagonalGaussian):
-        return _diagonal_gaussian
+        return _DiagonalGaussian()
     if isinstance(family, Categorical):
-        return _complete_graph
+        return _CompleteGraph()
     if isinstance(family, MultiCategorical):
-        sizes = family.sizes
-
-        def blockwise(outputs: Tensor) -> LinearMap:
-            maps = [_complete_graph(part) for part in outputs.split(sizes, -1)]
-            return lambda u: torch.cat([m(part) for m, part in zip(maps, u.split(sizes, -1), strict=True)], -1)
-
-        return blockwise
+        return _CompleteGraphs(family.sizes)
     if isinstance(family, Bernoulli):
-        return _bernoulli
+        return _Bernoulli()
     raise TypeError(
-        f"no Wasserstein metric is known for {family!r}: pass Fisher a metric of your own, a function of the outputs η "
-        "that returns the map u ↦ M(η)u"
+        f"no Wasserstein metric is known for {family!r}: pass a metric of your own, a function of the outputs η that "
+        "returns the map u ↦ M(η)u, with a method divergence(old, new)"
     )
 
 
-def _diagonal_gaussian(outputs: Tensor) -> LinearMap:
-    mean, log_std = DiagonalGaussian.split(outputs.detach())
-    weights = torch.cat([torch.ones_like(mean), torch.exp(2 * log_std)], -1)
-    return lambda u: weights * u
+class _Gaussian(Geometry):
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        return lambda u: u.clone()
+
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        return 0.5 * (new - old).square().sum(-1)
 
 
-def _bernoulli(outputs: Tensor) -> LinearMap:
-    p = outputs.detach().sigmoid()
-    weights = 2 * (p * (1 - p)).square()
-    return lambda u: weights * u
+class _DiagonalGaussian(Geometry):
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        mean, log_std = DiagonalGaussian.split(outputs.detach())
+        weights = torch.cat([torch.ones_like(mean), torch.exp(2 * log_std)], -1)
+        return lambda u: weights * u
+
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        (m, log_s), (n, log_t) = DiagonalGaussian.split(old), DiagonalGaussian.split(new)
+        return 0.5 * ((n - m).square() + (log_t.exp() - log_s.exp()).square()).sum(-1)
 
 
-def _complete_graph(outputs: Tensor) -> LinearMap:
-    p = outputs.detach().softmax(-1)
-    a = 1 / (1 + p.shape[-1] * p)
-    share = a / a.sum(-1, keepdim=True)
+class _Bernoulli(Geometry):
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        p = outputs.detach().sigmoid()
+        weights = 2 * (p * (1 - p)).square()
+        return lambda u: weights * u
 
-    def change(u: Tensor) -> Tensor:  # S u
-        pu = p * u
-        return pu - p * pu.sum(-1, keepdim=True)
-
-    def apply(u: Tensor) -> Tensor:
-        moved = change(u)
-        return change(2 * a * (moved - (share * moved).sum(-1, keepdim=True)))
-
-    return apply
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        return (new.sigmoid() - old.sigmoid()).square().sum(-1)
 
 
-def _weighted_graph(graph: Tensor) -> Metric:
-    """M = S L(p)⁺ S for the classes of a weighted graph, as dense blocks."""
-    nodes = len(graph)
-    conductances = graph.detach().double()
+class _Graph(Geometry):
+    @abstractmethod
+    def _inverse_laplacian(self, p: Tensor) -> LinearMap:
+        """L(p)⁺, up to a constant, as a map of changes that sum to zero."""
 
-    def metric(outputs: Tensor) -> LinearMap:
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        p, q = old.double().softmax(-1), new.double().softmax(-1)
+        change = q - p
+        return 0.25 * (change * (self._inverse_laplacian(p)(change) + self._inverse_laplacian(q)(change))).sum(-1)
+
+
+class _CompleteGraph(_Graph):
+    def _inverse_laplacian(self, p: Tensor) -> LinearMap:
+        a = 1 / (1 + p.shape[-1] * p)
+        share = a / a.sum(-1, keepdim=True)
+        return lambda change: 2 * a * (change - (share * change).sum(-1, keepdim=True))
+
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        p = outputs.detach().softmax(-1)
+        potential = self._inverse_laplacian(p)
+
+        def change(u: Tensor) -> Tensor:  # S u
+            pu = p * u
+            return pu - p * pu.sum(-1, keepdim=True)
+
+        return lambda u: change(potential(change(u)))
+
+
+class _CompleteGraphs(Geometry):
+    """One graph for each of several independent classes."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = list(sizes)
+
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        maps = [_CompleteGraph()(part) for part in outputs.split(self.sizes, -1)]
+        return lambda u: torch.cat([m(part) for m, part in zip(maps, u.split(self.sizes, -1), strict=True)], -1)
+
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        pairs = zip(old.split(self.sizes, -1), new.split(self.sizes, -1), strict=True)
+        return torch.stack([_CompleteGraph().divergence(a, b) for a, b in pairs]).sum(0)
+
+
+class _WeightedGraph(_Graph):
+    def __init__(self, graph: Tensor) -> None:
+        self.conductances = graph.detach().double()
+
+    def _factor(self, p: Tensor) -> Tensor:
+        """Cholesky's factor of L(p) + 11ᵀ/C: 1 spans the null space of L, and no change has a part in it."""
+        # a floor under θ keeps the distance across empty classes finite: 10¹² times that of full ones
+        theta = (0.5 * (p.unsqueeze(-1) + p.unsqueeze(-2))).clamp(min=1e-12)
+        edges = self.conductances.to(p.device) * theta
+        laplacian = torch.diag_embed(edges.sum(-1)) - edges
+        factor, failed = torch.linalg.cholesky_ex(laplacian + 1 / p.shape[-1])
+        return factor.masked_fill((failed > 0)[..., None, None], torch.nan)  # which a solver and a search report
+
+    def _inverse_laplacian(self, p: Tensor) -> LinearMap:
+        factor = self._factor(p)
+        return lambda change: torch.cholesky_solve(change.unsqueeze(-1), factor).squeeze(-1)
+
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        """The blocks S L(p)⁺ S, dense."""
+        nodes = len(self.conductances)
         if outputs.shape[-1] != nodes:
             raise ValueError(f"graph has {nodes} nodes, but the outputs have {outputs.shape[-1]} classes")
         p = outputs.detach().double().softmax(-1)
-        # a floor under θ keeps the distance across empty classes finite: 10¹² times that of full ones
-        theta = (0.5 * (p.unsqueeze(-1) + p.unsqueeze(-2))).clamp(min=1e-12)
-        edges = conductances.to(p.device) * theta
-        laplacian = torch.diag_embed(edges.sum(-1)) - edges
-        # 1 spans the null space, and S maps into its complement: adding 11ᵀ/C changes nothing there
-        factor, failed = torch.linalg.cholesky_ex(laplacian + 1 / nodes)
-        factor = factor.masked_fill((failed > 0)[..., None, None], torch.nan)  # which a solver reports
         change = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-        blocks = change @ torch.cholesky_solve(change, factor)
+        blocks = change @ torch.cholesky_solve(change, self._factor(p))
         blocks = (0.5 * (blocks + blocks.mT)).to(outputs.dtype)
         return lambda u: (blocks @ u.unsqueeze(-1)).squeeze(-1)
-
-    return metric
 
 
 def _check_graph(graph: Tensor) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Poisson
 
 from npg import Fisher, TrustRegion, conjugate_gradient, families, natural_step
-from npg.transport import wasserstein
+from npg.optim import NGD
+from npg.transport import geometry, wasserstein
 
 F64 = torch.float64
 
@@ -304,13 +305,144 @@ def test_natural_step_takes_the_metric_and_respects_the_radius(case):
         trust_region=TrustRegion(radius, backtrack=False),
         damping=damping,
         solver=partial(conjugate_gradient, max_iterations=200, rtol=1e-10),
-        fisher=partial(Fisher, metric=wasserstein(family, graph)),
+        metric=wasserstein(family, graph),
     )
     assert report.accepted
     assert report.actual_gain == pytest.approx(report.predicted_gain, rel=0.1)
     # the radius bounds ½W₂² here, together with what damping takes
     assert report.predicted_kl + 0.5 * damping * report.step_norm**2 == pytest.approx(radius, rel=1e-9)
     assert report.predicted_kl > 0.1 * radius
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_natural_step_equals_the_dense_twin_and_reports_its_own_divergence(case):
+    family, graph, width = CASES[case]
+    model, inputs = network(width), randn(32, 3, seed=54)
+    targets = family.sample(model(inputs) + 1.0, generator(55))
+    metric, damping = wasserstein(family, graph), 1e-2
+    parameters = list(model.parameters())
+    before, old = torch.nn.utils.parameters_to_vector(parameters).detach().clone(), model(inputs).detach()
+    J = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (inputs,)))(dict(model.named_parameters()))
+    J = torch.cat([j.flatten(2) for j in J.values()], -1).detach()
+    M = torch.stack([dense(metric, row) for row in old])
+    G = torch.einsum("ndp,nde,neq->pq", J, M, J) / len(inputs) + damping * torch.eye(len(before), dtype=F64)
+    loss = family.log_likelihood(model(inputs), targets).mean()
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, parameters)])
+    s = torch.linalg.solve(G, g)
+
+    radius = 0.5  # so far that the model is wrong and the search has work to do
+    report = natural_step(
+        model,
+        inputs,
+        family,
+        lambda outputs: family.log_likelihood(outputs, targets).mean(),
+        trust_region=TrustRegion(radius),
+        damping=damping,
+        solver=partial(conjugate_gradient, max_iterations=500, rtol=1e-14),
+        metric=metric,
+    )
+    assert report.accepted
+    length = (2 * radius / float(s @ G @ s)) ** 0.5 * 0.8**report.backtracks
+    moved = torch.nn.utils.parameters_to_vector(parameters).detach() - before
+    torch.testing.assert_close(moved, length * s, rtol=1e-8, atol=1e-10)
+    distance = float(metric.divergence(old, model(inputs).detach()).mean())
+    assert report.kl == pytest.approx(distance, rel=1e-10)
+    assert distance <= radius
+    assert report.kl != pytest.approx(float(family.kl(old, model(inputs).detach()).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_divergence_has_the_metric_as_its_second_order(case):
+    family, graph, width = CASES[case]
+    metric, outputs, d = wasserstein(family, graph), randn(5, width, seed=56), randn(5, width, seed=57)
+    quadratic = 0.5 * (d * metric(outputs)(d)).sum(-1)
+    assert float(metric.divergence(outputs, outputs).abs().max()) == 0.0
+    errors = [float((metric.divergence(outputs, outputs + t * d) - t**2 * quadratic).abs().max()) for t in (0.1, 0.05)]
+    if isinstance(family, families.Gaussian):
+        assert max(errors) < 1e-14  # exact at any length
+    else:
+        assert 6.0 < errors[0] / errors[1] < 10.0, errors  # third order: 2³
+
+
+def test_divergence_of_normals_is_half_the_squared_distance():
+    old, new = randn(7, 6, seed=58), randn(7, 6, seed=59)
+    want = 0.5 * torch.stack([bures_squared(a, b) for a, b in zip(old, new)])
+    torch.testing.assert_close(wasserstein(families.DiagonalGaussian()).divergence(old, new), want, rtol=1e-10, atol=0)
+    want = 0.5 * (new - old).square().sum(-1)
+    torch.testing.assert_close(wasserstein(families.Gaussian(0.3)).divergence(old, new), want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("graph", [complete(5), chain(5), random_graph(5, 8)], ids=["complete", "chain", "random"])
+def test_divergence_of_classes_is_the_mean_cost_of_the_change_at_both_ends(graph):
+    old, new = 2 * randn(5, seed=60), 2 * randn(5, seed=61)
+    p, q = old.softmax(-1), new.softmax(-1)
+    want = 0.25 * (flow_cost(graph, p, q - p) + flow_cost(graph, q, q - p))
+    metric = wasserstein(families.Categorical(), graph)
+    torch.testing.assert_close(metric.divergence(old, new), want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(metric.divergence(new, old), want, rtol=1e-10, atol=1e-12)  # symmetric
+
+
+@pytest.mark.parametrize("graph", [complete(3), chain(4)], ids=["complete", "chain"])
+@pytest.mark.parametrize("seed", range(3))
+def test_divergence_of_classes_bounds_half_the_squared_distance(graph, seed):
+    old, new = randn(len(graph), seed=62 + seed), randn(len(graph), seed=72 + seed)
+    bound = float(wasserstein(families.Categorical(), graph).divergence(old, new))
+    # the discretised action is that of one path, up to the error of its 16 pieces
+    half = 0.5 * float(benamou_brenier_squared(graph, old.softmax(-1), new.softmax(-1)))
+    assert half <= bound * (1 + 1e-3)
+    assert bound < 1.5 * half
+
+
+def test_divergence_of_bits_and_of_several_classes_is_that_of_their_graphs():
+    old, new = randn(4, 3, seed=63), randn(4, 3, seed=64)
+    pairs = [torch.stack([torch.zeros_like(x), x], -1) for x in (old, new)]
+    two = wasserstein(families.Categorical()).divergence(*pairs).sum(-1)
+    torch.testing.assert_close(wasserstein(families.Bernoulli()).divergence(old, new), two, rtol=1e-10, atol=0)
+    old, new = randn(4, 5, seed=65), randn(4, 5, seed=66)
+    parts = zip(old.split([2, 3], -1), new.split([2, 3], -1))
+    want = sum(wasserstein(families.Categorical()).divergence(a, b) for a, b in parts)
+    several = wasserstein(families.MultiCategorical([2, 3])).divergence(old, new)
+    torch.testing.assert_close(several, want, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizer
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("solver", ["cg", "dense"])
+def test_ngd_takes_the_step_of_the_metric(case, solver):
+    family, graph, width = CASES[case]
+    model, inputs = network(width), randn(32, 3, seed=67)
+    targets = family.sample(model(inputs) + 1.0, generator(68))
+    metric: object = "wasserstein" if graph is None else wasserstein(family, graph)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    F = Fisher(model, inputs, family, metric=wasserstein(family, graph)).dense()
+    loss = -family.log_likelihood(model(inputs), targets).mean()
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(model.parameters()))])
+    NGD(model, family, lr=0.05, damping=1e-2, metric=metric, solver=solver, max_iterations=500, rtol=1e-13).step(
+        inputs, targets
+    )
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    want = -0.05 * torch.linalg.solve(F + 1e-2 * torch.eye(len(g), dtype=F64), g)
+    torch.testing.assert_close(moved, want, rtol=1e-8, atol=1e-10)
+
+
+def test_ngd_keeps_the_distance_within_max_kl_and_learns():
+    # least squares with an unknown spread: the radius is in half squared units of y
+    family, inputs = families.DiagonalGaussian(), randn(64, 3, seed=69)
+    targets = inputs[:, :1] - 2 + randn(64, 1, seed=70)
+    model, metric, radius = network(2), wasserstein(family), 0.05
+    optimizer = NGD(model, family, lr=1e3, damping=1e-4, metric="wasserstein", max_kl=radius, max_iterations=50)
+    losses, distances = [], []
+    for _ in range(12):
+        old = model(inputs).detach()
+        report = optimizer.step(inputs, targets)
+        assert report.accepted
+        losses.append(-report.objective)
+        distances.append(float(metric.divergence(old, model(inputs).detach()).mean()))
+    assert max(distances) <= radius
+    assert max(distances) > 0.5 * radius
+    assert losses[-1] < losses[0] - 1
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -329,6 +461,20 @@ def test_natural_step_takes_the_metric_and_respects_the_radius(case):
 def test_bad_graphs_are_named(graph, message):
     with pytest.raises(ValueError, match=message):
         wasserstein(families.Categorical(), graph)
+
+
+def test_bad_metrics_are_named():
+    family, model = families.Categorical(), network(4)
+    assert geometry("fisher", family) is None
+    own = wasserstein(family, chain(4))
+    assert geometry(own, family) is own
+    for bad in ("wassertein", "graph", None, 3, lambda outputs: lambda u: u):
+        with pytest.raises(ValueError, match=r"metric must be 'fisher', 'wasserstein', or a geometry"):
+            NGD(model, family, metric=bad)
+    with pytest.raises(ValueError, match="fisher='sampled' is not usable: it must be 'exact' with another metric"):
+        NGD(model, family, metric="wasserstein", fisher="sampled")
+    with pytest.raises(TypeError, match="no Wasserstein metric is known"):
+        NGD(model, families.from_torch(lambda o: Poisson(o.exp()[..., 0])), metric="wasserstein")
 
 
 def test_other_bad_arguments():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
-from math import ceil, inf
+from math import ceil, inf, nan
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -51,10 +51,10 @@ def _dense_gradients(params: Iterable[Tensor]) -> None:
             )
 
 
-def _decay(params: Iterable[Tensor], amount: float) -> None:
+def _decay(params: Iterable[Tensor], amount: float | Tensor) -> None:
     """Decoupled weight decay of all parameters but biases and those of normalisation."""
     matrices = [p for p in params if p.ndim > 1]
-    if amount and matrices:
+    if matrices and (isinstance(amount, Tensor) or amount):
         torch._foreach_mul_(matrices, 1 - amount)
 
 
@@ -345,6 +345,9 @@ class DiagonalNGD(_ModelOptimizer):
     def step(self, inputs: Any, targets: Tensor) -> Tensor:  # type: ignore[override]
         """Take one step on a mini-batch; returns its mean negative log-likelihood before the step, ().
 
+        Where that, the gradient or the diagonal is not finite, the step is refused: parameters, running average and
+        momentum stay as they were, and NaN is returned. The host does not wait to know.
+
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments.
             targets: in the shape that ``family.log_likelihood`` takes.
@@ -362,28 +365,35 @@ class DiagonalNGD(_ModelOptimizer):
             linearization=linearization,
         )
         outputs, parameters = linearization.outputs, linearization.parameters
-        loss = -self.family.log_likelihood(outputs, targets).mean()
+        loss = mean_(-self.family.log_likelihood(outputs, targets).mean(), self.process_group)
         slope = linearization.pull_back(self.family.score(outputs, targets) / fisher.events)
         slope = mean_(slope, self.process_group)
         diagonal = fisher.diagonal(self.probes, self.generator)
+        finite = torch.isfinite(loss) & torch.isfinite(slope).all() & torch.isfinite(diagonal).all()
+        slope, diagonal = (torch.where(finite, x, 0.0) for x in (slope, diagonal))
+        taken = finite.double()  # 1, or 0 where the step is refused; all ranks agree, since all three are averaged
 
-        params, decay = parameters.tensors, group["decay"]
+        params, gain = parameters.tensors, (1 - group["decay"]) * taken
         averages, momenta = self._states("fisher", params), self._states("momentum_buffer", params)
-        corrections = [1 - decay ** self._count(p) for p in params]
-        torch._foreach_lerp_(averages, _split(diagonal, averages), 1 - decay)
-        denominators = torch._foreach_div(averages, corrections)
+        weights = self._weights(params)  # Σ (1−γ)γᵏ over the steps taken: 1−γᵗ
+        torch._foreach_mul_(averages + weights, 1 - gain)
+        torch._foreach_add_(averages, torch._foreach_mul(_split(diagonal, averages), gain))
+        torch._foreach_add_(weights, gain)
+        # A weight is 0 until the first step is taken; average and slope are 0 then too.
+        denominators = torch._foreach_div(averages, torch._foreach_clamp_min(weights, torch.finfo(torch.float32).tiny))
         torch._foreach_add_(denominators, group["damping"])
-        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_mul_(momenta, 1 - (1 - group["momentum"]) * taken)
         torch._foreach_addcdiv_(momenta, _split(slope, momenta), denominators)
-        _decay(params, group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, momenta, alpha=group["lr"])
-        return mean_(loss, self.process_group)
+        _decay(params, group["lr"] * group["weight_decay"] * taken)
+        torch._foreach_add_(params, torch._foreach_mul(momenta, group["lr"] * taken))
+        return torch.where(finite, loss, nan)
 
-    def _count(self, p: Tensor) -> int:
-        """Count this step of ``p``."""
-        step = self.state[p].setdefault("step", torch.tensor(0))
-        step += 1
-        return int(step)
+    def _weights(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """What each parameter's running average has to be divided by, (), float64."""
+        for p in params:
+            if "weight" not in self.state[p]:
+                self.state[p]["weight"] = torch.zeros((), dtype=torch.float64, device=p.device)
+        return [self.state[p]["weight"] for p in params]
 
 
 class NGD(_ModelOptimizer):

@@ -165,3 +165,42 @@ def test_it_trains_through_batch_norm(kind):
 def test_bad_options_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         DiagonalNGD(make_model(), families.Categorical(), **{"lr": 0.1, name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spoilt", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing(spoilt, dtype):
+    """The steps around a batch that holds a NaN are those that are taken without it."""
+    data = batches(5, dtype=dtype)
+    models = [make_model(dtype=dtype) for _ in range(2)]
+    settings = options(decay=0.9, momentum=0.9, weight_decay=0.1)
+    optimizers = [
+        DiagonalNGD(m, families.Categorical(), generator=torch.Generator().manual_seed(2), **settings) for m in models
+    ]
+    for number, (x, y) in enumerate(data):
+        if number == spoilt:
+            before, state = vector(models[0]), optimizers[0].generator.get_state()
+            bad = x.clone()
+            bad[3, 1] = torch.nan
+            assert optimizers[0].step(bad, y).isnan()
+            assert torch.equal(vector(models[0]), before)
+            optimizers[0].generator.set_state(state)
+        losses = [optimizer.step(x, y) for optimizer in optimizers]
+        assert losses[0].isfinite()
+        assert torch.equal(*losses)
+    assert torch.equal(*map(vector, models))
+
+
+def test_a_gradient_that_overflows_is_refused_though_the_loss_is_finite():
+    model = make_model(dtype=torch.float32)
+    optimizer = DiagonalNGD(model, families.Categorical(), **options(decay=0.9))
+    (x, y), = batches(1, dtype=torch.float32)  # fmt: skip
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+        model[2].weight.mul_(1e25)
+    before = vector(model)
+    assert functional.cross_entropy(model(x), y).isfinite()
+    assert optimizer.step(x, y).isnan()
+    assert torch.equal(vector(model), before)
+    assert all(not average.any() for average in (s["fisher"] for s in optimizer.state.values()))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import zipfile
 from abc import abstractmethod
 from functools import partial
-from math import inf
+from math import inf, isfinite, nan
 from time import perf_counter
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -26,13 +27,14 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.heads import ActorHead, CriticHead
 from npg.curvature.preconditioners import diagonal_preconditioner
 from npg.families import Gaussian
+from npg.parallel import average_, equal, mean_, moments, size
 from npg.solvers import conjugate_gradient
 from npg.step import StepReport, natural_step
 from npg.trust_region import LevenbergMarquardt, TrustRegion
@@ -92,9 +94,14 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         train_shared_features: let the critic also train a feature extractor that it shares with the actor. That
             moves the policy outside the trust region; by default only the actor's step does.
 
+    Several processes can learn as one: see `join`.
+
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    process_group: dist.ProcessGroup | None = None
+    """The processes that learn together; None for one that is alone."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": ActorCriticPolicy,
@@ -214,9 +221,31 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             for group in self.policy.optimizer.param_groups:
                 group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
 
+    def join(self, process_group: dist.ProcessGroup | None) -> None:
+        """Learn as one with the other processes of the group, each of which steps as many environments of its own.
+
+        Process 0 gives the others its parameters. From then on every mean over a batch, every gradient and every
+        product with a Fisher is taken over the rollouts of all, so the parameters stay the same everywhere.
+        ``batch_size`` is of all processes together, each of which takes its part of a mini-batch from its own rollout;
+        ``num_timesteps`` counts the steps of all.
+
+        Raises:
+            ValueError: if a mini-batch cannot be shared out evenly.
+        """
+        if self.critic == "adam" and self.batch_size % size(process_group):
+            raise ValueError(
+                f"batch_size must be a multiple of the {size(process_group)} processes that share it, "
+                f"got {self.batch_size}"
+            )
+        self.process_group = process_group
+        if process_group is not None:
+            for tensor in (*self.policy.parameters(), *self.policy.buffers()):
+                dist.broadcast(tensor.detach(), group=process_group, group_src=0)
+
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
+            "process_group",
             "_actor",
             "_critic",
             "_actor_parameters",
@@ -276,6 +305,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         box = isinstance(self.action_space, spaces.Box)
         low, high = (self.action_space.low, self.action_space.high) if box else (None, None)
         shape = (env.num_envs, *self.action_space.shape)
+        stepped = env.num_envs * size(self.process_group)
         nothing = torch.zeros(env.num_envs)
         truncated: list[tuple[int, int, Any]] = []
         n_steps = 0
@@ -290,7 +320,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                 squashed = self.policy.squash_output
                 clipped_actions = self.policy.unscale_action(actions) if squashed else np.clip(actions, low, high)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += stepped
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -332,7 +362,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         grid = (buffer.buffer_size, buffer.n_envs)
         buffer.values[:] = torch.cat(values).cpu().numpy().reshape(grid)
         buffer.log_probs[:] = torch.cat(log_likelihood).cpu().numpy().reshape(grid)
-        self._entropy = float(torch.cat(entropy).mean())
+        self._entropy = float(mean_(torch.cat(entropy).mean(), self.process_group))
         if truncated:
             steps, envs, finals = zip(*truncated)
             stacked = (
@@ -389,10 +419,16 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             curvature_inputs=batch.curvature_inputs,
             preconditioner=diagonal_preconditioner if self.preconditioner == "diagonal" else None,
             parameters=self._actor_parameters,
+            process_group=self.process_group,
         )
 
     def train(self) -> None:
-        """Move the actor by one natural step, then fit the critic."""
+        """Move the actor by one natural step, then fit the critic.
+
+        Raises:
+            FloatingPointError: if the critic's loss is not finite; in all processes alike.
+            RuntimeError: if processes that learn together have come apart.
+        """
         self._update_learning_rate(self.policy.optimizer)
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
@@ -405,7 +441,15 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         else:
             value_loss = self._fit_critic_by_natural_steps(rollout.observations, rollout.returns)
         self.policy.set_training_mode(False)
+        average_(self.policy.buffers(), self.process_group)
         self._n_updates += 1
+        if self.n_critic_updates and not isfinite(value_loss):
+            raise FloatingPointError(
+                f"the critic's loss is not finite in update {self._n_updates}: rewards or observations are not, "
+                "or learning_rate is too large"
+            )
+        if not equal(self.policy.parameters(), self.process_group):
+            raise RuntimeError(f"the processes have different parameters after update {self._n_updates}")
         self._log(report, value_loss, perf_counter() - started)
 
     def _batch(self, rollout: Any) -> Batch:
@@ -414,7 +458,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         inputs = self._actor.prepare(_rows(rollout.observations, part))
         advantages = rollout.advantages[part]
         if self.normalize_advantage:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            mean, variance = moments(advantages, self.process_group)
+            n = len(advantages) * size(self.process_group)
+            advantages = (advantages - mean) / ((variance * n / max(n - 1, 1)).sqrt() + 1e-8)
         return Batch(
             inputs=inputs,
             curvature_inputs=self._fisher_part(inputs, len(advantages)),
@@ -434,27 +480,30 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         # Without gradients the optimizer passes over all other parameters.
         optimizer.zero_grad()
         parameters = list(self._critic_parameters.values())
+        batch_size = self.batch_size // size(self.process_group)
         losses: list[Tensor] = []
         for _ in range(self.n_critic_updates):
             losses = []
             order = torch.randperm(len(returns), device=self.device)
             shuffled, targets = _rows(inputs, order), returns[order]
-            for start in range(0, len(returns), self.batch_size):
-                part = slice(start, start + self.batch_size)
+            for start in range(0, len(returns), batch_size):
+                part = slice(start, start + batch_size)
                 loss = (self._critic(_rows(shuffled, part)).flatten() - targets[part]).square().mean()
-                for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+                gradients = torch.autograd.grad(loss, parameters)
+                average_(gradients, self.process_group)
+                for p, gradient in zip(parameters, gradients):
                     p.grad = gradient
                 optimizer.step()
                 losses.append(loss.detach())
-        return float(torch.stack(losses).mean()) if losses else float("nan")
+        return float(mean_(torch.stack(losses).mean(), self.process_group)) if losses else nan
 
     def _fit_critic_by_natural_steps(self, observations: Any, returns: Tensor) -> float:
         """Levenberg–Marquardt on the whole batch: natural steps of a Gaussian likelihood over the returns."""
         inputs = self._critic.prepare(observations)
         targets = returns.unsqueeze(1)
         # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
-        variance = float(returns.var(correction=0).clamp(min=1e-8))
-        loss = float("nan")
+        variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))
+        loss = nan
         for _ in range(self.n_critic_updates):
             report = natural_step(
                 self._critic,
@@ -468,12 +517,23 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                 curvature_inputs=self._fisher_part(inputs, len(returns)),
                 objective_curvature=1.0,
                 parameters=self._critic_parameters,
+                process_group=self.process_group,
             )
             self.critic_damping = _CRITIC_DAMPING.update(
                 report.damping, report.predicted_gain, report.actual_gain, report.accepted
             )
             loss = -2 * variance * (report.objective + (report.actual_gain if report.accepted else 0.0))
         return loss
+
+    def _explained_variance(self) -> float:
+        """1 − Var[R − V] / Var[R] of the returns R and the values V before the update; NaN for a constant return."""
+        values, returns = (
+            torch.as_tensor(x, device=self.device).flatten()
+            for x in (self.rollout_buffer.values, self.rollout_buffer.returns)
+        )
+        _, unexplained = moments(returns - values, self.process_group)
+        _, variance = moments(returns, self.process_group)
+        return float(1 - unexplained / variance) if variance > 0 else nan
 
     def _log(self, report: StepReport, value_loss: float, critic_seconds: float) -> None:
         record = self.logger.record
@@ -489,8 +549,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         record("train/gradient_norm", report.gradient_norm)
         record("train/policy_objective", report.objective + (report.actual_gain if report.accepted else 0.0))
         record("train/value_loss", value_loss)
-        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
-        record("train/explained_variance", explained_variance(values, returns))
+        record("train/explained_variance", self._explained_variance())
         record("train/entropy_loss", -self._entropy)
         if hasattr(self.policy, "log_std"):
             record("train/std", torch.exp(self.policy.log_std).mean().item())

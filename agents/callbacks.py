@@ -9,16 +9,31 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
+import numpy as np
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tqdm import tqdm
 
 from agents.config import RunConfig
 from agents.evaluation import Evaluation, evaluate
-from agents.runs import RunFolder, save_agent
+from agents.runs import EpisodeFile, RunFolder, save_agent
+from npg.parallel import World, size
 
-__all__ = ["EpisodeRecorder", "Evaluator", "ProgressBar", "Saver", "StopRequest", "evaluation_seed"]
+__all__ = [
+    "CommonStatistics",
+    "EpisodeRecorder",
+    "Evaluator",
+    "ProgressBar",
+    "Saver",
+    "StopRequest",
+    "evaluation_seed",
+]
+
+#: Vector steps between the looks that several processes take at whether one of them was told to stop.
+LOOK_EVERY = 32
 
 
 def evaluation_seed(config: RunConfig, *, final: bool = False) -> int:
@@ -27,22 +42,86 @@ def evaluation_seed(config: RunConfig, *, final: bool = False) -> int:
 
 
 class EpisodeRecorder(BaseCallback):
-    """Writes every training episode to monitor.csv."""
+    """Writes the training episodes of all processes to monitor.csv; those of the others at the end of a rollout.
 
-    def __init__(self, folder: RunFolder, env_id: str) -> None:
+    Args:
+        file: where to write them, in the main process; None elsewhere.
+        world: this process among its peers.
+    """
+
+    def __init__(self, file: EpisodeFile | None, world: World) -> None:
         super().__init__()
-        self._file = folder.episodes(env_id)
+        self._file, self._world = file, world
+        self._unwritten: list[tuple[dict[str, Any], int]] = []
 
     def _on_step(self) -> bool:
         if self.locals["dones"].any():
             for info in self.locals["infos"]:
                 if episode := info.get("episode"):
-                    self._file.add(episode, self.num_timesteps)
+                    if self._file is None:
+                        self._unwritten.append((episode, self.num_timesteps))
+                    else:
+                        self._file.add(episode, self.num_timesteps)
         return True
+
+    def _on_rollout_end(self) -> None:
+        for episodes in self._world.gather(self._unwritten):
+            for episode, timesteps in episodes:
+                self._file.add(episode, timesteps)
+                self.model.ep_info_buffer.append(episode)  # over which the log takes its means
+        self._unwritten = []
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_end()  # of a rollout that was cut short
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+class CommonStatistics(BaseCallback):
+    """Makes the running statistics of VecNormalize those of the steps of all processes, at the end of each rollout.
+
+    With n steps of mean m and variance v before a rollout, and nᵣ, mᵣ, vᵣ in process r out of R after it, the union of
+    the steps has N = Σᵣ nᵣ − (R − 1) n of them, and with its moments about m,
+
+        μ = Σᵣ nᵣ (mᵣ − m) / N,    ν = (Σᵣ nᵣ (vᵣ + (mᵣ − m)²) − (R − 1) n v) / N,
+
+    the mean m + μ and the variance ν − μ².
+
+    Args:
+        normalize: the wrapper, not used yet; None where nothing is normalised.
+        world: this process among its peers.
+    """
+
+    def __init__(self, normalize: VecNormalize | None, world: World) -> None:
+        super().__init__()
+        self._world = world
+        self._statistics: list[RunningMeanStd] = []
+        if normalize is not None and world.group is not None:
+            observations = normalize.obs_rms if normalize.norm_obs else {}
+            several = observations.values() if isinstance(observations, dict) else [observations]
+            self._statistics = [*several, normalize.ret_rms]
+        self._before = [statistics.copy() for statistics in self._statistics]
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        for now, before in zip(self._statistics, self._before):
+            d = now.mean - before.mean
+            sums = np.stack([np.full_like(d, now.count), now.count * d, now.count * (now.var + d**2)])
+            sums = self._world.sum_(torch.from_numpy(sums).to(self._world.device)).cpu().numpy()
+            repeated = (self._world.size - 1) * before.count
+            count = float(sums[0].flat[0]) - repeated
+            shift = sums[1] / count
+            now.mean, now.count = before.mean + shift, count
+            now.var = (sums[2] - repeated * before.var) / count - shift**2
+        self._before = [statistics.copy() for statistics in self._statistics]
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_end()  # of a rollout that was cut short
 
 
 class _Periodic(BaseCallback):
@@ -124,7 +203,8 @@ class ProgressBar(BaseCallback):
         self._timesteps = config.timesteps
 
     def _on_training_start(self) -> None:
-        done, rollout = self.model.num_timesteps, self.model.n_steps * self.model.n_envs
+        done = self.model.num_timesteps
+        rollout = self.model.n_steps * self.model.n_envs * size(self.model.process_group)
         self._bar = tqdm(
             total=done + math.ceil((self._timesteps - done) / rollout) * rollout,
             initial=done,
@@ -137,7 +217,7 @@ class ProgressBar(BaseCallback):
         )
 
     def _on_step(self) -> bool:
-        self._bar.update(self.training_env.num_envs)
+        self._bar.update(self.num_timesteps - self._bar.n)
         return True
 
     def _on_rollout_end(self) -> None:
@@ -154,16 +234,28 @@ class ProgressBar(BaseCallback):
 class StopRequest(BaseCallback):
     """Ctrl-C and SIGTERM end the training after the present step or update; a second Ctrl-C ends it at once.
 
-    An interrupt in the middle of an update would leave parameters between two policies.
+    An interrupt in the middle of an update would leave parameters between two policies. Where one of several processes
+    is told to stop, all do so at the same step: at the next multiple of `LOOK_EVERY`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
         super().__init__()
-        self.requested = False
+        self._world = world
+        self._signalled = self._agreed = False
         self._former: dict[int, Any] = {}
 
     def _on_step(self) -> bool:
-        return not self.requested
+        if self._world.group is None:
+            return not self._signalled
+        if self.n_calls % LOOK_EVERY == 0:
+            go_on = torch.tensor(float(not self._signalled), device=self._world.device)
+            self._agreed = not self._world.min_(go_on)
+        return not self._agreed
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process, or one of its peers, was told to stop."""
+        return self._signalled or self._agreed
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -175,6 +267,6 @@ class StopRequest(BaseCallback):
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True

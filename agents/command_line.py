@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gymnasium.error import Error as GymnasiumError
 
@@ -17,7 +18,7 @@ MISTAKES = (ValueError, TypeError, NotImplementedError, AssertionError, ImportEr
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse within 80 columns, with whole option names only."""
+    """argparse within 80 columns, with whole option names only; under ``torchrun`` the first process speaks for all."""
 
     def __init__(self, usage: str, description: str, epilog: str | None = None) -> None:
         def layout(prog: str) -> argparse.HelpFormatter:
@@ -38,6 +39,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         return namespace
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one message."""

@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from agents.base import Batch, Critic, NaturalPolicyAlgorithm
 from npg.fisher import Fisher
+from npg.parallel import average_, mean_
 from npg.parameters import Parameters
 from npg.solvers import Status
 from npg.step import StepReport
@@ -150,36 +151,43 @@ class MDPO(NaturalPolicyAlgorithm):
         fisher = Fisher(self._actor, batch.inputs, family, parameters=self._actor_parameters)
         old = fisher.outputs
         outputs = old.clone().requires_grad_()
-        before = surrogate(outputs)
-        (slope,) = torch.autograd.grad(before, outputs)
-        g = fisher.linearization.pull_back(slope)
+        surrogate_before = surrogate(outputs)
+        (slope,) = torch.autograd.grad(surrogate_before, outputs)
+        g = mean_(fisher.linearization.pull_back(slope), self.process_group)
         origin = parameters.copy()
         for _ in range(self.n_actor_updates):
             outputs = self._actor(batch.inputs)
             objective = surrogate(outputs) - proximity * family.kl(outputs, old).mean()
             gradients = torch.autograd.grad(-objective, parameters.tensors)
+            average_(gradients, self.process_group)
             for p, gradient in zip(parameters.tensors, gradients):
                 p.grad = gradient
             self.actor_optimizer.step()
         with torch.no_grad():
             new = self._actor(batch.inputs)
-            gain = float(surrogate(new) - before.detach())
-            kl = float(family.kl(old, new).mean())
+            measured = torch.stack([surrogate_before.detach(), surrogate(new), family.kl(old, new).mean()])
+            before, after, kl = mean_(measured, self.process_group).tolist()
         # The quadratic model belongs to the old policy: look at the step from there.
         moved = parameters.copy()
         step = parameters.flatten([a - b for a, b in zip(moved, origin)])
         parameters.restore(origin)
-        accepted = isfinite(gain) and isfinite(kl)
+        accepted = isfinite(after - before) and isfinite(kl)
         predicted_kl = nan
         if accepted:
-            at_old = Fisher(self._actor, batch.inputs, family, parameters=self._actor_parameters)
+            at_old = Fisher(
+                self._actor,
+                batch.inputs,
+                family,
+                parameters=self._actor_parameters,
+                process_group=self.process_group,
+            )
             predicted_kl = 0.5 * float(at_old.quadratic(step))
             parameters.restore(moved)
         return StepReport(
             accepted=accepted,
-            objective=float(before.detach()),
+            objective=before,
             predicted_gain=float(torch.dot(g, step)),
-            actual_gain=gain,
+            actual_gain=after - before,
             predicted_kl=predicted_kl,
             kl=kl,
             status=Status.CONVERGED if accepted else Status.NON_FINITE,

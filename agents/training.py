@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.callbacks import EpisodeRecorder, Evaluator, ProgressBar, Saver, StopRequest, evaluation_seed
+from agents.callbacks import (
+    CommonStatistics,
+    EpisodeRecorder,
+    Evaluator,
+    ProgressBar,
+    Saver,
+    StopRequest,
+    evaluation_seed,
+)
 from agents.config import ALGORITHMS, RunConfig, check_names
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
-from agents.runs import RunFolder, load_agent, normalized, restore_rng, save_agent
+from agents.runs import RunFolder, SavedAgent, load_agent, normalized, restore_rng, save_agent
+from npg.parallel import World
 
-__all__ = ["FINAL_EPISODES", "Outcome", "Run", "resume", "start"]
+__all__ = ["FINAL_EPISODES", "Outcome", "Run", "find_agent", "resume", "start"]
 
 FINAL_EPISODES = 20
+_ALONE = World(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -48,20 +63,35 @@ class Outcome:
 
 @dataclass
 class Run:
-    """A run that is ready to train: `start` or `resume` makes it."""
+    """A run that is ready to train: `start` or `resume` makes it.
+
+    Attributes:
+        config: the run, of all processes together.
+        folder: its folder; of several processes the main one has it, and None the others.
+        model: the agent, with the environments of this process.
+        world: this process among its peers.
+    """
 
     config: RunConfig
-    folder: RunFolder
+    folder: RunFolder | None
     model: BaseAlgorithm
+    world: World = _ALONE
 
     def train(self, *, progress: bool = True, video: bool = False) -> Outcome:
-        """Train to the configured number of steps, or until Ctrl-C; in both cases the agent and its curve are saved."""
+        """Train to the configured number of steps, or until Ctrl-C; in both cases the agent and its curve are saved.
+
+        Raises:
+            FloatingPointError: if the critic's loss is not finite; what was saved last stays.
+        """
+        if self.folder is None:
+            return self._help()
         model, config, folder = self.model, self.config, self.folder
         model.set_logger(folder.logger())
         seed = evaluation_seed(config)
         bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
         evaluator = Evaluator(config, folder, normalized(bare, config, training=False))
-        recorder, stop = EpisodeRecorder(folder, config.env), StopRequest()
+        recorder, stop = EpisodeRecorder(folder.episodes(config.env), self.world), StopRequest(self.world)
+        statistics = CommonStatistics(model.get_vec_normalize_env(), self.world)
         bar = [ProgressBar(config)] if progress else []
         before = model.num_timesteps
         if before == 0:
@@ -71,7 +101,7 @@ class Run:
             with stop:
                 model.learn(
                     config.timesteps - before,
-                    callback=[recorder, evaluator, Saver(config, folder), *bar, stop],
+                    callback=[recorder, statistics, evaluator, Saver(config, folder), *bar, stop],
                     reset_num_timesteps=before == 0,
                 )
                 seconds = time.perf_counter() - started - evaluator.seconds
@@ -96,6 +126,22 @@ class Run:
             evaluations=finals,
         )
 
+    def _help(self) -> Outcome:
+        """The training of a process beside the main one: it steps its environments and adds up, and writes nothing."""
+        model, stop = self.model, StopRequest(self.world)
+        model.set_logger(Logger(None, []))
+        recorder = EpisodeRecorder(None, self.world)
+        statistics = CommonStatistics(model.get_vec_normalize_env(), self.world)
+        before, started = model.num_timesteps, time.perf_counter()
+        with stop:
+            model.learn(
+                self.config.timesteps - before,
+                callback=[recorder, statistics, stop],
+                reset_num_timesteps=before == 0,
+            )
+        seconds = time.perf_counter() - started
+        return Outcome(stop.requested, model.num_timesteps, model.num_timesteps - before, seconds, 0.0, ())
+
     def _final_evaluations(self, video: bool) -> tuple[tuple[str, Evaluation], ...]:
         seed = evaluation_seed(self.config, final=True)
         agents = {"last": self.folder.last, "best": self.folder.best}
@@ -106,76 +152,144 @@ class Run:
         return tuple((f"{name} model", e) for name, e in rows.items())
 
 
-def start(config: RunConfig, run_dir: Path | None = None, command: str = "") -> Run:
+def start(config: RunConfig, run_dir: Path | None = None, command: str = "", world: World = _ALONE) -> Run:
     """Make environments and agent, then the run's folder: nothing is created where one of them cannot be had.
+
+    Of several processes each steps its part of the ``n_envs`` environments, which are together those of one process.
 
     Raises:
         FileExistsError: if the folder exists.
-        ValueError: for what the environment or the algorithm's constructor does not take.
+        ValueError: for what the environment or the algorithm's constructor does not take, or what the processes cannot
+            share out evenly.
         ImportError: if a package is missing.
     """
-    if run_dir is not None and run_dir.exists():
-        raise FileExistsError(
-            f"run folder {run_dir} exists: continue it with --resume {run_dir}, or name another with --run-dir"
-        )
-    _set_threads(config)
-    env = make_env(config, config.n_envs, config.seed, evaluation=False)
-    config = replace(config, policy=config.policy or _policy_for(env.observation_space))
-    try:
-        model = _build(config, normalized(env, config, training=True))
-        return Run(config, RunFolder.create(run_dir, config, command), model)
-    except BaseException:
-        env.close()
-        raise
+
+    def make() -> tuple[RunConfig, BaseAlgorithm]:
+        if run_dir is not None and run_dir.exists():
+            raise FileExistsError(
+                f"run folder {run_dir} exists: continue it with --resume {run_dir}, or name another with --run-dir"
+            )
+        part = _part(config, world)
+        _set_threads(config)
+        env = make_env(part, part.n_envs, config.seed, evaluation=False)
+        try:
+            policy = config.policy or _policy_for(env.observation_space)
+            model = _build(replace(part, policy=policy), normalized(env, config, training=True))
+            _draw_apart(model, config, world)
+        except BaseException:
+            env.close()
+            raise
+        return replace(config, policy=policy), model
+
+    config, model = world.main_first(make)
+    return _joined(config, model, world, lambda: RunFolder.create(run_dir, config, command))
 
 
-def resume(path: Path, command: str = "", *, algo: str | None = None, env: str | None = None, **changes: Any) -> Run:
+def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
+    """The folder and the files of a saved agent: the last one of a run's folder, or a model in its ``checkpoints``.
+
+    Raises:
+        FileNotFoundError: if there is no such run.
+    """
+    if path.suffix == ".zip" and path.parent.name == "checkpoints":
+        folder = RunFolder.open(path.parent.parent)
+        return folder, folder.checkpoint(path.stem.removeprefix("model_").removesuffix("_steps"))
+    folder = RunFolder.open(path)
+    return folder, folder.last
+
+
+def resume(
+    path: Path,
+    command: str = "",
+    *,
+    algo: str | None = None,
+    env: str | None = None,
+    world: World = _ALONE,
+    **changes: Any,
+) -> Run:
     """Continue a run with its parameters, optimiser, statistics, counters and random number generators.
 
     The episodes under way when it was saved are lost: the state of an environment cannot be saved. The environments
-    begin new ones, from a seed that depends on the number of steps, so as not to repeat those at the beginning.
+    begin new ones, from a seed that depends on the number of steps, so as not to repeat those at the beginning. The
+    number of processes may change; those beside the main one begin new random numbers, from such a seed as well.
 
     Args:
         path: the run's folder, or one of the models in its ``checkpoints``.
         command: for command.txt.
         algo: if given, the algorithm that the run must be of.
         env: if given, the environment that the run must be of.
+        world: this process among its peers.
         changes: fields of `RunConfig` that may change on the way: timesteps, device, threads, the frequencies.
 
     Raises:
         FileNotFoundError: if there is no such run or agent.
         ValueError: if a file is damaged or of another algorithm, or nothing is left to train.
     """
-    if path.suffix == ".zip" and path.parent.name == "checkpoints":
-        folder = RunFolder.open(path.parent.parent)
-        files = folder.checkpoint(path.stem.removeprefix("model_").removesuffix("_steps"))
-    else:
-        folder = RunFolder.open(path)
-        files = folder.last
+    folder, files = find_agent(path)
     config = folder.config
     for name, expected, found in (("algorithm", algo, config.algo), ("environment", env, config.env)):
         if expected not in (None, found):
             raise ValueError(f"the {name} of {path} is {found}, not {expected}")
     config = replace(config, **{key: value for key, value in changes.items() if value is not None})
-    _set_threads(config)
 
-    def environments() -> VecEnv:
-        return make_env(config, config.n_envs, config.seed, evaluation=False)
+    def make() -> BaseAlgorithm:
+        part = _part(config, world)
+        _set_threads(config)
+        model, venv = load_agent(
+            files, part, lambda: make_env(part, part.n_envs, config.seed, evaluation=False), training=True
+        )
+        try:
+            if model.num_timesteps >= config.timesteps:
+                raise ValueError(
+                    f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
+                    "Give more with --timesteps."
+                )
+            venv.seed(config.seed + model.num_timesteps)
+            restore_rng(files)
+            _draw_apart(model, config, world)
+        except BaseException:
+            venv.close()
+            raise
+        return model
 
-    model, venv = load_agent(files, config, environments, training=True)
-    try:
-        if model.num_timesteps >= config.timesteps:
-            raise ValueError(
-                f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
-                "Give more with --timesteps."
-            )
-        venv.seed(config.seed + model.num_timesteps)
-        restore_rng(files)
+    def begin() -> RunFolder:
         folder.begin(config, command)
+        return folder
+
+    return _joined(config, world.main_first(make), world, begin)
+
+
+def _part(config: RunConfig, world: World) -> RunConfig:
+    """What one process does of the run: the environments that it steps, on its own device."""
+    if config.n_envs % world.size:
+        raise ValueError(
+            f"n_envs={config.n_envs} must be a multiple of the {world.size} processes, which share them: give "
+            f"--n-envs {math.ceil(config.n_envs / world.size) * world.size}, or start another number of processes"
+        )
+    if world.group is None:
+        return config
+    return replace(config, n_envs=config.n_envs // world.size, device=str(world.device))
+
+
+def _draw_apart(model: BaseAlgorithm, config: RunConfig, world: World) -> None:
+    """Give a process beside the main one random numbers of its own; environment i of all is environment i of one."""
+    if world.is_main:
+        return
+    begun = config.seed + model.num_timesteps
+    own = np.random.SeedSequence((begun, world.rank)).generate_state(1)
+    set_random_seed(int(own[0]), using_cuda=world.device.type == "cuda")
+    model.get_env().seed(begun + world.rank * model.n_envs)
+
+
+def _joined(config: RunConfig, model: BaseAlgorithm, world: World, open_folder: Callable[[], RunFolder]) -> Run:
+    """The run, once all processes have its parameters, and the main one its folder."""
+    try:
+        model.join(world.group)
+        folder = world.main_first(lambda: open_folder() if world.is_main else None)
     except BaseException:
-        venv.close()
+        model.get_env().close()
         raise
-    return Run(config, folder, model)
+    return Run(config, folder, model, world)
 
 
 def _build(config: RunConfig, env: VecEnv) -> BaseAlgorithm:

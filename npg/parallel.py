@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["World", "average_", "mean_", "moments", "open_world", "size"]
+__all__ = ["World", "average_", "equal", "mean_", "moments", "open_world", "size"]
 
 T = TypeVar("T")
 
@@ -43,8 +43,7 @@ def mean_(tensor: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
 
 def average_(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:
     """Replace each floating-point tensor by its mean over the processes of the group, in one all-reduce."""
-    means = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if process_group is None or not means:
+    if process_group is None or not (means := [tensor for tensor in tensors if tensor.is_floating_point()]):
         return
     flat = mean_(torch.cat([tensor.reshape(-1) for tensor in means]), process_group)
     for tensor, part in zip(means, torch.split(flat, [tensor.numel() for tensor in means])):
@@ -59,6 +58,16 @@ def moments(x: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor,
     x = x.double()
     mean = mean_(x.mean(), process_group)
     return mean, mean_((x - mean).square().mean(), process_group)
+
+
+def equal(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> bool:
+    """Whether the tensors are finite and the same in all processes of the group, judged by their sum in float64."""
+    if process_group is None:
+        return True
+    total = torch.stack([tensor.detach().sum(dtype=torch.float64) for tensor in tensors]).sum()
+    extremes = torch.stack([total, -total])
+    dist.all_reduce(extremes, dist.ReduceOp.MIN, group=process_group)
+    return bool(extremes[0] == -extremes[1])
 
 
 @dataclass(frozen=True)
@@ -168,8 +177,8 @@ def open_world(device: str | None = None) -> Iterator[World]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
     try:
         yield World(chosen, rank, world_size, dist.group.WORLD)
-    except Exception:
-        if store.add("failed", 1) > 1:
+    except BaseException as error:
+        if store.add("failed", 1) > 1 and isinstance(error, Exception):
             raise SystemExit(1) from None
         raise
     finally:

@@ -6,12 +6,15 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from agents.command_line import MISTAKES, Parser
-from agents.config import ALGORITHMS, parse_settings, resolve
+from agents.config import ALGORITHMS, RunConfig, parse_settings, resolve
 from agents.evaluation import check_video, table
-from agents.training import FINAL_EPISODES, Outcome, Run, resume, start
+from agents.training import FINAL_EPISODES, Outcome, Run, find_agent, resume, start
+from npg.parallel import World, open_world
 
 USAGE = """train_agent.py ALGO ENV_ID [options]
        train_agent.py --resume RUN_DIR [options]"""
@@ -21,7 +24,11 @@ examples:
   train_agent.py npg HalfCheetah-v5 --timesteps 1000000 --set target_kl=0.02
   train_agent.py trpo Hopper-v5 --set policy_kwargs.net_arch=[256,256]
   train_agent.py --resume runs/trpo-CartPole-v1-s0-1 --timesteps 400000
+  torchrun --nproc_per_node=4 train_agent.py trpo HalfCheetah-v5
 """
+
+#: What may differ from before when a run is resumed.
+MAY_CHANGE = ("timesteps", "device", "threads", "eval_freq", "eval_episodes", "n_eval_envs", "save_freq")
 
 
 def make_parser() -> Parser:
@@ -33,7 +40,12 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--timesteps", type=int, metavar="N", help="environment steps in all (default: the preset's)")
     add("--seed", type=int, metavar="S", help="of everything random (default: 0)")
-    add("--n-envs", type=int, metavar="N", help="environments stepped together (default: the preset's)")
+    add(
+        "--n-envs",
+        type=int,
+        metavar="N",
+        help="environments, of all processes together (default: the preset's)",
+    )
     add("--preset", metavar="NAME", help="a preset by its name, or a YAML file of presets (default: the environment's)")
     add(
         "--set",
@@ -68,26 +80,28 @@ def make_parser() -> Parser:
     return parser
 
 
-def prepare(args: argparse.Namespace) -> Run:
-    command = shlex.join([sys.executable, *sys.argv])
-    may_change = ("timesteps", "device", "threads", "eval_freq", "eval_episodes", "n_eval_envs", "save_freq")
-    options = {name: getattr(args, name) for name in may_change}
-    if args.resume is None:
-        if args.algo is None or args.env is None:
-            raise ValueError("ALGO and ENV_ID are needed, as in: train_agent.py trpo CartPole-v1")
-        options |= {name: getattr(args, name) for name in ("seed", "n_envs", "backend")}
-        config = resolve(args.algo, args.env, preset=args.preset, settings=parse_settings(args.set), **options)
-        if args.video:
-            check_video(config)
-        return start(config, args.run_dir, command)
+def configure(args: argparse.Namespace) -> RunConfig:
+    """The run that is asked for, or the one that is resumed as it was."""
+    if args.resume is not None:
+        for name in ("seed", "n_envs", "backend", "preset", "set", "run_dir"):
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} cannot go with --resume: a run keeps what it began with")
+        config = find_agent(args.resume)[0].config
+        return config if args.device is None else replace(config, device=args.device)
+    if args.algo is None or args.env is None:
+        raise ValueError("ALGO and ENV_ID are needed, as in: train_agent.py trpo CartPole-v1")
+    options = {name: getattr(args, name) for name in (*MAY_CHANGE, "seed", "n_envs", "backend")}
+    return resolve(args.algo, args.env, preset=args.preset, settings=parse_settings(args.set), **options)
 
-    for name in ("seed", "n_envs", "backend", "preset", "set", "run_dir"):
-        if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} cannot go with --resume: a run keeps what it began with")
-    run = resume(args.resume, command, algo=args.algo, env=args.env, **options)
+
+def prepare(args: argparse.Namespace, config: RunConfig, world: World) -> Run:
+    command = shlex.join([sys.executable, *sys.argv])
     if args.video:
-        check_video(run.config)
-    return run
+        check_video(config)
+    if args.resume is None:
+        return start(config, args.run_dir, command, world)
+    changes = {name: getattr(args, name) for name in MAY_CHANGE}
+    return resume(args.resume, command, algo=args.algo, env=args.env, world=world, **changes)
 
 
 def report(run: Run, outcome: Outcome) -> None:
@@ -103,21 +117,34 @@ def report(run: Run, outcome: Outcome) -> None:
         print(f"\n{table(outcome.evaluations)}\n\nrun folder: {run.folder.path}")
 
 
+def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
+    config, go_on = run.config, ""
+    if run.folder is not None:
+        go_on = f"What was last saved continues with:\n  python {sys.argv[0]} --resume {run.folder.path}"
+        processes = f", {run.world.size} processes" if run.world.group is not None else ""
+        print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
+    try:
+        outcome = run.train(progress=not args.no_progress, video=args.video)
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}. {go_on}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"ended at once. {go_on}\n")
+    if run.folder is not None:
+        report(run, outcome)
+    return 130 if outcome.interrupted else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
-    try:
-        run = prepare(args)
-    except MISTAKES as error:
-        parser.error(str(error))
-    print(f"{run.config.algo} on {run.config.env}, seed {run.config.seed}: {run.folder.path}", flush=True)
-    try:
-        outcome = run.train(progress=not args.no_progress, video=args.video)
-    except KeyboardInterrupt:
-        print(f"ended at once. What was last saved continues with:\n  python {sys.argv[0]} --resume {run.folder.path}")
-        return 130
-    report(run, outcome)
-    return 130 if outcome.interrupted else 0
+    with ExitStack() as stack:
+        try:
+            config = configure(args)
+            world = stack.enter_context(open_world(None if config.device == "auto" else config.device))
+            run = prepare(args, config, world)
+        except MISTAKES as error:
+            parser.error(str(error))
+        return train(args, run, parser)
 
 
 if __name__ == "__main__":

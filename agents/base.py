@@ -33,15 +33,17 @@ from torch import Tensor
 
 from agents.heads import ActorHead, CriticHead
 from npg.curvature.preconditioners import diagonal_preconditioner
-from npg.families import Gaussian
+from npg.families import Gaussian, Geometry
 from npg.parallel import average_, equal, mean_, moments, size
 from npg.solvers import conjugate_gradient
 from npg.step import StepReport, natural_step
+from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = ["Batch", "NaturalPolicyAlgorithm"]
 
 Critic = Literal["adam", "natural"]
+Metric = Literal["fisher", "wasserstein"] | Geometry
 
 # The critic's natural step is Gauss–Newton's, cut where the values would move by more than the returns' own spread.
 # Its damping does not fall below where it would begin to fit the noise of one rollout.
@@ -102,6 +104,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     process_group: dist.ProcessGroup | None = None
     """The processes that learn together; None for one that is alone."""
+
+    metric: Metric = "fisher"
+    """The geometry of the actor's natural step."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": ActorCriticPolicy,
@@ -209,6 +214,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     def _setup_heads(self) -> None:
         self._actor = ActorHead(self.policy)
         self._critic = CriticHead(self.policy)
+        self._geometry = geometry(self.metric, self._actor.family)
+        if self._geometry is not None and self.preconditioner is not None:
+            raise ValueError(f"preconditioner={self.preconditioner!r} needs metric='fisher', whose diagonal it is")
         self.policy.set_training_mode(False)
         sample = self.observation_space.sample()
         observation, _ = self.policy.obs_to_tensor(sample)
@@ -248,6 +256,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             "process_group",
             "_actor",
             "_critic",
+            "_geometry",
             "_actor_parameters",
             "_critic_parameters",
         ]
@@ -416,6 +425,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             learning_rate=learning_rate,
             damping=self.cg_damping if damping is None else damping,
             solver=partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
+            metric=self._geometry,
             curvature_inputs=batch.curvature_inputs,
             preconditioner=diagonal_preconditioner if self.preconditioner == "diagonal" else None,
             parameters=self._actor_parameters,
@@ -537,8 +547,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     def _log(self, report: StepReport, value_loss: float, critic_seconds: float) -> None:
         record = self.logger.record
-        record("train/kl", report.kl if report.accepted else 0.0)
-        record("train/predicted_kl", report.predicted_kl)
+        divergence = "kl" if self._geometry is None else "distance"  # half the squared distance
+        record(f"train/{divergence}", report.kl if report.accepted else 0.0)
+        record(f"train/predicted_{divergence}", report.predicted_kl)
         record("train/predicted_gain", report.predicted_gain)
         record("train/actual_gain", report.actual_gain if report.accepted else 0.0)
         record("train/accepted", float(report.accepted))

@@ -10,7 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from agents.base import Batch, Critic, NaturalPolicyAlgorithm
+from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm
 from npg.step import StepReport
 from npg.trust_region import TrustRegion
 
@@ -50,6 +50,10 @@ class NPG(NaturalPolicyAlgorithm):
         device: where the networks live.
         fisher_fraction: the part of the batch on which the Fisher is taken.
         preconditioner: None or ``"diagonal"``.
+        metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with
+            discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one.
+            ``target_kl`` is then half the squared distance, in units of the actions (before they are squashed) or of
+            the graph's edges.
         critic: ``"adam"`` or ``"natural"``.
         train_shared_features: let the critic train features that it shares with the actor.
 
@@ -87,6 +91,7 @@ class NPG(NaturalPolicyAlgorithm):
         *,
         fisher_fraction: float = 1.0,
         preconditioner: Literal["diagonal"] | None = None,
+        metric: Metric = "fisher",
         critic: Critic = "adam",
         train_shared_features: bool = False,
     ) -> None:
@@ -98,6 +103,7 @@ class NPG(NaturalPolicyAlgorithm):
             )
         self.target_kl = target_kl
         self.step_size = step_size
+        self.metric = metric
         super().__init__(
             policy,
             env,

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from agents.base import Batch, Critic, NaturalPolicyAlgorithm
+from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm
 from npg.step import StepReport
 from npg.trust_region import KLDirection, TrustRegion
 
@@ -61,6 +61,10 @@ class TRPO(NaturalPolicyAlgorithm):
             (for n components its ``target_kl`` and ``cg_damping`` are n times as large in terms of the true KL).
         fisher_fraction: the part of the batch on which the Fisher is taken.
         preconditioner: None or ``"diagonal"``.
+        metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with
+            discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one.
+            ``target_kl`` is then half the squared distance, in units of the actions (before they are squashed) or of
+            the graph's edges.
         critic: ``"adam"`` or ``"natural"``.
         train_shared_features: let the critic train features that it shares with the actor.
 
@@ -101,6 +105,7 @@ class TRPO(NaturalPolicyAlgorithm):
         kl_reduction: Literal["sum", "mean"] = "sum",
         fisher_fraction: float = 1.0,
         preconditioner: Literal["diagonal"] | None = None,
+        metric: Metric = "fisher",
         critic: Critic = "adam",
         train_shared_features: bool = False,
     ) -> None:
@@ -112,6 +117,7 @@ class TRPO(NaturalPolicyAlgorithm):
         if kl_reduction not in ("sum", "mean"):
             raise ValueError(f"kl_reduction must be 'sum' or 'mean', got {kl_reduction!r}")
         self._trust_region()  # refuses what is out of range before anything is built
+        self.metric = metric
         super().__init__(
             policy,
             env,

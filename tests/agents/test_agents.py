@@ -18,7 +18,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from agents import MDPO, NPG, TRPO
-from npg import Fisher
+from npg import Fisher, families
+from npg.transport import wasserstein
 
 torch.set_num_threads(1)
 
@@ -198,6 +199,108 @@ def test_kl_stays_within_the_radius_and_the_surrogate_gains(action):
         assert row["train/kl"] <= model.target_kl
         assert row["train/actual_gain"] > 0 or not row["train/accepted"]
         assert row["train/predicted_kl"] <= model.target_kl * (1 + 1e-4)
+
+
+class Distances(BaseCallback):
+    """Of every update, the mean half squared distance between the old and the new outputs, and what was logged."""
+
+    def __init__(self, metric):
+        super().__init__()
+        self.metric, self.rows, self.old = metric, [], None
+
+    def _on_rollout_start(self):
+        if self.old is not None:
+            inputs, outputs = self.old
+            with torch.no_grad():
+                moved = float(self.metric.divergence(outputs, self.model._actor(inputs)).mean())
+            self.rows.append(dict(self.logger.name_to_value) | {"moved": moved})
+
+    def _on_rollout_end(self):
+        with torch.no_grad():
+            observations = torch.as_tensor(self.model.rollout_buffer.observations).flatten(0, 1)
+            inputs = self.model._actor.prepare(observations)
+            self.old = inputs, self.model._actor(inputs)
+
+    def _on_step(self):
+        return True
+
+
+GRAPH = torch.diag(torch.ones(3), 1) + torch.diag(torch.ones(3), -1)
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, "path"])
+def test_transport_distance_stays_within_the_radius_and_the_surrogate_gains(action, tmp_path):
+    env = toy(action=ACTIONS.get(action, ACTIONS["Discrete"]))
+    metric = wasserstein(families.Categorical(), GRAPH) if action == "path" else "wasserstein"
+    model = small(env=env, metric=metric, target_kl=0.002, cg_damping=1e-3, n_steps=128)
+    own = wasserstein(model._actor.family, GRAPH if action == "path" else None)
+    watch = Distances(own)
+    model.learn(9 * 256, callback=watch, log_interval=10**6)
+    assert len(watch.rows) == 8
+    assert sum(row["train/accepted"] for row in watch.rows) >= 6
+    for row in watch.rows:
+        assert row["moved"] <= model.target_kl
+        assert row["train/distance"] == pytest.approx(row["moved"], rel=1e-3, abs=1e-9)
+        assert row["train/actual_gain"] > 0 or not row["train/accepted"]
+        assert "train/kl" not in row
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=env, device="cpu")
+    _, outputs = watch.old
+    torch.testing.assert_close(own.divergence(outputs, outputs + 1), loaded._geometry.divergence(outputs, outputs + 1))
+    loaded.learn(256)
+    assert loaded.logger.name_to_value["train/distance"] <= model.target_kl
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG])
+def test_transport_step_equals_the_dense_twin(algorithm):
+    """One update of a Gaussian policy in float64: d ∝ (mean JᵀMJ + λI)⁻¹g, with M = diag(1, σ²) written out."""
+    options = {"target_kl": 1e-3, "cg_damping": 1e-2, "cg_max_steps": 1000, "policy_kwargs": {"net_arch": [8]}}
+    model = small(algorithm, metric="wasserstein", **options)
+    with torch.no_grad():
+        model.policy.log_std.copy_(torch.tensor([-1.0, 0.0, 0.5]))
+    _, callback = model._setup_learn(10**6)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    model.policy.double()
+    batch = model._batch(next(model.rollout_buffer.get(None)))
+    batch = batch._replace(
+        **{name: getattr(batch, name).double() for name in ("inputs", "actions", "old_log_likelihood", "advantages")}
+    )
+    actor, parameters = model._actor, list(model._actor_parameters.values())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(actor, p, (batch.inputs,)))
+    J = torch.cat([j.flatten(2) for j in jacobian(model._actor_parameters).values()], -1).detach()
+    sigma = model.policy.log_std.detach().exp()
+    M = torch.diag(torch.cat([torch.ones_like(sigma), sigma**2]))
+    G = torch.einsum("ndp,de,neq->pq", J, M, J) / len(J) + 1e-2 * torch.eye(J.shape[-1], dtype=torch.float64)
+    surrogate = model._surrogate(batch)(actor(batch.inputs))
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(surrogate, parameters)])
+    s = torch.linalg.solve(G, g)
+    report = model._actor_step(batch)
+    want = (2e-3 / float(s @ G @ s)) ** 0.5 * 0.8**report.backtracks * s
+    torch.testing.assert_close(report.step, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+def test_metrics_that_cannot_be_are_refused_by_name():
+    for algorithm in (TRPO, NPG):
+        with pytest.raises(ValueError, match=r"metric must be 'fisher', 'wasserstein', or a geometry .*'euclid'"):
+            small(algorithm, metric="euclid")
+        with pytest.raises(ValueError, match="preconditioner='diagonal' needs metric='fisher'"):
+            small(algorithm, metric="wasserstein", preconditioner="diagonal")
+
+
+@pytest.mark.parametrize(("env", "radius", "updates"), [("CartPole-v1", 0.005, 12), ("Pendulum-v1", 0.05, 4)])
+def test_transport_on_control_tasks(env, radius, updates):
+    from stable_baselines3.common.env_util import make_vec_env
+
+    options = {"n_steps": 128, "gae_lambda": 0.95, "cg_damping": 1e-2, "critic": "natural", "metric": "wasserstein"}
+    model = TRPO("MlpPolicy", make_vec_env(env, 8, seed=0), target_kl=radius, seed=0, device="cpu", **options)
+    watch = Distances(wasserstein(model._actor.family))
+    model.learn(updates * 8 * 128, callback=watch, log_interval=10**6)
+    moved = [row["moved"] for row in watch.rows]
+    assert len(moved) == updates - 1
+    assert max(moved) <= radius
+    assert np.mean(moved) > 0.3 * radius
+    if env == "CartPole-v1":
+        assert np.mean([e["r"] for e in list(model.ep_info_buffer)[-20:]]) > 80  # from 20 of a random policy
 
 
 def test_actor_parameters_are_found_without_names():

@@ -2,38 +2,37 @@
 
 A Fisher-vector product is Jᵀ M J v. Here are its two outer maps:
 
-* **pull back**, u ↦ Jᵀu: reverse mode over one recorded forward pass, which is kept;
-* **push forward**, v ↦ J v: forward mode. The tangent of the network is traced once per network and batch shape into a
-  straight-line program, which is split into the part that depends on θ (run once per linearisation) and the part
-  that depends on v (run once per product), and then simplified: what is known to be zero is dropped, sums of matrix
-  products are fused. No derivative is written here by hand: the program is what PyTorch's own forward mode executed.
+* **push forward**, v ↦ J v, in forward mode;
+* **pull back**, u ↦ Jᵀu, in reverse mode.
 
-The traced program is only ever used after its outputs were seen to equal those of the network itself on this very
-batch, and its tangent to be the adjoint of the pull back; a network whose control flow or constants changed is traced
-again. Where an operation has no forward rule, the
-push forward falls back to differentiating the pull back, u ↦ Jᵀu, in u (the double-backward trick), and says so once.
+The gradient of a step is pulled back over the recorded forward pass, by PyTorch's autograd. A solver asks for many more
+products, and gets them from a straight-line `Program` of both maps, traced once per network and batch shape. No
+derivative is written here by hand: the program is what PyTorch's own forward and reverse mode executed.
+
+A program is only ever used after its outputs were seen to equal those of the network itself on this very batch, and
+its maps to be each other's adjoints and to give the recorded gradient; a network whose control flow or constants
+changed is traced again. Where an operation has no forward rule, the push forward falls back to differentiating the
+recorded pull back, u ↦ Jᵀu, in u (the double-backward trick), and says so once.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.fx import Graph, GraphModule, Node
+from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from npg.parameters import Parameters
+from npg.program import Maps, Program
 
 __all__ = ["Linearization", "Model", "frozen_statistics", "replayed_randomness"]
-
-aten = torch.ops.aten
 
 
 class FunctionalModel(Protocol):
@@ -165,11 +164,11 @@ class Linearization:
         self.random_state = _random_state(self.parameters.device)
         self._versions = self._present_versions()
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
-            self._graph = self.forward(self._leaves)
+            self._graph: Tensor | None = self.forward(self._leaves)
         self.outputs = self._graph.detach()
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
-        self._push: Callable[[list[Tensor]], Tensor] | None = None
+        self._maps: Maps | None = None
         self._seen: tuple[Tensor, Tensor] | None = None  # (u, ⟨Jᵀu, v⟩) of the first pull back, see _agrees
 
     def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
@@ -200,42 +199,41 @@ class Linearization:
     def pull_back(self, u: Tensor) -> Tensor:
         """Jᵀ u; (…, D) → (P,), or (K, …, D) → (P, K)."""
         self._check()
-        batched = u.ndim == self._graph.ndim + 1
-        cotangents = torch.autograd.grad(
-            self._graph,
-            self._leaves,
-            u.to(self._graph.dtype),
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        if not batched:
-            pulled = self.parameters.flatten(cotangents)
-            if self._push is None and self._seen is None:
+        u = u.to(self.outputs.dtype)
+        if u.ndim == self.outputs.ndim + 1:
+            columns = torch.vmap(self._reverse if self._maps is None else self._maps.plain_pull)(u)
+            return torch.cat([c.reshape(len(u), -1).to(self.parameters.dtype) for c in columns], 1).T
+        if self._maps is None:
+            pulled = self.parameters.flatten(self._reverse(u))
+            if self._seen is None:
                 self._seen = (u, torch.dot(pulled, _generic(pulled)))
             return pulled
-        columns = [
-            p.new_zeros(len(u), p.numel()) if c is None else c.reshape(len(u), -1)
-            for p, c in zip(self._leaves, cotangents)
-        ]
-        return torch.cat([c.to(self.parameters.dtype) for c in columns], 1).T
+        with torch.no_grad():
+            return self.parameters.flatten(self._maps.pull(u))
+
+    def _reverse(self, u: Tensor) -> Sequence[Tensor]:
+        """Jᵀ u over the recorded forward pass."""
+        assert self._graph is not None
+        return torch.autograd.grad(
+            self._graph, self._leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
 
     @torch.no_grad()
     def push_forward(self, v: Tensor) -> Tensor:
         """J v; (P,) → (…, D), or (P, K) → (K, …, D)."""
         self._check()
         self.parameters.check(v)
-        if self._push is None:
-            self._push = self._trace() or self._double_backward()
+        if self._maps is None:
+            self._maps = self._trace() or self._double_backward()
         if v.ndim == 1:
-            return self._push(self.parameters.unflatten(v))
-        push = self._push
+            return self._maps.push(self.parameters.unflatten(v))
+        push = self._maps.plain_push
         return torch.vmap(lambda column: push(self.parameters.unflatten(column)))(v.T)
 
     # ------------------------------------------------------------------------------------ how the push forward is had
 
-    def _trace(self) -> Callable[[list[Tensor]], Tensor] | None:
-        """The push forward by the traced program; None if this network has none."""
+    def _trace(self) -> Maps | None:
+        """The two maps by the traced program; None if this network has none."""
         flat, spec = pytree.tree_flatten(self._inputs)
         with frozen_statistics(self._model):
             buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
@@ -254,17 +252,21 @@ class Linearization:
             *(x.detach() for x in flat if isinstance(x, Tensor)),
         ]
 
-        def tangent(*values: Tensor) -> tuple[Tensor, Tensor]:
+        def first_order(*values: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
             n, c = len(primals), len(constants)
             fixed = dict(zip(names, values[n : n + c]))
             tensors = iter(values[n + c : len(arguments)])
             inputs = pytree.tree_unflatten([next(tensors) if t else x for t, x in zip(is_tensor, flat)], spec)
-            outputs, moved = jvp(  # type: ignore[misc]  # its stub forgets that has_aux=False gives two
-                lambda *p: _at_least_float(self._call({**self.parameters.named(p), **fixed}, *inputs)),
-                values[:n],
-                values[len(arguments) :],
-            )
-            return outputs, moved
+
+            def moved(*p: Tensor) -> Any:  # (η, J v): reverse mode over η takes J v along
+                return jvp(
+                    lambda *p: _at_least_float(self._call({**self.parameters.named(p), **fixed}, *inputs)),
+                    p,
+                    values[len(arguments) : -1],
+                )
+
+            outputs, pull, tangent = vjp(moved, *values[:n], has_aux=True)  # type: ignore[misc]  # its stub forgets aux
+            return outputs, tangent, pull(values[-1])
 
         key = (
             tuple((t.shape, t.dtype, t.device) for t in arguments),
@@ -274,6 +276,7 @@ class Linearization:
             tuple(m.training for m in self._model.modules()) if isinstance(self._model, nn.Module) else (),
             torch.is_autocast_enabled(self.parameters.device.type)
             and torch.get_autocast_dtype(self.parameters.device.type),
+            torch.backends.mkldnn.enabled,
         )
         try:
             programs = _programs.setdefault(self._model, {})
@@ -283,7 +286,8 @@ class Linearization:
             if fresh or key not in programs:
                 try:
                     with self._tracing():
-                        programs[key] = _Program(tangent, arguments, primals)
+                        tangents = [torch.zeros_like(p) for p in primals]
+                        programs[key] = Program(first_order, arguments, tangents, torch.zeros_like(self.outputs))
                 except Exception as error:  # whatever an exotic operation raises, the other mode is exact too
                     _say_once(self._model, error)
                     return None
@@ -291,19 +295,20 @@ class Linearization:
                     programs.pop(next(iter(programs)))
                 fresh = True
             with replayed_randomness(self.random_state, self.parameters.device):
-                outputs, push = programs[key].linearize(arguments)
-            if self._agrees(outputs, push):
-                return push
+                outputs, maps = programs[key].linearize(arguments)
+            if self._agrees(outputs, maps):
+                self._graph = None  # the program has its own residuals
+                return maps
             if fresh:
                 break
         _say_once(self._model, RuntimeError("a second forward pass gives other outputs than the first"))
         return None
 
-    def _agrees(self, outputs: Tensor, push: Callable[[list[Tensor]], Tensor]) -> bool:
-        """Whether a program gives η, and is the adjoint of the pull back: ⟨u, J v⟩ = ⟨Jᵀu, v⟩.
+    def _agrees(self, outputs: Tensor, maps: Maps) -> bool:
+        """Whether a program gives η and the recorded pull back: ⟨u, J v⟩ = ⟨Jᵀu, v⟩, for both of its maps.
 
-        The second notices what leaves the outputs as they are, such as a ``detach`` that came or went; v is generic,
-        and u the first that was pulled back, so it costs one push forward (the gradient of a step is there already).
+        The second notices what leaves the outputs as they are, such as a ``detach`` that came or went. v is generic,
+        and u the first that was pulled back (the gradient of a step is there already), so it costs one product.
         """
         p = self.parameters
         plain = not torch.is_autocast_enabled(p.device.type) and (p.device.type == "cpu" or p.dtype is torch.float64)
@@ -318,8 +323,10 @@ class Linearization:
             self.pull_back(_generic(self.outputs))
         assert self._seen is not None
         u, expected = self._seen
-        moved = push(p.unflatten(_generic(torch.empty(p.numel, dtype=p.dtype, device=p.device))))
-        return not bool(((u * moved).sum() - expected).abs() > tolerance * u.norm() * moved.norm())
+        v = _generic(torch.empty(p.numel, dtype=p.dtype, device=p.device))
+        moved, pulled = maps.push(p.unflatten(v)), p.flatten(maps.pull(u))
+        errors = torch.stack([(u * moved).sum() - expected, torch.dot(pulled, v) - expected]).abs()
+        return not bool((errors > tolerance * u.norm() * moved.norm()).any())
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -338,8 +345,9 @@ class Linearization:
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
 
-    def _double_backward(self) -> Callable[[list[Tensor]], Tensor]:
-        """J v as the derivative of the linear map u ↦ Jᵀu, applied to v."""
+    def _double_backward(self) -> Maps:
+        """J v as the derivative of the linear map u ↦ Jᵀu, applied to v, and Jᵀu over the recorded forward pass."""
+        assert self._graph is not None
         with torch.enable_grad():
             u = torch.zeros_like(self._graph, requires_grad=True)
             pulled = torch.autograd.grad(
@@ -347,7 +355,7 @@ class Linearization:
             )
         used = [i for i, c in enumerate(pulled) if c.requires_grad]
 
-        def push(tangents: list[Tensor]) -> Tensor:
+        def push(tangents: Sequence[Tensor]) -> Tensor:
             (moved,) = torch.autograd.grad(
                 [pulled[i] for i in used],
                 u,
@@ -357,11 +365,11 @@ class Linearization:
             )
             return moved
 
-        return push
+        return Maps(push, self._reverse, push, self._reverse)
 
 
 _PROGRAMS_PER_MODEL = 8
-_programs: WeakKeyDictionary[Any, dict[Any, _Program]] = WeakKeyDictionary()
+_programs: WeakKeyDictionary[Any, dict[Any, Program]] = WeakKeyDictionary()
 _told: set[str] = set()
 
 
@@ -380,159 +388,3 @@ def _say_once(model: Model, error: Exception) -> None:
 def _generic(like: Tensor) -> Tensor:
     """A fixed vector that is orthogonal to nothing by accident; no random number is drawn for it."""
     return torch.arange(like.numel(), device=like.device).remainder_(1009).to(like.dtype).cos_().view(like.shape)
-
-
-# ------------------------------------------------------------------------------------------------- the traced program
-
-
-class _Program:
-    """A traced ``(θ and constants, v) ↦ (η, J v)``, split into what needs v and what does not."""
-
-    def __init__(
-        self,
-        function: Callable[..., tuple[Tensor, Tensor]],
-        arguments: Sequence[Tensor],
-        primals: Sequence[Tensor],
-    ) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        traced = make_fx(function)(*arguments, *(torch.zeros_like(p) for p in primals))
-        for node in traced.graph.nodes:  # strides may differ from run to run, under vmap or with channels last
-            if node.target in (aten.view.default, aten._unsafe_view.default):
-                node.target = aten.reshape.default
-        placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        self._primal, self._tangent = _split(traced, placeholders[len(arguments) :])
-
-    def linearize(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Callable[[list[Tensor]], Tensor]]:
-        outputs, *residuals = self._primal.forward(*arguments)
-        tangent = self._tangent.forward
-        return outputs, lambda tangents: tangent(*residuals, *tangents)
-
-
-def _split(traced: GraphModule, tangents: Sequence[Node]) -> tuple[GraphModule, GraphModule]:
-    """Cut a graph with outputs (η, J v) into θ ↦ (η, residuals) and (residuals, v) ↦ J v."""
-    moving = set(tangents)
-    for node in traced.graph.nodes:
-        if any(source in moving for source in node.all_input_nodes):
-            moving.add(node)
-    (results,) = (node for node in traced.graph.nodes if node.op == "output")
-    primal_result, tangent_result = results.args[0]
-    if not isinstance(tangent_result, Node) or tangent_result not in moving:
-        raise NotImplementedError("the outputs do not move with the parameters")
-
-    second = Graph()
-    inner: dict[Node, Node] = {}
-    residuals: list[Node] = []
-    for node in traced.graph.nodes:  # residuals come first among the placeholders of the second graph
-        if node.op != "output" and node not in moving and any(user in moving - {results} for user in node.users):
-            inner[node] = second.placeholder(node.name)
-            inner[node].meta = node.meta
-            residuals.append(node)
-    for node in tangents:
-        inner[node] = second.placeholder(node.name)
-        inner[node].meta = node.meta
-    for node in traced.graph.nodes:
-        if node in moving and node not in inner and node is not results:
-            inner[node] = second.node_copy(node, lambda source: inner[source])
-    second.output(inner[tangent_result])
-    _simplify(second, {inner[node] for node in residuals if _is_zero(node)})
-    for node in residuals:
-        if not inner[node].users:
-            second.erase_node(inner[node])
-    residuals = [node for node in residuals if inner[node].users]
-
-    first = Graph()
-    outer: dict[Node, Node] = {}
-    for node in traced.graph.nodes:
-        if node not in moving and node.op != "output":
-            outer[node] = first.node_copy(node, lambda source: outer[source])
-    first.output((outer[primal_result], *(outer[node] for node in residuals)))
-    first.eliminate_dead_code()
-    return GraphModule(traced, first), GraphModule(traced, second)
-
-
-_ZEROS = {
-    aten.zeros.default,
-    aten.zeros_like.default,
-    aten._efficientzerotensor.default,
-    aten.new_zeros.default,
-}
-_SHAPES = {
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
-    aten.reshape.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.clone.default,
-}
-_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor}
-
-
-def _is_zero(node: Node) -> bool:
-    """Whether this node of the primal part is identically zero, by construction."""
-    if node.op != "call_function":
-        return False
-    if node.target in _ZEROS:
-        return True
-    sources = [a for a in node.args if isinstance(a, Node)]
-    if node.target in _SHAPES:
-        return _is_zero(sources[0])
-    if node.target in _PRODUCTS:
-        return any(_is_zero(source) for source in sources)
-    return node.target is aten.convolution.default and (
-        len(sources) > 1 and (_is_zero(sources[0]) or _is_zero(sources[1])) and node.args[2] is None
-    )
-
-
-def _shape(node: Node) -> torch.Size | None:
-    value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return getattr(value, "shape", None)
-
-
-def _simplify(graph: Graph, zeros: set[Node]) -> None:
-    """Drop copies and additions of zero, and fuse a + m₁m₂ into one call; the function stays the same."""
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in (aten.alias.default, aten.detach.default):
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.add.Tensor and not node.kwargs and all(isinstance(a, Node) for a in node.args):
-            first, second = node.args
-            shape = _shape(node)
-            for zero, other in ((first, second), (second, first)):
-                if zero in zeros and shape is not None and _shape(other) is not None:
-                    if _shape(other) == shape:
-                        node.replace_all_uses_with(other)
-                    else:
-                        with graph.inserting_before(node):
-                            wide = graph.call_function(aten.expand.default, (other, list(shape)))
-                        wide.meta = node.meta
-                        node.replace_all_uses_with(wide)
-                    break
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not aten.add.Tensor or node.kwargs:
-            continue
-        for product, other in ((node.args[1], node.args[0]), (node.args[0], node.args[1])):
-            if (
-                isinstance(product, Node)
-                and isinstance(other, Node)
-                and product.target is aten.mm.default
-                and len(product.users) == 1
-                and _shape(product) == _shape(node)
-            ):
-                addend = other.args[0] if other.target is aten.expand.default else other
-                with graph.inserting_before(node):
-                    fused = graph.call_function(aten.addmm.default, (addend, *product.args))
-                fused.meta = node.meta
-                node.replace_all_uses_with(fused)
-                graph.erase_node(node)
-                graph.erase_node(product)
-                break
-    graph.eliminate_dead_code()
-    graph.lint()

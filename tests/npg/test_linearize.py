@@ -48,12 +48,12 @@ def traces(monkeypatch):
     """How many programs were traced so far."""
     count = []
 
-    class Counting(linearize._Program):
+    class Counting(linearize.Program):
         def __init__(self, *arguments) -> None:
             count.append(1)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(linearize, "_Program", Counting)
+    monkeypatch.setattr(linearize, "Program", Counting)
     return count
 
 

@@ -1,0 +1,383 @@
+"""A network's first-order model as straight-line programs, traced once and simplified.
+
+One trace of ``(θ, v, u) ↦ (η, J v, Jᵀu)``, made by PyTorch's own forward and reverse mode, is cut into three:
+
+    primal   θ ↦ (η, residuals)      run once per linearisation
+    push     (residuals, v) ↦ J v    run once per product
+    pull     (residuals, u) ↦ Jᵀu    run once per product
+
+and what the tracer left in them is taken out: copies, sums with zero, the same thing computed twice. Then matrix
+products are fused with the sums around them, temporaries are reused, and on CPUs large products go to oneDNN. None of
+this changes the function; ``torch.backends.mkldnn.flags(enabled=False)`` keeps oneDNN out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+__all__ = ["Maps", "Program"]
+
+aten = torch.ops.aten
+
+
+class Maps(NamedTuple):
+    """v ↦ J v and u ↦ Jᵀu, with v and Jᵀu as lists of tensors, in two forms.
+
+    Attributes:
+        push: J v.
+        pull: Jᵀu.
+        plain_push: the same out of operations that ``torch.vmap`` knows.
+        plain_pull: likewise.
+    """
+
+    push: Callable[[Sequence[Tensor]], Tensor]
+    pull: Callable[[Tensor], Sequence[Tensor]]
+    plain_push: Callable[[Sequence[Tensor]], Tensor]
+    plain_pull: Callable[[Tensor], Sequence[Tensor]]
+
+
+class Program:
+    """The traced and divided ``function(*arguments, *tangents, u) → (η, J v, [Jᵀu])``.
+
+    Args:
+        function: linear in ``tangents`` and in ``u``, each of which enters one of the results.
+        arguments: what a later call of `linearize` gives anew: parameters, buffers, inputs.
+        tangents: any v.
+        cotangent: any u.
+
+    Raises:
+        Exception: whatever an operation without a forward rule raises.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, Tensor, Sequence[Tensor]]],
+        arguments: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        cotangent: Tensor,
+    ) -> None:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        traced = make_fx(function)(*arguments, *tangents, cotangent)
+        placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        n = len(arguments)
+        _tidy(traced.graph)
+        (results,) = (node for node in traced.graph.nodes if node.op == "output")
+        outputs, moved, pulled = results.args[0]
+        zeros = {node for node in traced.graph.nodes if _is_zero(node)}
+        push, push_residuals = _part(traced.graph, placeholders[n:-1], [moved], zeros)
+        pull, pull_residuals = _part(traced.graph, placeholders[-1:], list(pulled), zeros)
+        residuals = list(dict.fromkeys((*push_residuals, *pull_residuals)))
+        primal = _primal(traced.graph, placeholders[:n], outputs, residuals)
+        place = {node: i for i, node in enumerate(residuals)}
+        self._push_places = [place[node] for node in push_residuals]
+        self._pull_places = [place[node] for node in pull_residuals]
+        one_dnn = cotangent.device.type == "cpu" and _one_dnn()
+        self._plain_push, self._plain_pull = GraphModule(traced, push), GraphModule(traced, pull)
+        self._primal, self._push, self._pull = (
+            GraphModule(traced, _specialised(graph, one_dnn=one_dnn)) for graph in (primal, push, pull)
+        )
+
+    @torch.no_grad()
+    def linearize(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Maps]:
+        """η and the two maps at these arguments."""
+        outputs, *residuals = self._primal.forward(*arguments)
+        first = [residuals[i] for i in self._push_places]
+        second = [residuals[i] for i in self._pull_places]
+
+        def push_by(program: GraphModule) -> Callable[[Sequence[Tensor]], Tensor]:
+            run = program.forward
+            return lambda tangents: run(*first, *tangents)[0]
+
+        def pull_by(program: GraphModule) -> Callable[[Tensor], Sequence[Tensor]]:
+            run = program.forward
+            return lambda cotangent: run(*second, cotangent)
+
+        return outputs, Maps(
+            push_by(self._push), pull_by(self._pull), push_by(self._plain_push), pull_by(self._plain_pull)
+        )
+
+
+def _one_dnn() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- cutting
+
+
+def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node]) -> tuple[Graph, list[Node]]:
+    """The part of ``graph`` that moves with ``sources``, and the nodes at rest that it needs, its first arguments."""
+    moving = set(sources)
+    for node in graph.nodes:
+        if node.op != "output" and any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
+    if not any(result in moving for result in results):
+        raise NotImplementedError("the outputs do not move with the parameters")
+    needed = {source for node in moving for source in node.all_input_nodes} | set(results)
+    part = Graph()
+    inner: dict[Node, Node] = {}
+    at_rest = [node for node in graph.nodes if node in needed and node not in moving]
+    for node in (*at_rest, *sources):
+        inner[node] = part.placeholder(node.name)
+        inner[node].meta = node.meta
+    for node in graph.nodes:
+        if node in moving and node not in inner:
+            inner[node] = part.node_copy(node, lambda source: inner[source])
+    part.output([inner[result] for result in results])
+    _drop_sums_with(part, {inner[node] for node in at_rest if node in zeros})
+    part.eliminate_dead_code()
+    _fuse(part)
+    for node in at_rest:
+        if not inner[node].users:
+            part.erase_node(inner[node])
+    part.lint()
+    return part, [node for node in at_rest if inner[node].users]
+
+
+def _primal(graph: Graph, arguments: Sequence[Node], outputs: Node, residuals: Sequence[Node]) -> Graph:
+    """θ ↦ (η, residuals)."""
+    needed = {outputs, *residuals}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    first = Graph()
+    outer: dict[Node, Node] = {node: first.node_copy(node) for node in arguments}
+    for node in graph.nodes:
+        if node in needed and node not in outer:
+            outer[node] = first.node_copy(node, lambda source: outer[source])
+    first.output([outer[outputs], *(outer[node] for node in residuals)])
+    return first
+
+
+# --------------------------------------------------------------------------------------------------- simplifying
+
+_COPIES = {aten.alias.default, aten.detach.default}
+_ZEROS = {
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten._efficientzerotensor.default,
+    aten.new_zeros.default,
+}
+_VIEWS = {
+    aten.expand.default,
+    aten.reshape.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+}
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.mul.Tensor}
+_POINTWISE = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.neg.default,
+    aten.pow.Tensor_Scalar,
+    aten.threshold_backward.default,
+}
+_REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim}
+_REPEATABLE = _VIEWS | _PRODUCTS | _POINTWISE | _REDUCTIONS  # the same arguments, the same result, and no side effect
+_FRESH = _PRODUCTS | _POINTWISE | {aten.addmm.default, aten.convolution.default}  # results that share no memory
+_IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+}
+
+
+def _calls(graph: Graph) -> Iterable[Node]:
+    return (node for node in list(graph.nodes) if node.op == "call_function")
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
+def _value(node: Node) -> Any:
+    return node.meta.get("val", node.meta.get("tensor_meta"))
+
+
+def _shape(node: Node) -> torch.Size | None:
+    return getattr(_value(node), "shape", None)
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    return getattr(_value(node), "dtype", None)
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _tidy(graph: Graph) -> None:
+    """Take out copies and repetitions; write tanh's derivative so that what rests in it is computed once."""
+    for node in _calls(graph):
+        if node.target in _COPIES:
+            node.replace_all_uses_with(_args(node)[0])
+        elif node.target is aten.t.default and _args(node)[0].target is aten.t.default:
+            node.replace_all_uses_with(_args(_args(node)[0])[0])
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # strides may differ from run to run, under vmap or channels last
+        elif node.target is aten.tanh_backward.default:
+            slope, y = _args(node)
+            with graph.inserting_before(node):
+                derivative = graph.call_function(aten.rsub.Scalar, (graph.call_function(aten.square.default, (y,)), 1))
+                product = graph.call_function(aten.mul.Tensor, (slope, derivative))
+            derivative.meta, product.meta = y.meta, node.meta
+            node.replace_all_uses_with(product)
+    graph.eliminate_dead_code()
+    mutated = {source for node in _calls(graph) if _mutates(node) for source in node.all_input_nodes}
+    repeatable = _REPEATABLE | {aten.square.default, aten.rsub.Scalar}
+    seen: dict[Any, Node] = {}
+    for node in _calls(graph):
+        if node.target not in repeatable or node in mutated:
+            continue
+        key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))  # nodes print as their unique names
+        earlier = seen.setdefault(key, node)
+        if earlier is not node:
+            node.replace_all_uses_with(earlier)
+            graph.erase_node(node)
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether this node of the primal part is identically zero, by construction."""
+    if node.op != "call_function":
+        return False
+    if node.target in _ZEROS:
+        return not any(_mutates(user) for user in node.users)
+    sources = [a for a in node.args if isinstance(a, Node)]
+    if node.target in _VIEWS or node.target is aten.clone.default:
+        return _is_zero(sources[0])
+    if node.target in _PRODUCTS:
+        return any(_is_zero(source) for source in sources)
+    return node.target is aten.convolution.default and (
+        len(sources) > 1 and (_is_zero(sources[0]) or _is_zero(sources[1])) and node.args[2] is None
+    )
+
+
+def _drop_sums_with(graph: Graph, zeros: set[Node]) -> None:
+    for node in _calls(graph):
+        if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, Node) for a in node.args):
+            continue
+        shape = _shape(node)
+        for zero, other in (_args(node), reversed(_args(node))):
+            if zero in zeros and shape is not None and _shape(other) is not None:
+                if _shape(other) == shape:
+                    node.replace_all_uses_with(other)
+                else:
+                    with graph.inserting_before(node):
+                        wide = graph.call_function(aten.expand.default, (other, list(shape)))
+                    wide.meta = node.meta
+                    node.replace_all_uses_with(wide)
+                break
+
+
+def _fuse(graph: Graph) -> None:
+    """Write a + m₁m₂ as one call."""
+    for node in _calls(graph):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for product, other in ((node.args[1], node.args[0]), (node.args[0], node.args[1])):
+            if (
+                isinstance(product, Node)
+                and isinstance(other, Node)
+                and product.target is aten.mm.default
+                and len(product.users) == 1
+                and _shape(product) == _shape(node)
+            ):
+                addend = other.args[0] if other.target is aten.expand.default else other
+                with graph.inserting_before(node):
+                    fused = graph.call_function(aten.addmm.default, (addend, *product.args))
+                fused.meta = node.meta
+                node.replace_all_uses_with(fused)
+                graph.erase_node(node)
+                graph.erase_node(product)
+                break
+    graph.eliminate_dead_code()
+
+
+# --------------------------------------------------------------------------------------------------- specialising
+
+
+def _specialised(graph: Graph, *, one_dnn: bool) -> Graph:
+    """A copy that computes the same faster, and no longer under ``torch.vmap``."""
+    fast = Graph()
+    fast.output(fast.graph_copy(graph, {}))
+    if one_dnn:
+        for node in _calls(fast):
+            _to_one_dnn(fast, node)
+        fast.eliminate_dead_code()
+    _reuse_temporaries(fast)
+    fast.lint()
+    return fast
+
+
+_WORTH_IT = 2**19  # multiply-adds from which on oneDNN's product takes less time than the default one
+
+
+def _to_one_dnn(graph: Graph, node: Node) -> None:
+    """Give a large float32 product of matrices to oneDNN, which is about twice as fast as the default on AMD's CPUs."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs or _dtype(node) is not torch.float32:
+        return
+    addend, left, right = (None, *_args(node)) if node.target is aten.mm.default else _args(node)
+    (m, k), n = _shape(left) or (0, 0), (_shape(right) or (0, 0))[1]
+    wide = addend is not None and _shape(addend) == (m, n)
+    if m * k * n < _WORTH_IT or (addend is not None and not wide and _shape(addend) != (n,)):
+        return
+
+    def transposed(matrix: Node) -> Node:
+        return _args(matrix)[0] if matrix.target is aten.t.default else graph.call_function(aten.t.default, (matrix,))
+
+    linear = torch.ops.mkldnn._linear_pointwise
+    replaced = node
+    with graph.inserting_before(node):
+        if wide:
+            new = graph.call_function(linear.binary, (left, addend, transposed(right), None, "add"))
+        elif addend is None and n < m < k:  # a sum of outer products: the wide factor to the right
+            swapped = graph.call_function(linear.default, (transposed(right), left, None, "none", [], ""))
+            new = graph.call_function(aten.t.default, (swapped,))
+        else:
+            users = list(node.users)
+            if len(users) == 1 and users[0].target is aten.tanh.default:
+                replaced = users[0]
+            then = "none" if replaced is node else "tanh"
+            new = graph.call_function(linear.default, (left, transposed(right), addend, then, [], ""))
+    new.meta = replaced.meta
+    replaced.replace_all_uses_with(new)
+
+
+def _reuse_temporaries(graph: Graph) -> None:
+    """Compute a + b, ab and a/b in the place of a, where nobody else reads a."""
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    fresh = _FRESH | ({linear.default, linear.binary} if linear else set())
+    for node in _calls(graph):
+        if node.target not in _IN_PLACE or node.kwargs:
+            continue
+        first, second = _args(node)
+        for target, other in ((first, second), (second, first)):
+            if (
+                isinstance(target, Node)
+                and target is not other
+                and target.target in fresh
+                and len(target.users) == 1
+                and (_shape(target), _dtype(target)) == (_shape(node), _dtype(node))
+                and prod(_shape(node) or ()) > 0
+            ):
+                node.target, node.args = _IN_PLACE[node.target], (target, other)
+                break
+            if node.target is aten.div.Tensor:
+                break

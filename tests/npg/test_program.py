@@ -1,0 +1,121 @@
+"""The traced program against PyTorch's own forward and reverse mode, with every rewriting on and off."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jvp, vjp
+
+from npg.linearize import Linearization
+from npg.program import Program
+
+aten = torch.ops.aten
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(17, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 6))
+    return model.to(dtype), torch.randn(600, 17, dtype=dtype)
+
+
+def first_order(model, x):
+    """(η, J v, Jᵀu) as a function of (θ, x, v, u), and its arguments."""
+    names = [name for name, _ in model.named_parameters()]
+    primals = [p.detach() for p in model.parameters()]
+    n = len(primals)
+
+    def function(*values):
+        def moved(*p):
+            tangents = tuple(values[n + 1 : -1])
+            return jvp(lambda *p: functional_call(model, dict(zip(names, p)), (values[n],)), p, tangents)
+
+        outputs, pull, tangent = vjp(moved, *values[:n], has_aux=True)
+        return outputs, tangent, pull(values[-1])
+
+    return function, [*primals, x], [torch.randn_like(p) for p in primals], torch.randn_like(model(x)).detach()
+
+
+def calls(module):
+    return Counter(node.target for node in module.graph.nodes if node.op == "call_function")
+
+
+def one_dnn_calls(program):
+    return sum(
+        count
+        for module in (program._primal, program._push, program._pull)
+        for target, count in calls(module).items()
+        if "mkldnn" in str(target)
+    )
+
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["onednn", "default"])
+def test_program_equals_forward_and_reverse_mode(enabled, assert_close):
+    model, x = network()
+    function, arguments, v, u = first_order(model, x)
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        program = Program(function, arguments, v, u)
+        outputs, maps = program.linearize(arguments)
+        expected, tangent, pulled = function(*arguments, *v, u)
+        for push, pull in ((maps.push, maps.pull), (maps.plain_push, maps.plain_pull)):
+            assert_close(outputs, expected)
+            assert_close(push(v), tangent)
+            for mine, theirs in zip(pull(u), pulled, strict=True):
+                assert_close(mine, theirs)
+    if not enabled:
+        assert one_dnn_calls(program) == 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+def test_one_dnn_takes_large_float32_products_only():
+    model, x = network()
+    assert one_dnn_calls(Program(*first_order(model, x))) >= 8
+    assert one_dnn_calls(Program(*first_order(model, x[:4]))) == 0
+    assert one_dnn_calls(Program(*first_order(*network(torch.float64)))) == 0
+
+
+def test_what_is_known_to_be_zero_or_known_already_is_not_computed():
+    model, x = network(torch.float64)
+    function, arguments, v, u = first_order(model, x)
+    program = Program(function, arguments, v, u)
+    # J v takes x V₁ᵀ, then a Vᵀ and t Wᵀ per layer, fused with the sums; Jᵀu one product down and one across per layer
+    assert calls(program._push)[aten.addmm.default] == 5
+    assert calls(program._push)[aten.mm.default] == calls(program._push)[aten.add.Tensor] == 0
+    assert calls(program._pull)[aten.mm.default] == 5
+    assert calls(program._primal)[aten.tanh.default] == calls(program._primal)[aten.rsub.Scalar] == 2
+    assert calls(program._push)[aten.tanh.default] == calls(program._pull)[aten.tanh.default] == 0
+
+
+def test_products_leave_each_other_alone():
+    model, x = network()
+    function, arguments, v, u = first_order(model, x)
+    _, maps = Program(function, arguments, v, u).linearize(arguments)
+    tangent, pulled = maps.push(v), maps.pull(u)
+    kept = tangent.clone(), [p.clone() for p in pulled]
+    given = [t.clone() for t in v], u.clone()
+    maps.push([-t for t in v])
+    maps.pull(-u)
+    assert torch.equal(tangent, kept[0])
+    assert all(map(torch.equal, pulled, kept[1]))
+    assert all(map(torch.equal, v, given[0]))
+    assert torch.equal(u, given[1])
+    assert torch.equal(maps.push(v), tangent)
+    assert all(map(torch.equal, maps.pull(u), pulled))
+
+
+def test_recorded_activations_are_freed_once_the_program_has_its_own():
+    model, x = network()
+    linearization = Linearization(model, x)
+    by_autograd = linearization.pull_back(torch.ones(600, 6))
+    assert linearization._graph is not None
+    linearization.push_forward(torch.ones(linearization.parameters.numel))
+    assert linearization._graph is None
+    torch.testing.assert_close(linearization.pull_back(torch.ones(600, 6)), by_autograd, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_that_do_not_move_are_refused():
+    def function(p, v, u):
+        return p.detach() * 1.0, torch.zeros_like(p), [u * 2.0]
+
+    with pytest.raises(NotImplementedError, match="do not move"):
+        Program(function, [torch.ones(3)], [torch.ones(3)], torch.ones(3))

@@ -53,16 +53,15 @@ class Parameters:
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Tensors shaped like the parameters → (P,); None counts as zeros."""
         parts = [
-            (torch.zeros_like(p) if t is None else t).reshape(-1).to(self.dtype)
-            for p, t in zip(self.tensors, tensors, strict=True)
+            (torch.zeros_like(p) if t is None else t).reshape(-1) for p, t in zip(self.tensors, tensors, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts).to(self.dtype)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """(P,) → tensors shaped and typed like the parameters; views of ``vector`` where the dtype allows it."""
         self.check(vector)
-        parts = vector.split(self.sizes)
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.tensors)]
+        parts = [part.view(p.shape) for part, p in zip(vector.split(self.sizes), self.tensors)]
+        return [part if part.dtype == p.dtype else part.to(p.dtype) for part, p in zip(parts, self.tensors)]
 
     def check(self, vector: Tensor) -> None:
         """Raise ValueError unless ``vector`` has P rows."""

@@ -224,7 +224,7 @@ def conjugate_gradient(
         state = settle(state, pAp <= bound, Status.BREAKDOWN)
         running = state == _RUNNING
         alpha = torch.where(running, rz / torch.where(running, pAp, 1.0), 0.0).to(b.dtype)
-        x = torch.where(running, x + alpha * p, x)
+        x = torch.addcmul(x, alpha, p)  # α = 0 where a column stands still, and p is finite
         r = recurred = torch.where(running, r - alpha * Ap, r)
         drift = torch.zeros_like(running)
         if iteration % residual_refresh == 0:
@@ -239,10 +239,12 @@ def conjugate_gradient(
             if iteration > k:
                 small = model[-1] - model[-1 - k] >= k * progress_tolerance * model[-1]
                 state = settle(state, (model[-1] < 0) & small, Status.CONVERGED)
-        z = shaped(preconditioner, r) if preconditioner else r
-        rz_next = _dot(r, z)
-        state = settle(state, ~torch.isfinite(rz_next), Status.NON_FINITE)
-        state = settle(state, ~(rz_next > 0), Status.BREAKDOWN)
+        z, rz_next = r, rr
+        if preconditioner:
+            z = shaped(preconditioner, r)
+            rz_next = _dot(r, z)
+            state = settle(state, ~torch.isfinite(rz_next), Status.NON_FINITE)
+            state = settle(state, ~(rz_next > 0), Status.BREAKDOWN)
         running = state == _RUNNING
         beta = torch.where(running & ~drift, rz_next / torch.where(running, rz, 1.0), 0.0).to(b.dtype)
         p = torch.where(running, z + beta * p, p)

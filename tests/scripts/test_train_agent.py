@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import os
 import pickle
 import random
 import signal
@@ -18,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents import NPG, TRPO
 from agents.callbacks import Saver, evaluation_seed
-from agents.config import RunConfig
+from agents.config import RunConfig, resolve
 from agents.evaluation import evaluate_saved
 from agents.runs import RunFolder
-from agents.training import resume
+from agents.training import resume, start
+from npg.parallel import World
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_agent.py"
 SPEC = importlib.util.spec_from_file_location("train_agent", SCRIPT)
@@ -347,3 +349,84 @@ def test_the_script_runs_and_shows_progress(tmp_path):
     assert "Traceback" not in result.stderr
     assert "256/256" in result.stderr
     assert "return" in result.stderr
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+FRAGILE = """
+import os, signal
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Fragile(CartPoleEnv):
+    steps = 0
+
+    def step(self, action):
+        Fragile.steps += 1
+        if Fragile.steps == 100 and os.environ["RANK"] == "1":
+            if os.environ["BREAKS"] == "by a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            elif os.environ["BREAKS"] == "by an error":
+                raise OSError("the pole broke")
+        return super().step(action)
+
+gymnasium.register("Fragile-v0", entry_point=Fragile, max_episode_steps=50)
+"""
+BOTH = ["--timesteps", "600", "--eval-freq", "200", "--save-freq", "200", *TINY, "--set", "normalize=true"]
+
+
+def two_processes(arguments, breaks, folder):
+    """Train in an environment that breaks in the 100th step of the second process."""
+    (folder / "fragile.py").write_text(FRAGILE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [*launch, *arguments, "--no-progress"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "BREAKS": breaks},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_two_processes_stop_as_one_and_go_on(tmp_path):
+    path = tmp_path / "run"
+    stopped = two_processes(["trpo", "fragile:Fragile-v0", *BOTH, "--run-dir", str(path)], "by a signal", tmp_path)
+    assert stopped.stdout.count("stopped and saved at step 256 of 600") == 1, stopped.stderr  # the 128th of each
+    assert 'Traceback (most recent call last):\n  File "' + str(SCRIPT) not in stopped.stderr
+    assert TRPO.load(RunFolder(path).last.model).num_timesteps == 256
+
+    finished = two_processes(["--resume", str(path)], "not", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("last model") == 1
+    folder = RunFolder(path)
+    assert TRPO.load(folder.last.model).num_timesteps == 640
+    assert folder.config.n_envs == 2
+    assert len((path / "command.txt").read_text().splitlines()) == 2
+    assert len(list(path.glob("events*"))) == 2
+    assert list(folder.evaluations()["timesteps"]) == [448, 640]
+    with (path / "progress.csv").open() as file:
+        steps = [int(row["time/total_timesteps"]) for row in csv.DictReader(file)]
+    assert steps == sorted(steps)
+    # Each process took 320 steps: more than that are in episodes and statistics only if both are.
+    assert 320 < sum(folder.training_episodes()["l"]) <= 640
+    assert 640 <= pickle.loads(folder.last.statistics.read_bytes()).obs_rms.count <= 650
+
+
+def test_an_error_in_one_process_ends_both_and_is_shown_once(tmp_path):
+    path = tmp_path / "run"
+    broken = two_processes(["trpo", "fragile:Fragile-v0", *BOTH, "--run-dir", str(path)], "by an error", tmp_path)
+    assert broken.returncode != 0
+    assert broken.stderr.count("OSError: the pole broke") == 1
+    assert "Connection" not in broken.stderr
+    assert TRPO.load(RunFolder(path).last.model).num_timesteps == 0
+
+
+def test_processes_share_the_environments_evenly(tmp_path):
+    config = resolve("trpo", "CartPole-v1", n_envs=8)
+    world = World(torch.device("cpu"), size=3)
+    with pytest.raises(ValueError, match=r"n_envs=8 must be a multiple of the 3 processes.*--n-envs 9"):
+        start(config, tmp_path / "run", world=world)
+    assert not (tmp_path / "run").exists()

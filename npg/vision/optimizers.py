@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from npg import optim
 from npg.families import Categorical
+from npg.trust_region import LevenbergMarquardt
 
 __all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "takes_batches"]
 
@@ -35,7 +36,7 @@ _OF_BATCHES: Mapping[str, Callable[..., Optimizer]] = {
 }
 OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {**_OF_GRADIENTS, **_OF_BATCHES}
 
-_GIVEN_BY_THE_TRAINER = ("params", "model", "family", "process_group", "generator", "damping_control")
+_GIVEN_BY_THE_TRAINER = ("params", "model", "family", "process_group", "generator")
 
 
 def takes_batches(name: str) -> bool:
@@ -59,7 +60,8 @@ def make_optimizer(
     Args:
         name: out of `OPTIMIZERS`.
         model: a classifier that returns logits.
-        options: of the constructor, by its names.
+        options: of the constructor, by its names, and as plain values: ngd's ``damping_control`` is a mapping of the
+            arguments of `LevenbergMarquardt`, which may be empty.
         decay_all: see above.
         process_group: what an optimizer that makes its own gradients averages them over.
 
@@ -70,6 +72,8 @@ def make_optimizer(
     build = OPTIMIZERS[name]
     try:
         if takes_batches(name):
+            if (control := options.get("damping_control")) is not None:
+                options = {**options, "damping_control": LevenbergMarquardt(**control)}
             return build(model, Categorical(), **options, process_group=process_group)
         parameters = [p for p in model.parameters() if p.requires_grad]
         if decay_all or build is optim.OnlineNGD:
@@ -96,5 +100,20 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in accepted:
             raise ValueError(f"{name} has no option {option!r}; it has {', '.join(accepted)}")
+    if (control := options.get("damping_control")) is not None:
+        _check_damping_control(control)
     if "lr" not in options and signature["lr"].default is inspect.Parameter.empty:
         raise ValueError(f"{name} needs a learning rate, lr")
+
+
+def _check_damping_control(control: object) -> None:
+    wanted = list(inspect.signature(LevenbergMarquardt).parameters)
+    if not isinstance(control, Mapping) or not set(control) <= set(wanted):
+        raise ValueError(
+            f"damping_control must be a mapping of {', '.join(wanted)}, such as {{factor: 1.5}}, or {{}} for their "
+            f"defaults; got {control!r}"
+        )
+    try:
+        LevenbergMarquardt(**control)
+    except TypeError as error:
+        raise ValueError(f"damping_control has a value that is no number: {control!r}") from error

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from npg import optim
+from npg.trust_region import LevenbergMarquardt
 from npg.vision.optimizers import OPTIMIZERS, make_optimizer, takes_batches
 
 
@@ -55,8 +56,24 @@ def test_weight_decay_reaches_weights_only_unless_asked(decay_all: bool, decayed
         ("online-ngd", {"lr": -1.0}, "lr"),
         ("sgd", {"lr": -1.0}, "learning rate"),
         ("sgd", {"lr": "fast"}, "the options of sgd do not fit"),
+        ("ngd", {"damping_control": "lm"}, r"mapping of factor, minimum, maximum.* got 'lm'"),
+        ("ngd", {"damping_control": {"omega": 2}}, "damping_control must be a mapping"),
+        ("ngd", {"damping_control": {"factor": 0.5}}, "factor must be greater than 1"),
+        ("ngd", {"damping_control": {"factor": "fast"}}, "no number"),
+        ("sgd", {"lr": 1.0, "damping_control": {}}, "sgd has no option 'damping_control'"),
     ],
 )
 def test_bad_input(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_optimizer(name, model(), options)
+
+
+def test_damping_control_is_made_of_plain_values() -> None:
+    torch.manual_seed(0)
+    plain = make_optimizer("ngd", model(), {"damping": 1.0})
+    assert plain.damping_control is None
+    optimizer = make_optimizer("ngd", model(), {"damping": 1.0, "damping_control": {"factor": 3.0}})
+    assert optimizer.damping_control == LevenbergMarquardt(factor=3.0)
+    optimizer.step(torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert optimizer.param_groups[0]["damping"] in (1.0 / 3.0, 3.0)
+    assert make_optimizer("ngd", model(), {"damping_control": {}}).damping_control == LevenbergMarquardt()

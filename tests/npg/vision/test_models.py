@@ -45,7 +45,7 @@ def test_densenet_19_is_the_report_s_network_of_16_weight_layers() -> None:
     assert layers[-1].in_features == 48
 
 
-@pytest.mark.parametrize("name", ["densenet-19", "densenet-basic-10-4", "wrn-10-1"])
+@pytest.mark.parametrize("name", ["densenet-19", "densenet-basic-10-4", "wrn-10-1", "wrn-10-1-s2"])
 def test_forward_mode_and_reverse_mode_agree(name: str) -> None:
     torch.manual_seed(0)
     model = model_from_name(name, num_classes=7).double().eval()
@@ -65,6 +65,16 @@ def test_forward_mode_and_reverse_mode_agree(name: str) -> None:
     torch.testing.assert_close(forward_mode, reverse_mode, rtol=1e-10, atol=1e-10)
 
 
+def test_stem_of_stride_2_has_the_same_weights_and_half_the_resolution() -> None:
+    model, strided = model_from_name("wrn-10-2"), model_from_name("wrn-10-2-s2")
+    strided.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert model.features(images).shape == (2, 128, 8, 8)
+    assert strided.features(images).shape == (2, 128, 4, 4)
+    stem = strided.features[0](images)
+    torch.testing.assert_close(stem, model.features[0](images)[:, :, ::2, ::2])
+
+
 def test_known_models_can_all_be_built() -> None:
     with torch.device("meta"):
         assert all(count(model_from_name(name)) > 0 for name in KNOWN_MODELS)
@@ -81,6 +91,7 @@ def test_known_models_can_all_be_built() -> None:
         (lambda: densenet(19, growth_rate=0), "growth_rate must be at least 1; got 0"),
         (lambda: densenet(19, compression=1.5), r"compression must be in \(0, 1\]"),
         (lambda: wide_resnet(16, 0), "widen_factor must be at least 1; got 0"),
+        (lambda: wide_resnet(16, 1, stem_stride=0), "stem_stride must be at least 1; got 0"),
         (lambda: wide_resnet(16, 1, num_classes=0), "num_classes must be at least 1; got 0"),
         (lambda: wide_resnet(16, 1, dropout=1.0), "dropout must be a probability"),
         (lambda: model_from_name("wrn-16"), "no model is called 'wrn-16'; near it: wrn-16-"),

@@ -803,7 +803,7 @@ def transport(out: Path, quick: bool) -> Numbers:
 
     def flow(
         family: families.Family,
-        metric: Any,
+        metric: families.Geometry | None,
         start: Tensor,
         objective: Callable[[Tensor], Tensor],
         times: list[float],
@@ -812,7 +812,6 @@ def transport(out: Path, quick: bool) -> Numbers:
             return parameters["outputs"].unsqueeze(0)
 
         outputs, path = start.clone(), [start]
-        fisher = Fisher if metric is None else partial(Fisher, metric=metric)
         steps = [round(t / h) for t in times]
         for i in range(1, steps[-1] + 1):
             natural_step(
@@ -822,7 +821,7 @@ def transport(out: Path, quick: bool) -> Numbers:
                 objective,
                 learning_rate=h,
                 solver=partial(dense_solve, method="eigh"),
-                fisher=fisher,
+                metric=metric,
                 parameters={"outputs": outputs},
                 evaluate=False,
             )

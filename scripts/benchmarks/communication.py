@@ -1,6 +1,7 @@
-"""Count what a training step sends: calls and payload bytes of all-reduce.
+"""Count what a training step, or an update of an agent, sends: calls and payload bytes of all-reduce.
 
 torchrun --standalone --nproc_per_node=2 scripts/benchmarks/communication.py
+torchrun --standalone --nproc_per_node=2 scripts/benchmarks/communication.py --agents
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+import agents
+from envs import make_vec_env
 from npg.parallel import World, open_world
 from npg.vision.config import Config
 from npg.vision.data import ImageData
@@ -30,6 +34,16 @@ CASES = {
 }
 STEPS = 4
 
+#: Algorithm, critic, and arguments: one actor step and 10 epochs, or steps, of the critic, of 2,048 steps in all.
+UPDATES = {
+    "npg, no critic": (agents.NPG, {"n_critic_updates": 0}),
+    "trpo, no critic": (agents.TRPO, {"n_critic_updates": 0}),
+    "trpo, adam": (agents.TRPO, {"batch_size": 128}),
+    "trpo, adam, large batches": (agents.TRPO, {"batch_size": 2048}),
+    "trpo, natural": (agents.TRPO, {"critic": "natural"}),
+    "mdpo, adam": (agents.MDPO, {"batch_size": 128}),
+}
+
 
 class Counter:
     """Stands in for ``torch.distributed.all_reduce``, and counts what goes through."""
@@ -44,6 +58,48 @@ class Counter:
         return self.all_reduce(tensor, *arguments, **options)
 
 
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Count what is sent meanwhile."""
+    counter = dist.all_reduce = Counter(dist.all_reduce)
+    try:
+        yield counter
+    finally:
+        dist.all_reduce = counter.all_reduce
+
+
+def measure_update(name: str, task: str, world: World) -> dict[str, Any]:
+    """What one update of an agent sends, after 2,048 steps of 8 environments; collecting is not counted."""
+    algorithm, options = UPDATES[name]
+    model = algorithm("MlpPolicy", make_vec_env(task, 8 // world.size, seed=0), n_steps=256, device="cpu", **options)
+    model.join(world.group)
+    sent: list[Counter] = []
+    update = model.train
+
+    def counted() -> None:
+        with counting() as counter:
+            update()
+        sent.append(counter)
+
+    model.train = counted
+    model.learn(2048)
+    log = model.logger.name_to_value
+    actor, critic = (sum(p.numel() for p in of.values()) for of in (model._actor_parameters, model._critic_parameters))
+    products = int(log["train/cg_iterations"]) if algorithm is not agents.MDPO else model.n_actor_updates
+    return {
+        "task": task,
+        "update": name,
+        "processes": world.size,
+        "actor_parameters": actor,
+        "critic_parameters": critic,
+        "products_or_gradient_steps": products,
+        "backtracks": int(log["train/backtracks"]),
+        "all_reduces": sent[0].calls,
+        "payload_bytes": sent[0].bytes,
+        "payload_over_gradient": f"{sent[0].bytes / (4 * actor):.3f}",
+    }
+
+
 def measure(model: str, case: tuple[str, dict[str, Any], int], world: World) -> tuple[int, float, float]:
     """Parameters, and calls and bytes per training step of one process."""
     optimizer, options, average_every = case
@@ -54,44 +110,50 @@ def measure(model: str, case: tuple[str, dict[str, Any], int], world: World) -> 
     config = Config(model, optimizer, options, batch_size=8, validation_size=1, average_every=average_every)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, data, Path(folder) / "run", world)
-        counter = dist.all_reduce = Counter(dist.all_reduce)
-        for inputs, targets in trainer.loader:
-            if optimizer in ("ngd", "diagonal-ngd"):
-                trainer._natural_step(inputs, targets, {})
-            else:
-                trainer._train_step(inputs, targets)
-        dist.all_reduce = counter.all_reduce
+        with counting() as counter:
+            for inputs, targets in trainer.loader:
+                if optimizer in ("ngd", "diagonal-ngd"):
+                    trainer._natural_step(inputs, targets, {})
+                else:
+                    trainer._train_step(inputs, targets)
         if trainer.folder is not None:
             trainer.folder.close()
     return sum(p.numel() for p in trainer.model.parameters()), counter.calls / STEPS, counter.bytes / STEPS
 
 
+def measure_step(name: str, model: str, world: World) -> dict[str, Any]:
+    """What one step of an optimizer sends."""
+    parameters, calls, payload = measure(model, CASES[name], world)
+    return {
+        "model": model,
+        "optimizer": name,
+        "processes": world.size,
+        "all_reduces_per_step": f"{calls:g}",
+        "payload_bytes_per_step": f"{payload:.0f}",
+        "payload_over_gradient": f"{payload / (4 * parameters):.3f}",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="densenet-19")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/communication.csv"))
+    parser.add_argument("--agents", action="store_true", help="measure updates of agents, not steps of optimizers")
+    parser.add_argument("--task", default="HalfCheetah-v5", help="of the agents")
+    parser.add_argument("--out", type=Path, help="default: docs/results/communication[_agents].csv")
     options = parser.parse_args()
+    out = options.out or Path(f"docs/results/communication{'_agents' if options.agents else ''}.csv")
     with open_world("cpu") as world:
-        rows = []
-        for name, case in CASES.items():
-            parameters, calls, payload = measure(options.model, case, world)
-            rows.append(
-                {
-                    "model": options.model,
-                    "optimizer": name,
-                    "processes": world.size,
-                    "all_reduces_per_step": f"{calls:g}",
-                    "payload_bytes_per_step": f"{payload:.0f}",
-                    "payload_over_gradient": f"{payload / (4 * parameters):.3f}",
-                }
-            )
+        if options.agents:
+            rows = [measure_update(name, options.task, world) for name in UPDATES]
+        else:
+            rows = [measure_step(name, options.model, world) for name in CASES]
     if world.is_main:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        print(options.out.read_text())
+        print(out.read_text())
 
 
 if __name__ == "__main__":

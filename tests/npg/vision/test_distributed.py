@@ -132,6 +132,15 @@ def work(out: Path) -> None:
             world.main_first(fail)
         except ValueError as error:
             results["error"] = str(error), tried
+
+        def fail_elsewhere() -> None:
+            if not world.is_main:
+                raise ValueError("no data there")
+
+        try:
+            world.main_first(fail_elsewhere)
+        except RuntimeError as error:
+            results["elsewhere"] = str(error)
         results["first"] = world.main_first(lambda: world.rank)
         results["gathered"] = world.gather(world.rank)
         torch.save(results, out / f"rank{world.rank}.pt")
@@ -233,6 +242,8 @@ def test_one_stops_all_with_one_message(ranks: list[dict[str, Any]]) -> None:
 def test_main_first(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["error"] == ("no data here", [0])
     assert ranks[1]["error"] == ("no data here", [])
+    assert "elsewhere" not in ranks[0]
+    assert ranks[1]["elsewhere"] == "process 1 could not do what process 0 did: no data there"
     assert [rank["first"] for rank in ranks] == [0, 1]
     assert [rank["gathered"] for rank in ranks] == [[0, 1], []]
 

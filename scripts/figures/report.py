@@ -391,6 +391,8 @@ def invariance(out: Path, quick: bool) -> Numbers:
         left.plot(path[:, 0], path[:, 1].exp(), color=color, lw=width, label=f"natural, {name}")
     left.plot(0, 1, "*", color=BLACK, ms=14)
     left.plot(start[0], start[1].exp(), "o", color=BLACK)
+    left.annotate("goal", (0, 1), (-10, -36), textcoords="offset points")
+    left.annotate("start", (start[0], start[1].exp()), (-18, -20), textcoords="offset points")
     left.set(xlabel="mean m", ylabel="standard deviation σ", ylim=(0.55, 2.4))
     left.set_title("one start, one goal, three coordinates", loc="left")
     left.legend(loc="upper left", fontsize=10, ncols=1)
@@ -499,7 +501,7 @@ def plateau(out: Path, quick: bool) -> Numbers:
             np.arange(1, len(losses) + 1), np.maximum(losses, 1e-12), dash, color=color, label=f"{name} ({options})"
         )
     level = contenders["gradient descent"][1][20]
-    ax.annotate("plateau: both units alike", (20, level), (14, 8 * level), arrowprops={"arrowstyle": "->"})
+    ax.annotate("plateau: both\nunits alike", (20, level), (14, level / 60), arrowprops={"arrowstyle": "->"})
     ax.set(xlabel="steps on the full batch", ylabel="½ mean squared error", ylim=(1e-7, 3), xlim=(1, steps))
     ax.legend(loc="lower left")
     style.save(figure, out / "plateau.png")

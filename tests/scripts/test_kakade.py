@@ -63,7 +63,9 @@ def test_learning_curves_hold_every_run_and_theta(folder):
     assert len(runs) == 9
     for run in runs:
         own = [row for row in rows if tuple(row[key] for key in keys) == run]
-        assert [int(row["iteration"]) for row in own] == [0, 1, 2, -1]
+        policies = [row["policy"] for row in own if row["iteration"] == "-1"]
+        assert policies == (["greedy"] if run[0] == "policy iteration" else ["greedy", "softmax"])
+        assert [int(row["iteration"]) for row in own] == [0, 1, 2] + [-1] * len(policies)
         assert all(len(row["theta"].split()) == (22 if run[1] == "bertsekas" else 9) for row in own)
         moved = own[0]["theta"] != own[2]["theta"]
         assert moved

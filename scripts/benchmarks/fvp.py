@@ -4,6 +4,7 @@
 
 * gradient: forward and backward pass of the mean log-likelihood;
 * ours: `npg.Fisher`, linearised before (what one CG iteration costs);
+* ours, no oneDNN: the same with ``torch.backends.mkldnn`` off;
 * ours, linearise: the linearisation itself (once per solve; the gradient comes out of it as well);
 * double backward: the derivative of ∇KL·v on a kept graph, as the reinforcement-learning libraries do it;
 * jvp-vjp: `torch.func.jvp`, then a kept backward graph;
@@ -64,6 +65,13 @@ def rivals(model: nn.Module, x: torch.Tensor, family: families.Family) -> dict[s
         return flat(torch.autograd.grad(family.log_likelihood(model(x), targets).mean(), parameters))
 
     fisher = Fisher(model, x, family)
+    with torch.backends.mkldnn.flags(enabled=False):
+        without_one_dnn = Fisher(model, x, family)
+        without_one_dnn @ v
+
+    def no_one_dnn() -> torch.Tensor:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return without_one_dnn @ v
 
     with frozen_statistics(model):
         old = model(x)
@@ -81,12 +89,13 @@ def rivals(model: nn.Module, x: torch.Tensor, family: families.Family) -> dict[s
     ways = {
         "gradient": gradient,
         "ours": lambda: fisher @ v,
+        "ours, no oneDNN": no_one_dnn,
         "ours, linearise": lambda: Fisher(model, x, family).linearization.push_forward(v),
         "double backward": double_backward,
         "jvp-vjp": jvp_vjp,
     }
     expected = fisher @ v
-    for name in ("double backward", "jvp-vjp"):
+    for name in ("ours, no oneDNN", "double backward", "jvp-vjp"):
         difference = float((ways[name]() - expected).norm() / expected.norm())
         assert difference < 1e-3, f"{name} differs from ours by {difference:.1e}"
     try:

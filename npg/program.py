@@ -322,8 +322,23 @@ def _specialised(graph: Graph, *, one_dnn: bool) -> Graph:
             _to_one_dnn(fast, node)
         fast.eliminate_dead_code()
     _reuse_temporaries(fast)
+    for node in _calls(fast):
+        node.target = _DIRECT.get(node.target, node.target)
     fast.lint()
     return fast
+
+
+# The same operations by way of fewer Python frames, which at small batches take as long as the arithmetic.
+_DIRECT: dict[Any, Callable[..., Any]] = {
+    aten.add.Tensor: torch.add,
+    aten.addmm.default: torch.addmm,
+    aten.mm.default: torch.mm,
+    aten.mul.Tensor: torch.mul,
+    aten.reshape.default: torch.reshape,
+    aten.sum.dim_IntList: torch.sum,
+    aten.t.default: torch.t,
+    aten.tanh.default: torch.tanh,
+}
 
 
 _WORTH_IT = 2**19  # multiply-adds from which on oneDNN's product takes less time than the default one

@@ -36,7 +36,7 @@ examples:
 """
 
 #: What may differ from the checkpoint when a run goes on.
-CHANGEABLE = {"data", "device", "epochs", "keep_checkpoints"}
+CHANGEABLE = {"data", "device", "epochs", "keep_checkpoints", "stop_above"}
 
 
 def value(text: str) -> Any:
@@ -72,6 +72,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="a new folder for all results [runs/…]")
     run.add_argument("--resume", type=Path, metavar="PATH", help="go on from a run folder, or from one checkpoint file")
     run.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
+    run.add_argument(
+        "--stop-above", type=float, metavar="PERCENT", help="end after the first epoch above this accuracy"
+    )
     run.add_argument("--seed", type=int, metavar="N", help="of initial weights, order and augmentation [0]")
     run.add_argument("--keep-checkpoints", type=int, metavar="N", help="keep the newest N; 0 keeps all")
 

@@ -226,11 +226,14 @@ class Trainer:
         )
         try:
             with bar, self._catching_signals():
-                while self.epoch < self.config.epochs:
+                reached = False
+                while self.epoch < self.config.epochs and not reached:
                     row = self._train_epoch(bar)
                     row |= self._evaluate_epoch()
                     self.epoch += 1
                     self._write_epoch(row)
+                    stop = self.config.stop_above
+                    reached = stop is not None and row[f"{self.config.eval_on}_top1"] > stop
             return self._summary()
         finally:
             if self.folder is not None:

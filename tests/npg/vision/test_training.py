@@ -98,6 +98,18 @@ def test_the_loop_learns_and_leaves_what_it_says(make_images: MakeImages, run_di
     assert all(int(row["memory_peak_bytes"]) > 0 for row in rows)
 
 
+def test_a_run_ends_once_it_is_above_what_it_shall_reach(make_images: MakeImages, tmp_path: Path) -> None:
+    what = {"epochs": 12, "augment": False, "seed": 1}
+    whole = Trainer(config(**what), make_images(96), tmp_path / "whole", ALONE).run()
+    first = whole["first_above"]["60"]["epoch"]
+    assert first < 12
+    summary = Trainer(config(**what, stop_above=60.0), make_images(96), tmp_path / "short", ALONE).run()
+    curves = [[row["validation_top1"] for row in metrics(tmp_path / name)] for name in ("whole", "short")]
+    assert curves[1] == curves[0][:first]
+    assert summary["final_top1"] > 60.0
+    assert summary["first_above"]["60"]["epoch"] == first
+
+
 def test_evaluation_is_the_plain_mean(make_images: MakeImages, run_dir: Path) -> None:
     images = make_images(test=13, classes=7)
     trainer = Trainer(config(), images, run_dir, ALONE)

@@ -15,7 +15,7 @@ from npg.vision.optimizers import check_optimizer, takes_batches
 
 __all__ = ["PRESETS", "Config", "load_config"]
 
-PRESETS = ("report", "tuned")
+PRESETS = ("report", "tuned", "small")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Config:
         eval_on: ``validation`` evaluates the held-out images after each epoch and the test set once, at the end;
             ``test`` holds nothing out and evaluates the test set after each epoch, as the report did.
         limit_train: train on that many images only.
+        stop_above: end the run after the first epoch whose accuracy, in percent, is above this.
         seed: of the initialisation, the order and the augmentation.
         device: ``cpu``, ``cuda``, …; None is CUDA where there is one.
         amp: forward pass in bfloat16 where it is safe (autocast).
@@ -79,6 +80,7 @@ class Config:
     validation_size: int = 5000
     eval_on: str = "validation"
     limit_train: int | None = None
+    stop_above: float | None = None
     seed: int = 0
     device: str | None = None
     amp: bool = False
@@ -112,6 +114,8 @@ class Config:
             "three numbers each, those of std above 0",
         )
         _require(self.limit_train is None or self.limit_train >= 1, "limit_train", self.limit_train, "at least 1")
+        stop = self.stop_above
+        _require(stop is None or 0.0 <= stop < 100.0, "stop_above", stop, "a percentage in [0, 100)")
         _require(self.schedule in ("constant", "step", "cosine"), "schedule", self.schedule, "constant, step or cosine")
         _require(self.eval_on in ("validation", "test"), "eval_on", self.eval_on, "validation or test")
         check_optimizer(self.optimizer, self.optimizer_options)

@@ -11,7 +11,8 @@ from npg.vision.optimizers import OPTIMIZERS
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_preset_knows_every_optimizer(preset: str, optimizer: str) -> None:
     config = load_config("densenet-19", optimizer, preset)
-    assert (config.model, config.optimizer, config.epochs, config.batch_size) == ("densenet-19", optimizer, 50, 128)
+    assert (config.model, config.optimizer) == ("densenet-19", optimizer)
+    assert (config.epochs, config.batch_size) == ((10, 512) if preset == "small" else (50, 128))
     assert isinstance(config.optimizer_options["lr"], float)
     assert isinstance(config.optimizer_options["weight_decay"], float)
 
@@ -49,6 +50,7 @@ def test_a_config_survives_yaml() -> None:
         ("gamma", 0.0, "gamma must be above 0"),
         ("std", [0.0, 1.0, 1.0], "mean and std must be three numbers each"),
         ("limit_train", 0, "limit_train must be at least 1"),
+        ("stop_above", 100.0, r"stop_above must be a percentage in \[0, 100\); got 100.0"),
         ("schedule", "stairs", "schedule must be constant, step or cosine; got stairs"),
         ("eval_on", "train", "eval_on must be validation or test; got train"),
         ("optimizer_options", {"lr": 0.1, "beta": 1}, "sgd has no option 'beta'; it has lr, momentum"),

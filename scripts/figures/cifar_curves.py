@@ -1,9 +1,10 @@
 """Draw accuracy over epochs and over seconds, as in the report's figures 2 and 3.
 
-One row of panels per model: raw values faint, their moving average bold. A
-source is a run folder of train_cifar.py, or a CSV file of curves with the
-columns run,tag,step,wall_time,value, such as the report's own, whose runs are
-named MODEL-OPTIMIZER/…
+One row of panels per model: runs faint, and bold the moving average of their
+median for each optimizer, as far as all of its runs go. A source is a run
+folder of train_cifar.py, or a CSV file of curves with the columns
+run,tag,step,wall_time,value, such as the report's own, whose runs are named
+MODEL-OPTIMIZER/…
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import matplotlib.pyplot as plt
 import yaml
@@ -101,6 +103,15 @@ def smooth(values: list[float], weight: float) -> list[float]:
     return smoothed
 
 
+def middle(curves: list[Curve]) -> Curve:
+    """The median over runs of one model and optimizer after each epoch that all of them reached."""
+    epochs, seconds, accuracy = (
+        [median(values) for values in zip(*(getattr(curve, name) for curve in curves))]
+        for name in ("epochs", "seconds", "accuracy")
+    )
+    return Curve(curves[0].model, curves[0].optimizer, curves[0].measured_on, epochs, seconds, accuracy)
+
+
 def draw(curves: list[Curve], out: Path, dataset: str, weight: float) -> None:
     """One row per model: accuracy over epochs, and beside it over seconds."""
     models = sorted({curve.model for curve in curves})
@@ -109,12 +120,15 @@ def draw(curves: list[Curve], out: Path, dataset: str, weight: float) -> None:
     drawn = {}
     for (left, right), model in zip(axes, models):
         of_model = [curve for curve in curves if curve.model == model]
-        for curve in of_model:
-            colour, line = STYLES.get(curve.optimizer, (GREY, ":"))
-            for axis, x in ((left, curve.epochs), (right, curve.seconds)):
-                axis.plot(x, curve.accuracy, color=colour, linestyle=line, alpha=0.25, linewidth=1.0)
-                (bold,) = axis.plot(x, smooth(curve.accuracy, weight), color=colour, linestyle=line)
-            drawn[curve.optimizer] = bold
+        for optimizer in dict.fromkeys(curve.optimizer for curve in of_model):
+            runs = [curve for curve in of_model if curve.optimizer == optimizer]
+            typical = middle(runs)
+            colour, line = STYLES.get(optimizer, (GREY, ":"))
+            for axis, x in ((left, "epochs"), (right, "seconds")):
+                for curve in runs:
+                    axis.plot(getattr(curve, x), curve.accuracy, color=colour, linestyle=line, alpha=0.25, linewidth=1)
+                smoothed = smooth(typical.accuracy, weight)
+                (drawn[optimizer],) = axis.plot(getattr(typical, x), smoothed, color=colour, linestyle=line)
         measured = " and ".join(sorted({curve.measured_on for curve in of_model}))
         left.set_ylabel(f"{measured} precision (%)")
         left.set_title(f"{model}, {dataset}", loc="left")

@@ -240,11 +240,12 @@ def _tidy(graph: Graph) -> None:
             derivative.meta, product.meta = y.meta, node.meta
             node.replace_all_uses_with(product)
     graph.eliminate_dead_code()
-    mutated = {source for node in _calls(graph) if _mutates(node) for source in node.all_input_nodes}
     repeatable = _REPEATABLE | {aten.square.default, aten.rsub.Scalar}
     seen: dict[Any, Node] = {}
     for node in _calls(graph):
-        if node.target not in repeatable or node in mutated:
+        if _mutates(node) and not (_args(node)[0].target in _REPEATABLE - _VIEWS and len(_args(node)[0].users) == 1):
+            seen.clear()  # whatever was computed before may be another thing now
+        if node.target not in repeatable or any(_mutates(user) for user in node.users):
             continue
         key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))  # nodes print as their unique names
         earlier = seen.setdefault(key, node)

@@ -38,31 +38,43 @@ TASKS = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "CartPole-v1", 
 WAYS = ("environments", "ours", "sb3-contrib, our envs", "sb3-contrib")
 CARTPOLE = {"n_steps": 512, "batch_size": 512, "cg_damping": 1e-3, "gae_lambda": 0.98, "n_critic_updates": 20}
 
-Turn = Callable[[int], int]
+# Takes about so many steps, and says how many they were and how many seconds of them went into updates.
+Turn = Callable[[int], tuple[int, float]]
 
 
 def agent_turn(agent: Any) -> Turn:
-    """Learn for about so many steps; the steps that it took."""
+    """Learn."""
     rollout = agent.n_steps * agent.env.num_envs
+    updating = 0.0
+    train = agent.train
 
-    def turn(steps: int) -> int:
-        before = agent.num_timesteps
+    def timed_train() -> None:
+        nonlocal updating
+        started = perf_counter()
+        train()
+        updating += perf_counter() - started
+
+    agent.train = timed_train
+
+    def turn(steps: int) -> tuple[int, float]:
+        nonlocal updating
+        before, updating = agent.num_timesteps, 0.0
         agent.learn(rollout * ceil(steps / rollout), reset_num_timesteps=False)
-        return int(agent.num_timesteps - before)
+        return int(agent.num_timesteps - before), updating
 
     return turn
 
 
 def random_turn(env: VecEnv) -> Turn:
-    """Random actions, drawn beforehand."""
+    """Step with random actions, drawn beforehand."""
     env.reset()
     actions = np.array([[env.action_space.sample() for _ in range(env.num_envs)] for _ in range(64)])
 
-    def turn(steps: int) -> int:
+    def turn(steps: int) -> tuple[int, float]:
         calls = ceil(steps / env.num_envs)
         for i in range(calls):
             env.step(actions[i % len(actions)])
-        return calls * env.num_envs
+        return calls * env.num_envs, 0.0
 
     return turn
 
@@ -109,14 +121,17 @@ def compare(task: str, seconds: float, rounds: int, seed: int) -> list[dict[str,
     for way, turn in turns.items():  # the first turn warms up and tells how many steps make up a turn
         turn(1)
         started = perf_counter()
-        taken = turn(1)
+        taken, _ = turn(1)
         steps[way] = max(1, round(taken / (perf_counter() - started) * seconds))
     times: dict[str, list[float]] = {way: [] for way in turns}
+    shares: dict[str, list[float]] = {way: [] for way in turns}
     for number in range(rounds):
         for way in turns if number % 2 == 0 else reversed(list(turns)):
             started = perf_counter()
-            taken = turns[way](steps[way])
-            times[way].append((perf_counter() - started) / taken)
+            taken, updating = turns[way](steps[way])
+            seconds_taken = perf_counter() - started
+            times[way].append(seconds_taken / taken)
+            shares[way].append(updating / seconds_taken)
     rows = []
     for way in turns:
         row: dict[str, Any] = {
@@ -126,6 +141,7 @@ def compare(task: str, seconds: float, rounds: int, seed: int) -> list[dict[str,
             "ours_over_this_median": f"{ratio(times, way, 'ours')[1]:.3f}",
             "ours_over_this_quartile_1": f"{ratio(times, way, 'ours')[0]:.3f}",
             "ours_over_this_quartile_3": f"{ratio(times, way, 'ours')[2]:.3f}",
+            "share_of_updates": f"{float(np.median(shares[way])):.3f}",
             "seed": seed,
             "rounds": rounds,
             "seconds_per_turn": seconds,

@@ -114,6 +114,28 @@ def test_recorded_activations_are_freed_once_the_program_has_its_own():
     torch.testing.assert_close(linearization.pull_back(torch.ones(600, 6)), by_autograd, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_computed_again_after_a_change_in_place_is_another_thing(assert_close):
+    def function(p, v, u):
+        def moved(p):
+            def inner(p):
+                x = p * 2.0
+                before = x * 3.0
+                x[:2] += 1.0
+                return (before + x * 3.0).tanh()
+
+            return jvp(inner, (p,), (v,))
+
+        outputs, pull, tangent = vjp(moved, p, has_aux=True)
+        return outputs, tangent, pull(u)
+
+    p, v, u = torch.randn(3, 5, dtype=torch.float64)
+    outputs, maps = Program(function, [p], [v], u).linearize([p])
+    expected, tangent, (pulled,) = function(p, v, u)
+    assert_close(outputs, expected)
+    assert_close(maps.push([v]), tangent)
+    assert_close(maps.pull(u)[0], pulled)
+
+
 def test_outputs_that_do_not_move_are_refused():
     def function(p, v, u):
         return p.detach() * 1.0, torch.zeros_like(p), [u * 2.0]

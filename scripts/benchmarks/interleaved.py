@@ -27,8 +27,9 @@ def measure(
     turn: int = 4,
     warm_up: int = 3,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each function in each round.
+    """Seconds per call of each function in each round, by the given clock.
 
     Every round gives each function one turn of ``turn`` calls, in an order that alternates from round to round.
     """
@@ -39,11 +40,11 @@ def measure(
     for number in range(rounds):
         for name in functions if number % 2 == 0 else reversed(list(functions)):
             synchronize(device)
-            start = perf_counter()
+            start = clock()
             for _ in range(turn):
                 functions[name]()
             synchronize(device)
-            seconds[name].append((perf_counter() - start) / turn)
+            seconds[name].append((clock() - start) / turn)
     return seconds
 
 

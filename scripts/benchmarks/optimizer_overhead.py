@@ -9,14 +9,13 @@ are random: the time of a step does not depend on them.
 
 import argparse
 import copy
-import csv
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
+from interleaved import machine, measure, ratio, write_csv
 from torch import nn
 from torch.nn import functional
 
@@ -53,7 +52,7 @@ def make_step(name: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> 
     return step
 
 
-def measure(
+def time_steps(
     steps: dict[str, Callable[[], object]],
     per_round: int,
     rounds: int,
@@ -63,29 +62,13 @@ def measure(
     """Seconds per step of each optimizer in each round."""
     # On a GPU the host runs ahead of the device, which a turn of one step would not let it do.
     turn = per_round if device.type == "cuda" else 1
-    seconds = {name: [0.0] * rounds for name in steps}
-    for step in steps.values():
-        for _ in range(12):  # past OnlineNGD's burn-in, and past all compilation and autotuning
-            step()
-    for number in range(rounds):
-        for _ in range(per_round // turn):
-            for name, step in steps.items():
-                synchronize(device)
-                start = clock()
-                for _ in range(turn):
-                    step()
-                synchronize(device)
-                seconds[name][number] += (clock() - start) / per_round
-    return seconds
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")
+    turns = per_round // turn
+    # The warm-up goes past OnlineNGD's burn-in, and past all compilation and autotuning.
+    seconds = measure(steps, rounds=rounds * turns, turn=turn, warm_up=12, device=device, clock=clock)
+    return {
+        name: [statistics.fmean(values[i : i + turns]) for i in range(0, len(values), turns)]
+        for name, values in seconds.items()
+    }
 
 
 def main() -> None:
@@ -113,7 +96,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     x = torch.randn(options.batch, 3, 32, 32, device=device)
     y = torch.randint(10, (options.batch,), device=device)
 
@@ -123,34 +105,29 @@ def main() -> None:
         model = model_from_name(model_name).to(device)
         names = ["sgd", *(name for name in options.optimizers if name != "sgd")]
         steps = {name: make_step(name, copy.deepcopy(model), x, y) for name in names}
-        seconds = measure(steps, options.steps, options.rounds, device, CLOCKS[options.clock])
+        seconds = time_steps(steps, options.steps, options.rounds, device, CLOCKS[options.clock])
         for name in names:
-            low, ratio, high = quartiles([a / b for a, b in zip(seconds[name], seconds["sgd"], strict=True)])
+            low, middle, high = ratio(seconds, name, "sgd")
             milliseconds = 1e3 * statistics.median(seconds[name])
-            print(f"{model_name:<14}{name:<20}{milliseconds:>9.2f}{ratio:>8.3f}   {low:.3f} to {high:.3f}", flush=True)
+            print(f"{model_name:<14}{name:<20}{milliseconds:>9.2f}{middle:>8.3f}   {low:.3f} to {high:.3f}", flush=True)
             rows.append(
                 {
                     "model": model_name,
                     "optimizer": name,
-                    "device": machine,
+                    "device": machine(device),
                     "threads": options.threads,
                     "clock": options.clock,
                     "batch": options.batch,
                     "rounds": options.rounds,
                     "steps_per_round": options.steps,
                     "ms_per_step_median": f"{milliseconds:.3f}",
-                    "ratio_to_sgd_median": f"{ratio:.4f}",
+                    "ratio_to_sgd_median": f"{middle:.4f}",
                     "ratio_quartile_1": f"{low:.4f}",
                     "ratio_quartile_3": f"{high:.4f}",
                     "torch": torch.__version__,
                 }
             )
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Program:
         push, push_residuals = _part(traced.graph, placeholders[n:-1], [moved], zeros)
         pull, pull_residuals = _part(traced.graph, placeholders[-1:], list(pulled), zeros)
         residuals = list(dict.fromkeys((*push_residuals, *pull_residuals)))
-        primal = _primal(traced.graph, placeholders[:n], outputs, residuals)
+        primal = _primal(traced.graph, _moving(traced.graph, placeholders[n:]), outputs, residuals)
         place = {node: i for i, node in enumerate(residuals)}
         self._push_places = [place[node] for node in push_residuals]
         self._pull_places = [place[node] for node in pull_residuals]
@@ -115,12 +115,18 @@ def _one_dnn() -> bool:
 # ------------------------------------------------------------------------------------------------------- cutting
 
 
-def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node]) -> tuple[Graph, list[Node]]:
-    """The part of ``graph`` that moves with ``sources``, and the nodes at rest that it needs, its first arguments."""
+def _moving(graph: Graph, sources: Sequence[Node]) -> set[Node]:
+    """What depends on ``sources``."""
     moving = set(sources)
     for node in graph.nodes:
         if node.op != "output" and any(source in moving for source in node.all_input_nodes):
             moving.add(node)
+    return moving
+
+
+def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node]) -> tuple[Graph, list[Node]]:
+    """What moves with ``sources``, and the nodes at rest that it needs, which are its first arguments."""
+    moving = _moving(graph, sources)
     if not any(result in moving for result in results):
         raise NotImplementedError("the outputs do not move with the parameters")
     needed = {source for node in moving for source in node.all_input_nodes} | set(results)
@@ -144,18 +150,15 @@ def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros:
     return part, [node for node in at_rest if inner[node].users]
 
 
-def _primal(graph: Graph, arguments: Sequence[Node], outputs: Node, residuals: Sequence[Node]) -> Graph:
-    """θ ↦ (η, residuals)."""
-    needed = {outputs, *residuals}
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+def _primal(graph: Graph, moving: set[Node], outputs: Node, residuals: Sequence[Node]) -> Graph:
+    """θ ↦ (η, residuals): all that does not move."""
     first = Graph()
-    outer: dict[Node, Node] = {node: first.node_copy(node) for node in arguments}
+    outer: dict[Node, Node] = {}
     for node in graph.nodes:
-        if node in needed and node not in outer:
+        if node not in moving and node.op != "output":
             outer[node] = first.node_copy(node, lambda source: outer[source])
     first.output([outer[outputs], *(outer[node] for node in residuals)])
+    first.eliminate_dead_code()
     return first
 
 

@@ -311,9 +311,7 @@ def learn(run: Run) -> list[dict[str, Any]]:
     """Points per game along a run and, as iteration −1, of the mean θ over the run's last quarter."""
     from envs.tetris import play
 
-    started = perf_counter()
     thetas = (policy_iteration if run.method == "policy iteration" else policy_gradient)(run)
-    seconds = perf_counter() - started
     shown = sorted({0, 1, 2, 3, 5, 7, 10, 15, len(thetas) - 1} | set(range(20, len(thetas), 10)))
     rows = []
     average = np.mean(thetas[len(thetas) * 3 // 4 :], axis=0)
@@ -338,7 +336,6 @@ def learn(run: Run) -> list[dict[str, Any]]:
                 "games": games,
                 "points_per_game": float(lines.mean()),
                 "standard_error": float(lines.std(ddof=1) / np.sqrt(games)),
-                "seconds": seconds,
                 "theta": " ".join(f"{x:.6g}" for x in theta),
             }
         )

@@ -5,8 +5,9 @@ r"""Evaluation return against seconds of training: our TRPO, and sb3-contrib's w
 
 ``ours`` is the preset of scripts/train_agent.py with `envs.make_vec_env`; ``sb3-contrib`` is its TRPO as people run it,
 on two Gymnasium environments in one process, with VecNormalize and the hyperparameters that RL Zoo gives for the
-MuJoCo tasks; ``sb3-contrib, our envs`` is the same on our vector environments, as many as ours has. Seconds are those
-of collecting and training; evaluations (deterministic actions, ten whole episodes, frozen statistics) are left out.
+MuJoCo tasks; ``sb3-contrib, our envs`` is the same on our vector environments, as many as ours has. Seconds are
+processor time, of all threads, of collecting and training: on one core that nothing else uses, what a clock on the wall
+shows. Evaluations (deterministic actions, ten whole episodes, frozen statistics) are left out.
 Rows are appended to the CSV as they come, so that runs can be added one by one; a run that is complete there is not
 repeated.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import gymnasium as gym
@@ -35,7 +36,18 @@ from agents.config import resolve
 from envs import make_vec_env
 
 AGENTS = ("ours", "sb3-contrib", "sb3-contrib, our envs")
-FIELDS = ("env", "agent", "seed", "timesteps", "seconds", "return_mean", "return_std", "episodes", "threads", "machine")
+FIELDS = (
+    "env",
+    "agent",
+    "seed",
+    "timesteps",
+    "cpu_seconds",
+    "return_mean",
+    "return_std",
+    "episodes",
+    "threads",
+    "machine",
+)
 # hyperparams/trpo.yml of RL Zoo, the entries of the MuJoCo tasks.
 ZOO: dict[str, Any] = {
     "n_steps": 1024,
@@ -85,7 +97,7 @@ class Evaluation(BaseCallback):
         self.elsewhere, self.due = 0.0, 0
 
     def _on_training_start(self) -> None:
-        self.started = perf_counter()
+        self.started = process_time()
 
     def _on_step(self) -> bool:
         return True
@@ -96,7 +108,7 @@ class Evaluation(BaseCallback):
 
     def evaluate(self) -> None:
         """Ten whole episodes with the frozen statistics of now; the clock stands still."""
-        now = perf_counter()
+        now = process_time()
         env = VecNormalize(self.test, training=False, norm_reward=False, norm_obs=self.venv.norm_obs)
         if self.venv.norm_obs:
             env.obs_rms, env.clip_obs, env.epsilon = self.venv.obs_rms, self.venv.clip_obs, self.venv.epsilon
@@ -106,14 +118,14 @@ class Evaluation(BaseCallback):
         self.rows.append(
             {
                 "timesteps": self.num_timesteps,
-                "seconds": f"{now - self.started - self.elsewhere:.2f}",
+                "cpu_seconds": f"{now - self.started - self.elsewhere:.2f}",
                 "return_mean": f"{np.mean(returns):.2f}",
                 "return_std": f"{np.std(returns):.2f}",
                 "episodes": self.episodes,
             }
         )
         self.due = self.num_timesteps + self.every
-        self.elsewhere += perf_counter() - now
+        self.elsewhere += process_time() - now
 
 
 def draw(path: Path, rows: list[dict[str, str]]) -> None:
@@ -121,7 +133,9 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
     figure, axes = plt.subplots(len(tasks), 2, figsize=(9, 3.4 * len(tasks)), squeeze=False, layout="constrained")
     colours = dict(zip(AGENTS, ("#0072B2", "#D55E00", "#009E73")))
     for line, task in zip(axes, tasks):
-        for axis, (column, label) in zip(line, (("seconds", "training time [s]"), ("timesteps", "environment steps"))):
+        for axis, (column, label) in zip(
+            line, (("cpu_seconds", "processor time of training [s]"), ("timesteps", "environment steps"))
+        ):
             for agent in AGENTS:
                 runs = {row["seed"] for row in rows if row["env"] == task and row["agent"] == agent}
                 for number, seed in enumerate(sorted(runs)):
@@ -183,10 +197,10 @@ def main() -> None:
                     fixed = {"env": env_id, "agent": agent, "seed": seed, "threads": options.threads}
                     writer.writerows({**fixed, **row, "machine": machine()} for row in watch.rows)
                 last = watch.rows[-1]
-                speed = last["timesteps"] / float(last["seconds"])
+                speed = last["timesteps"] / float(last["cpu_seconds"])
                 print(
                     f"{env_id} {agent} seed {seed}: return {last['return_mean']} ± {last['return_std']} after "
-                    f"{last['timesteps']:,} steps and {last['seconds']} s ({speed:,.0f} steps/s)",
+                    f"{last['timesteps']:,} steps and {last['cpu_seconds']} s ({speed:,.0f} steps/s)",
                     flush=True,
                 )
                 venv.close()

@@ -1,0 +1,35 @@
+"""scripts/figures/cifar_curves.py: the bold line of several seeds. Its pictures are tested with train_cifar.py's runs."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "figures"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module("cifar_curves")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_the_middle_of_runs_is_the_median_where_all_of_them_are(script: ModuleType) -> None:
+    runs = [
+        script.Curve("net", "sgd", "test", [1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [50.0, 70.0, 60.0]),
+        script.Curve("net", "sgd", "test", [1.0, 2.0], [14.0, 28.0], [40.0, 75.0]),
+        script.Curve("net", "sgd", "test", [1.0, 2.0, 3.0], [11.0, 25.0, 39.0], [45.0, 60.0, 90.0]),
+    ]
+    expected = script.Curve("net", "sgd", "test", [1.0, 2.0], [11.0, 25.0], [45.0, 70.0])
+    assert script.middle(runs) == expected
+    assert script.middle(runs[:1]) == runs[0]
+
+
+def test_the_moving_average(script: ModuleType) -> None:
+    assert script.smooth([2.0, 4.0], 0.5) == pytest.approx([2.0, (0.5 * 2 + 4) / 1.5])
+    assert script.smooth([3.0, 1.0], 0.0) == [3.0, 1.0]

@@ -1,4 +1,4 @@
-"""scripts/figures/cifar_curves.py: the bold line of several seeds. Its pictures are tested with train_cifar.py's runs."""
+"""scripts/figures/cifar_curves.py: the bold line of several seeds. Its pictures are tested in test_train_cifar.py."""
 
 import importlib
 import sys

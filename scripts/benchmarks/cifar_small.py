@@ -137,7 +137,7 @@ def tune(options: argparse.Namespace) -> None:
                     "lr": rate,
                     "seed": TUNING_SEED,
                     "epochs": TUNING_EPOCHS,
-                    "best_validation_top1": result["best_top1"],
+                    "best_validation_top1": round(result["best_top1"], 2),
                     "train_seconds": round(result["train_seconds"], 1),
                     "chosen": "",
                 }
@@ -188,7 +188,7 @@ def row(run_dir: Path, optimizer: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "lr": config["optimizer_options"]["lr"],
         **{name: "" if x is None else round(x, 2) for name, x in reached.items()},
-        "best_validation_top1": result["best_top1"],
+        "best_validation_top1": round(result["best_top1"], 2),
         "epochs_run": len(curve),
         "seconds_per_epoch": round(result["train_seconds"] / len(curve), 2),
         "memory_peak_mb": round(max(float(point["memory_peak_bytes"]) for point in curve) / 1e6),

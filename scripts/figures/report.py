@@ -514,7 +514,6 @@ def plateau(out: Path, quick: bool) -> Numbers:
 def cost(out: Path, quick: bool) -> Numbers:
     """Time to solve F s = g over the number of parameters n: a diagonal, products alone, and the matrix."""
     repeats = 2 if quick else 4
-    torch.set_num_threads(1)
 
     def best_time(function: Callable[[], Any], least: float) -> float:
         """Processor seconds of one call, the best of several trials of at least ``least`` seconds."""
@@ -936,6 +935,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), help="draw only these")
     arguments = parser.parse_args()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # small matrices: threads would wait for each other, and for whoever shares the cores
     rows = []
     for name in arguments.only:
         begin = perf_counter()

@@ -89,7 +89,7 @@ def ways(task: str, seed: int) -> dict[str, Turn]:
 
     preset = resolve("trpo", task, seed=seed)
     own = preset.hyperparameters
-    policy = preset.policy
+    policy = preset.policy or "MlpPolicy"
 
     def ours() -> VecEnv:
         return make_vec_env(task, preset.n_envs, seed)

@@ -4,7 +4,7 @@
 
 * gradient: forward and backward pass of the mean log-likelihood;
 * ours: `npg.Fisher`, linearised before (what one CG iteration costs);
-* ours, no oneDNN: the same with ``torch.backends.mkldnn`` off;
+* ours, no oneDNN: the same with ``torch.backends.mkldnn`` off, for convolutions as well;
 * ours, linearise: the linearisation itself (once per solve; the gradient comes out of it as well);
 * double backward: the derivative of ∇KL·v on a kept graph, as the reinforcement-learning libraries do it;
 * jvp-vjp: `torch.func.jvp`, then a kept backward graph;
@@ -16,6 +16,7 @@ All take turns within one run; the ratio is taken within each round.
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")  # flags() touches a setting of GPUs
     device = torch.device(options.device)
 
     rows = []

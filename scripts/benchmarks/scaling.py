@@ -179,6 +179,9 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         bottom.set_ylim(0, 1.3 * max(memory.max(), 1))
         bottom.set_ylabel("peak memory [MiB]")
         bottom.set_xlabel(x_label)
+        if axis == "iterations":
+            bottom.set_xticks(x, [f"{value:g}" for value in x])
+            bottom.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -99,9 +99,8 @@ def main() -> None:
     weights = copy.deepcopy(actor.policy.state_dict())
     collected = {name: vars(actor)[name] for name in ("_entropy", "_collect_seconds")}  # what the log wants to know
 
-    updates = {
-        name: update_of(agent, weights, seen, collected) for name, agent in {"sb3-contrib": contrib, **agents}.items()
-    }
+    agents = {"sb3-contrib": contrib, **agents}
+    updates = {name: update_of(agent, weights, seen, collected) for name, agent in agents.items()}
     seconds = measure(updates, rounds=options.rounds, turn=1, warm_up=2)
     rows = []
     print(f"{'update':<27}{'ms':>8}{'times faster':>14}{'explained variance':>20}{'unseen':>8}{'KL':>8}")

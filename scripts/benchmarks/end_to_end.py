@@ -167,6 +167,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.invert_yaxis()
         axes.set_title(task, fontsize=10)
         axes.margins(x=0.3)
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.set_xlabel("environment steps per second", fontsize=8)

@@ -14,6 +14,7 @@ import argparse
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -117,7 +118,7 @@ def over_processes(world: int, rounds: int, store: Path) -> tuple[float, int, in
     return result.get()
 
 
-def measurements(rounds: int, device: str, folder: Path) -> Iterator[dict[str, Any]]:
+def measurements(rounds: int, device: str) -> Iterator[dict[str, Any]]:
     peak = Peak(device)
     for axis, values in AXES.items():
         if axis == "processes" and device != "cpu":
@@ -125,10 +126,8 @@ def measurements(rounds: int, device: str, folder: Path) -> Iterator[dict[str, A
         for value in values:
             batch, width = (value if axis == "batch" else BATCH), (value if axis == "parameters" else WIDTH)
             if axis == "processes":
-                store = folder / f".scaling-{value}"
-                store.unlink(missing_ok=True)
-                seconds, memory, size = over_processes(value, rounds, store)
-                store.unlink(missing_ok=True)
+                with TemporaryDirectory() as folder:
+                    seconds, memory, size = over_processes(value, rounds, Path(folder) / "store")
             else:
                 operator = fisher(batch, width, device)
                 size = operator.shape[0]
@@ -197,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     print(f"{'axis':<12}{'value':>10}{'batch':>8}{'parameters':>12}{'ms':>10}{'peak MiB':>10}")
-    for row in measurements(options.rounds, options.device, Path.cwd()):
+    for row in measurements(options.rounds, options.device):
         rows.append(row)
         print(
             f"{row['axis']:<12}{row['value']:>10,}{row['batch']:>8,}{row['parameters']:>12,}{row['ms_median']:>10}"

@@ -14,7 +14,6 @@ this changes the function; ``torch.backends.mkldnn.flags(enabled=False)`` keeps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -393,8 +392,8 @@ def _reuse_temporaries(graph: Graph) -> None:
                 and target is not other
                 and target.target in fresh
                 and len(target.users) == 1
+                and _shape(target) is not None
                 and (_shape(target), _dtype(target)) == (_shape(node), _dtype(node))
-                and prod(_shape(node) or ()) > 0
             ):
                 node.target, node.args = _IN_PLACE[node.target], (target, other)
                 break

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from npg.parallel import mean_
+
 __all__ = ["Mark", "Stopwatch"]
 
 Mark = float | torch.cuda.Event
@@ -47,8 +49,7 @@ class Stopwatch:
         if self.device.type == "cpu":
             # Gloo would run what follows the all-reduce in threads of its own. One that still waits for the interpreter
             # when that exits takes the process down, so nothing follows: the all-reduce is over when the hook returns.
-            gradients = bucket.buffer().div_(group.size())
-            dist.all_reduce(gradients, group=group)
+            gradients = mean_(bucket.buffer(), group)
             self.lap("communication", start)
             finished: torch.futures.Future[torch.Tensor] = torch.futures.Future()
             finished.set_result(gradients)

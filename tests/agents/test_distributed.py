@@ -5,8 +5,6 @@ Run as a script, this file is one of those processes.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,22 +181,14 @@ def rollouts() -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def ranks(rollouts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    rollouts: dict[str, Any], two_processes: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of two processes came to."""
     folder = tmp_path_factory.mktemp("two")
     for name, rollout in rollouts.items():
         torch.save(rollout, folder / f"{name}.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+    return two_processes(__file__, folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -154,20 +153,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(two_processes: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes came to."""
     out = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, __file__, str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(out / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+    return two_processes(__file__, out)
 
 
 def assert_close(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:

@@ -1,0 +1,31 @@
+"""What tests of several processes share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Callable[[str, Path], list[dict[str, Any]]]:
+    """``two_processes(script, folder)``: run the script on the folder by a real torchrun; what each rank left there."""
+
+    def run(script: str, folder: Path) -> list[dict[str, Any]]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [*launch, script, str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in (0, 1)]
+
+    return run

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import zipfile
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common import buffers
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
@@ -29,8 +31,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
+from torch import Tensor, nn
 
+from agents.buffer import RolloutBuffer
 from agents.heads import ActorHead, CriticHead
 from npg.curvature.preconditioners import diagonal_preconditioner
 from npg.families import Gaussian, Geometry
@@ -49,6 +52,13 @@ Metric = Literal["fisher", "wasserstein"] | Geometry
 # Its damping does not fall below where it would begin to fit the noise of one rollout.
 _CRITIC_REGION = TrustRegion(radius=0.5, shrink=0.5, max_trials=4)
 _CRITIC_DAMPING = LevenbergMarquardt(factor=2.0, minimum=0.05, maximum=1e3)
+
+
+# Modules of custom networks that compute one thing in training and another in evaluation.
+_DEPEND_ON_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Batch(NamedTuple):
@@ -75,10 +85,45 @@ def _rows(observations: Any, index: Any) -> Any:
     return observations[index]
 
 
+def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.ndarray, np.ndarray], None]:
+    """How to store a step of which values and log-likelihoods are not known yet."""
+    if isinstance(buffer, RolloutBuffer):
+        return buffer.record
+    nothing = torch.zeros(buffer.n_envs)
+
+    def record(observations: Any, actions: np.ndarray, rewards: np.ndarray, episode_starts: np.ndarray) -> None:
+        buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)
+
+    return record
+
+
 def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     if not (low < value <= high if open_low else low <= value <= high):
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    started = perf_counter()
+    return work(), perf_counter() - started
+
+
+def _beside(here: Callable[[], T], there: Callable[[], U]) -> tuple[T, U]:
+    """The results of two functions that run at the same time, the second on a thread with one of the CPU's cores."""
+    threads = torch.get_num_threads()
+
+    def alone() -> U:
+        torch.set_num_threads(1)
+        return there()
+
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            torch.set_num_threads(threads - 1)
+            second = executor.submit(alone)
+            first = here()
+            return first, second.result()
+        finally:
+            torch.set_num_threads(threads)
 
 
 class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
@@ -129,7 +174,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         gae_lambda: float,
         use_sde: bool,
         sde_sample_freq: int,
-        rollout_buffer_class: type[RolloutBuffer] | None,
+        rollout_buffer_class: type[buffers.RolloutBuffer] | None,
         rollout_buffer_kwargs: dict[str, Any] | None,
         normalize_advantage: bool,
         sub_sampling_factor: int,
@@ -208,6 +253,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     # ------------------------------------------------------------------------------------------------------ networks
 
     def _setup_model(self) -> None:
+        if self.rollout_buffer_class is None and not isinstance(self.observation_space, spaces.Dict):
+            self.rollout_buffer_class = RolloutBuffer
         super()._setup_model()
         self._setup_heads()
 
@@ -222,9 +269,12 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         observation, _ = self.policy.obs_to_tensor(sample)
         self._actor_parameters = self._actor.own_parameters(observation)
         shared = set() if self.train_shared_features else {id(p) for p in self._actor_parameters.values()}
-        self._critic_parameters = {
-            name: p for name, p in self._critic.own_parameters(observation).items() if id(p) not in shared
-        }
+        read_by_critic = self._critic.own_parameters(observation)
+        self._critic_parameters = {name: p for name, p in read_by_critic.items() if id(p) not in shared}
+        self._networks_apart = not (
+            {id(p) for p in self._actor_parameters.values()} & {id(p) for p in read_by_critic.values()}
+            or any(isinstance(module, _DEPEND_ON_MODE) for module in self.policy.modules())
+        )
         if type(self.policy.optimizer) is torch.optim.Adam:
             for group in self.policy.optimizer.param_groups:
                 group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
@@ -259,6 +309,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             "_geometry",
             "_actor_parameters",
             "_critic_parameters",
+            "_networks_apart",
         ]
 
     @classmethod
@@ -288,15 +339,15 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     # ---------------------------------------------------------------------------------------------------- collecting
 
-    def _act(self, observations: Any) -> Tensor:
-        """Sample actions for a batch of observations."""
-        if self._actor.standard and not self.use_sde:
-            return self._actor.family.sample(self._actor(self._actor.prepare(observations)))
-        return self.policy.get_distribution(observations).get_actions()
+    def _acting(self, observations: Any) -> Callable[[Any], Tensor]:
+        """How to sample actions for batches of observations like these, as long as the policy stays as it is."""
+        if self.use_sde or not self._actor.standard:
+            return lambda observations: self.policy.get_distribution(observations).get_actions()
+        return self._actor.acting(observations)
 
     @torch.no_grad()
     def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: buffers.RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """Fill the buffer with ``n_rollout_steps`` steps of every environment, as Stable-Baselines3 does.
 
@@ -312,10 +363,12 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
         box = isinstance(self.action_space, spaces.Box)
+        squashed = self.policy.squash_output
         low, high = (self.action_space.low, self.action_space.high) if box else (None, None)
         shape = (env.num_envs, *self.action_space.shape)
         stepped = env.num_envs * size(self.process_group)
-        nothing = torch.zeros(env.num_envs)
+        record = _recorder(rollout_buffer)
+        act = self._acting(obs_as_tensor(self._last_obs, self.device))
         truncated: list[tuple[int, int, Any]] = []
         n_steps = 0
         dones = self._last_episode_starts
@@ -323,11 +376,12 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
-            actions = self._act(obs_as_tensor(self._last_obs, self.device)).cpu().numpy().reshape(shape)
+            actions = act(obs_as_tensor(self._last_obs, self.device)).cpu().numpy().reshape(shape)
             clipped_actions = actions
             if box:
-                squashed = self.policy.squash_output
-                clipped_actions = self.policy.unscale_action(actions) if squashed else np.clip(actions, low, high)
+                clipped_actions = (
+                    self.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
+                )
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += stepped
             callback.update_locals(locals())
@@ -340,8 +394,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                     for index in np.flatnonzero(dones).tolist()
                     if infos[index].get("TimeLimit.truncated", False)
                 ]
-            stored = actions.reshape(-1, 1) if isinstance(self.action_space, spaces.Discrete) else actions
-            rollout_buffer.add(self._last_obs, stored, rewards, self._last_episode_starts, nothing, nothing)
+            record(self._last_obs, actions, rewards, self._last_episode_starts)
             self._last_obs, self._last_episode_starts = new_obs, dones
             n_steps += 1
         self._evaluate_rollout(rollout_buffer, truncated)
@@ -352,7 +405,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._collect_seconds = perf_counter() - started
         return True
 
-    def _evaluate_rollout(self, buffer: RolloutBuffer, truncated: list[tuple[int, int, Any]]) -> None:
+    def _evaluate_rollout(self, buffer: buffers.RolloutBuffer, truncated: list[tuple[int, int, Any]]) -> None:
         """Values and log-likelihoods of the whole rollout; bootstrap where an episode was cut off by its time limit."""
         observations = buffer.observations
 
@@ -443,14 +496,14 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
         rollout = next(self.rollout_buffer.get(batch_size=None))
-        report = self._actor_step(self._batch(rollout))
-        started = perf_counter()
-        self.policy.set_training_mode(True)
-        if self.critic == "adam":
-            value_loss = self._fit_critic_by_adam(rollout.observations, rollout.returns)
+        batch, fit = self._batch(rollout), self._critic_fit(rollout.observations, rollout.returns)
+        if self._can_fit_beside():
+            report, (value_loss, critic_seconds) = _beside(partial(self._actor_step, batch), partial(_timed, fit))
         else:
-            value_loss = self._fit_critic_by_natural_steps(rollout.observations, rollout.returns)
-        self.policy.set_training_mode(False)
+            report = self._actor_step(batch)
+            self.policy.set_training_mode(True)
+            value_loss, critic_seconds = _timed(fit)
+            self.policy.set_training_mode(False)
         average_(self.policy.buffers(), self.process_group)
         self._n_updates += 1
         if self.n_critic_updates and not isfinite(value_loss):
@@ -460,11 +513,13 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             )
         if not equal(self.policy.parameters(), self.process_group):
             raise RuntimeError(f"the processes have different parameters after update {self._n_updates}")
-        self._log(report, value_loss, perf_counter() - started)
+        self._log(report, value_loss, critic_seconds)
 
     def _batch(self, rollout: Any) -> Batch:
-        # The buffer has shuffled already, so every k-th row is a random part.
-        part = slice(None, None, self.sub_sampling_factor)
+        # One shuffle serves all parts of the batch: a k-th of the rows for the step, the first of those for the Fisher.
+        n = len(rollout.advantages)
+        whole = self.sub_sampling_factor == 1 and self.fisher_fraction == 1
+        part = slice(None) if whole else torch.randperm(n, device=self.device)[:: self.sub_sampling_factor]
         inputs = self._actor.prepare(_rows(rollout.observations, part))
         advantages = rollout.advantages[part]
         if self.normalize_advantage:
@@ -483,8 +538,30 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         """The rows on which the Fisher is taken; None for all."""
         return None if self.fisher_fraction == 1 else _rows(inputs, slice(max(1, round(self.fisher_fraction * rows))))
 
-    def _fit_critic_by_adam(self, observations: Any, returns: Tensor) -> float:
-        """``n_critic_updates`` epochs of mini-batches; the loss is the mean squared error over the last epoch."""
+    def _can_fit_beside(self) -> bool:
+        """Whether the critic can be fitted while the actor steps: neither touches what the other reads.
+
+        On a CPU with two threads or more, that is faster than to share out the small operations of both. Natural steps
+        of the critic replay random numbers, dropout draws them, normalisation and dropout look at the policy's mode,
+        and what several processes add up has one order.
+        """
+        return (
+            self._networks_apart
+            and self.critic == "adam"
+            and self.device.type == "cpu"
+            and torch.get_num_threads() > 1
+            and self.process_group is None
+        )
+
+    def _critic_fit(self, observations: Any, returns: Tensor) -> Callable[[], float]:
+        """How to fit the critic, with all that is random drawn already; the result is its mean squared error."""
+        if self.critic == "natural":
+            return partial(self._fit_critic_by_natural_steps, observations, returns)
+        orders = [torch.randperm(len(returns), device=self.device) for _ in range(self.n_critic_updates)]
+        return partial(self._fit_critic_by_adam, observations, returns, orders)
+
+    def _fit_critic_by_adam(self, observations: Any, returns: Tensor, orders: Sequence[Tensor]) -> float:
+        """An epoch of mini-batches for each of the ``orders``; the loss is the mean squared error over the last one."""
         inputs = self._critic.prepare(observations)
         optimizer = self.policy.optimizer
         # Without gradients the optimizer passes over all other parameters.
@@ -492,9 +569,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         parameters = list(self._critic_parameters.values())
         batch_size = self.batch_size // size(self.process_group)
         losses: list[Tensor] = []
-        for _ in range(self.n_critic_updates):
+        for order in orders:
             losses = []
-            order = torch.randperm(len(returns), device=self.device)
             shuffled, targets = _rows(inputs, order), returns[order]
             for start in range(0, len(returns), batch_size):
                 part = slice(start, start + batch_size)

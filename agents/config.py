@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecNormalize
 
 import agents
+from envs import VecNormalize
 from envs.atari import Game
 
 __all__ = [

@@ -35,9 +35,10 @@ import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat, filter_excluded_keys
 from stable_baselines3.common.monitor import ResultsWriter
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import ALGORITHMS, RunConfig
+from envs import VecNormalize
 
 __all__ = ["RunFolder", "SavedAgent", "load_agent", "normalized", "restore_rng", "save_agent", "versions"]
 

@@ -2,5 +2,6 @@
 
 from envs import registration  # noqa: F401
 from envs.make import UnknownEnvironment, make_vec_env
+from envs.normalize import VecNormalize
 
-__all__ = ["UnknownEnvironment", "make_vec_env"]
+__all__ = ["UnknownEnvironment", "VecNormalize", "make_vec_env"]

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from npg.parameters import Parameters
 from npg.program import Maps, Program
 
-__all__ = ["Linearization", "Model", "frozen_statistics", "replayed_randomness"]
+__all__ = ["Linearization", "Model", "by_slot", "frozen_statistics", "replayed_randomness"]
 
 
 class FunctionalModel(Protocol):
@@ -105,7 +105,7 @@ def _at_least_float(outputs: Any) -> Tensor:
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
-def _by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``values`` once for every place in the model that holds the tensor so named.
 
     `functional_call` ties names by itself, but where one module is registered under two names it swaps the same place
@@ -181,7 +181,7 @@ class Linearization:
     def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
         inputs = inputs or self._inputs
         if isinstance(self._model, nn.Module):
-            return functional_call(self._model, _by_slot(self._model, parameters), inputs, tie_weights=False)
+            return functional_call(self._model, by_slot(self._model, parameters), inputs, tie_weights=False)
         return self._model(parameters, *inputs)
 
     def _present_versions(self) -> list[int]:

@@ -14,13 +14,14 @@ this changes the function; ``torch.backends.mkldnn.flags(enabled=False)`` keeps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["Maps", "Program"]
+__all__ = ["Maps", "Program", "staged"]
 
 aten = torch.ops.aten
 
@@ -61,23 +62,17 @@ class Program:
         tangents: Sequence[Tensor],
         cotangent: Tensor,
     ) -> None:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        traced = make_fx(function)(*arguments, *tangents, cotangent)
-        placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        traced, placeholders, (outputs, moved, pulled) = _trace(function, [*arguments, *tangents, cotangent])
         n = len(arguments)
-        _tidy(traced.graph)
-        (results,) = (node for node in traced.graph.nodes if node.op == "output")
-        outputs, moved, pulled = results.args[0]
         zeros = {node for node in traced.graph.nodes if _is_zero(node)}
         push, push_residuals = _part(traced.graph, placeholders[n:-1], [moved], zeros)
         pull, pull_residuals = _part(traced.graph, placeholders[-1:], list(pulled), zeros)
         residuals = list(dict.fromkeys((*push_residuals, *pull_residuals)))
-        primal = _primal(traced.graph, _moving(traced.graph, placeholders[n:]), outputs, residuals)
+        primal = _at_rest(traced.graph, _moving(traced.graph, placeholders[n:]), [outputs, *residuals])
         place = {node: i for i, node in enumerate(residuals)}
         self._push_places = [place[node] for node in push_residuals]
         self._pull_places = [place[node] for node in pull_residuals]
-        one_dnn = cotangent.device.type == "cpu" and _one_dnn()
+        one_dnn = _one_dnn(cotangent)
         self._plain_push, self._plain_pull = GraphModule(traced, push), GraphModule(traced, pull)
         self._primal, self._push, self._pull = (
             GraphModule(traced, _specialised(graph, one_dnn=one_dnn)) for graph in (primal, push, pull)
@@ -103,9 +98,47 @@ class Program:
         )
 
 
-def _one_dnn() -> bool:
+def staged(
+    function: Callable[..., Sequence[Tensor]], fixed: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
+    """``function(*fixed, *inputs)`` as a straight-line program in two stages, for many calls with the same ``fixed``.
+
+    Returns ``at``, with ``at(fixed)(*inputs)`` equal to ``function(*fixed, *inputs)`` for all tensors of the shapes
+    traced. What depends on ``fixed`` alone is computed once, in ``at``; random numbers are drawn anew in every call.
+
+    Raises:
+        Exception: whatever an operation raises that looks at values.
+    """
+    traced, placeholders, results = _trace(function, [*fixed, *inputs])
+    sources = placeholders[len(fixed) :]
+    random = [node for node in _calls(traced.graph) if _is_random(node)]
+    part, residuals = _part(traced.graph, sources, list(results), set(), random)
+    rest = _at_rest(traced.graph, _moving(traced.graph, [*sources, *random]), residuals)
+    first, second = (GraphModule(traced, _specialised(graph, one_dnn=_one_dnn(inputs[0]))) for graph in (rest, part))
+
+    @torch.no_grad()
+    def at(fixed: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        held, run = first.forward(*fixed), second.forward
+        return lambda *inputs: run(*held, *inputs)
+
+    return at
+
+
+def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[GraphModule, list[Node], Any]:
+    """The tidied trace of ``function(*arguments)``, the nodes of its arguments, and those of its results."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(function)(*arguments)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    _tidy(traced.graph)
+    (results,) = (node for node in traced.graph.nodes if node.op == "output")
+    return traced, placeholders, results.args[0]
+
+
+def _one_dnn(like: Tensor) -> bool:
     return (
-        torch.backends.mkldnn.is_available()
+        like.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -123,9 +156,14 @@ def _moving(graph: Graph, sources: Sequence[Node]) -> set[Node]:
     return moving
 
 
-def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node]) -> tuple[Graph, list[Node]]:
-    """What moves with ``sources``, and the nodes at rest that it needs, which are its first arguments."""
-    moving = _moving(graph, sources)
+def _part(
+    graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node], random: Sequence[Node] = ()
+) -> tuple[Graph, list[Node]]:
+    """What moves with ``sources`` or is ``random``, and the nodes at rest that it needs, which are its first arguments.
+
+    The others are ``sources``.
+    """
+    moving = _moving(graph, [*sources, *random])
     if not any(result in moving for result in results):
         raise NotImplementedError("the outputs do not move with the parameters")
     needed = {source for node in moving for source in node.all_input_nodes} | set(results)
@@ -149,14 +187,14 @@ def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros:
     return part, [node for node in at_rest if inner[node].users]
 
 
-def _primal(graph: Graph, moving: set[Node], outputs: Node, residuals: Sequence[Node]) -> Graph:
-    """θ ↦ (η, residuals): all that does not move."""
+def _at_rest(graph: Graph, moving: set[Node], results: Sequence[Node]) -> Graph:
+    """``results`` out of all that does not move."""
     first = Graph()
     outer: dict[Node, Node] = {}
     for node in graph.nodes:
         if node not in moving and node.op != "output":
             outer[node] = first.node_copy(node, lambda source: outer[source])
-    first.output([outer[outputs], *(outer[node] for node in residuals)])
+    first.output([outer[node] for node in results])
     first.eliminate_dead_code()
     return first
 
@@ -225,6 +263,10 @@ def _mutates(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def _tidy(graph: Graph) -> None:
     """Take out copies and repetitions; write tanh's derivative so that what rests in it is computed once."""
     for node in _calls(graph):
@@ -241,6 +283,8 @@ def _tidy(graph: Graph) -> None:
                 product = graph.call_function(aten.mul.Tensor, (slope, derivative))
             derivative.meta, product.meta = y.meta, node.meta
             node.replace_all_uses_with(product)
+        elif node.target is getitem and (joined := _joined(_args(node)[0])):
+            node.replace_all_uses_with(joined[_args(node)[1]])
     graph.eliminate_dead_code()
     repeatable = _REPEATABLE | {aten.square.default, aten.rsub.Scalar}
     seen: dict[Any, Node] = {}
@@ -254,6 +298,18 @@ def _tidy(graph: Graph) -> None:
         if earlier is not node:
             node.replace_all_uses_with(earlier)
             graph.erase_node(node)
+
+
+def _joined(split: Node) -> list[Node] | None:
+    """The parts that were joined, if ``split`` cuts them apart again just there."""
+    if split.target is not aten.split.Tensor or _args(split)[0].target is not aten.cat.default:
+        return None
+    whole, size, *dim = _args(split)
+    parts, *joint = _args(whole)
+    axis, joint_axis = ((d[0] if d else 0) % len(_shape(whole) or (0,)) for d in (dim, joint))
+    if axis != joint_axis or any((_shape(part) or ())[axis : axis + 1] != (size,) for part in parts):
+        return None
+    return list(parts)
 
 
 def _is_zero(node: Node) -> bool:
@@ -334,10 +390,20 @@ def _specialised(graph: Graph, *, one_dnn: bool) -> Graph:
 # The same operations by way of fewer Python frames, which at small batches take as long as the arithmetic.
 _DIRECT: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
+    aten.add_.Tensor: torch.Tensor.add_,
     aten.addmm.default: torch.addmm,
+    aten.cat.default: torch.cat,
+    aten.div.Tensor: torch.div,
+    aten.exp.default: torch.exp,
+    aten.expand.default: torch.Tensor.expand,
     aten.mm.default: torch.mm,
     aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: torch.Tensor.mul_,
+    aten.randn.generator: torch.randn,
+    aten.relu.default: torch.relu,
     aten.reshape.default: torch.reshape,
+    aten.square.default: torch.square,
+    aten.sub.Tensor: torch.sub,
     aten.sum.dim_IntList: torch.sum,
     aten.t.default: torch.t,
     aten.tanh.default: torch.tanh,

@@ -66,10 +66,14 @@ def own_order(rank: int) -> Any:
 def order_of_both(batch_size: int) -> Any:
     """Stands in for ``torch.randperm`` alone: each mini-batch is the union of those of two processes."""
     calls = iter(range(1000))
+    own = N_ENVS // 2
 
     def order(n: int, **_: Any) -> torch.Tensor:
         call, half, b = next(calls), n // 2, batch_size // 2
-        both = [permutation(rank, call, half) + rank * half for rank in (0, 1)]
+        both = []
+        for rank in (0, 1):  # rows are in the order of steps, and of environments within a step
+            rows = permutation(rank, call, half)
+            both.append(rows // own * N_ENVS + rank * own + rows % own)
         return torch.cat([p[start : start + b] for start in range(0, half, b) for p in both])
 
     return order
@@ -85,13 +89,12 @@ def trained(case: tuple[type, str, str], rollout: dict[str, np.ndarray], world: 
             p.data.add_(1.0)
     for head in (model._actor, model._critic):
         head.prepare = lambda x, prepare=head.prepare: prepare(x).double()
-    model.rollout_buffer.to_torch = lambda array: torch.from_numpy(array).double()
+    model.rollout_buffer.to_torch = lambda array, copy: torch.from_numpy(array).double()
     model.set_logger(Logger(None, []))
     model.join(world.group)
     model._entropy = model._collect_seconds = 0.0
     part = slice(world.rank * n_envs, (world.rank + 1) * n_envs)
-    rows, orders = np.random.permutation, torch.randperm  # the rollout buffer shuffles by it
-    np.random.permutation = np.arange
+    orders = torch.randperm
     torch.randperm = order_of_both(model.batch_size) if world.group is None else own_order(world.rank)
     reports = []
     try:
@@ -103,7 +106,7 @@ def trained(case: tuple[type, str, str], rollout: dict[str, np.ndarray], world: 
             model.train()
             reports.append({k: v for k, v in model.logger.name_to_value.items() if k.startswith("train/")})
     finally:
-        np.random.permutation, torch.randperm = rows, orders
+        torch.randperm = orders
     parameters = torch.cat([p.detach().flatten() for p in model.policy.parameters()])
     return {"parameters": parameters, "reports": reports, "model": model}
 

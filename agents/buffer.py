@@ -1,0 +1,63 @@
+"""The rollout buffer of Stable-Baselines3, for rollouts that are evaluated once they are complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common import buffers
+from stable_baselines3.common.buffers import RolloutBufferSamples
+
+__all__ = ["RolloutBuffer"]
+
+
+class RolloutBuffer(buffers.RolloutBuffer):
+    """Steps of n environments, to which values and log-likelihoods are given afterwards, and which are used whole.
+
+    It holds the same arrays as Stable-Baselines3's, with the same meaning.
+    """
+
+    def record(
+        self, observations: NDArray[Any], actions: NDArray[Any], rewards: NDArray[Any], episode_starts: NDArray[Any]
+    ) -> None:
+        """Store one step of every environment."""
+        step = self.pos
+        self.observations[step] = observations.reshape(self.n_envs, *self.obs_shape)
+        self.actions[step] = actions.reshape(self.n_envs, self.action_dim)
+        self.rewards[step] = rewards
+        self.episode_starts[step] = episode_starts
+        self.pos = step + 1
+        self.full = self.pos == self.buffer_size
+
+    def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: NDArray[Any]) -> None:
+        """Generalised advantage estimation, Â_t = δ_t + γλ Â_{t+1} within an episode, and the returns Â + V."""
+        final = last_values.detach().cpu().numpy().reshape(1, -1)
+        alive = 1.0 - np.concatenate([self.episode_starts[1:], dones.astype(np.float32).reshape(1, -1)])
+        delta = self.rewards + self.gamma * np.concatenate([self.values[1:], final]) * alive - self.values
+        decay = self.gamma * self.gae_lambda * alive
+        advantage = np.zeros(self.n_envs, np.float32)
+        for step in reversed(range(self.buffer_size)):
+            self.advantages[step] = advantage = delta[step] + decay[step] * advantage
+        self.returns = self.advantages + self.values
+
+    def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
+        """Shuffled mini-batches; or, without a size, everything once and in the order of its steps."""
+        if batch_size is not None or self.generator_ready:
+            yield from super().get(batch_size)
+            return
+        assert self.full, "the rollout is not complete"
+
+        def flat(array: NDArray[Any]) -> torch.Tensor:
+            return self.to_torch(array.reshape(-1, *array.shape[2:]), copy=False)
+
+        yield RolloutBufferSamples(
+            observations=flat(self.observations),
+            actions=flat(self.actions.astype(np.float32, copy=False)),
+            old_values=flat(self.values),
+            old_log_prob=flat(self.log_probs),
+            advantages=flat(self.advantages),
+            returns=flat(self.returns),
+        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import inf, isfinite, nan
@@ -496,8 +496,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
         rollout = next(self.rollout_buffer.get(batch_size=None))
-        batch, fit = self._batch(rollout), self._critic_fit(rollout.observations, rollout.returns)
-        if self._can_fit_beside():
+        batch = self._batch(rollout)
+        fit, may_run_beside = self._critic_fit(rollout.observations, rollout.returns)
+        if may_run_beside and torch.get_num_threads() > 1:  # faster than to share out the small operations of both
             report, (value_loss, critic_seconds) = _beside(partial(self._actor_step, batch), partial(_timed, fit))
         else:
             report = self._actor_step(batch)
@@ -538,31 +539,39 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         """The rows on which the Fisher is taken; None for all."""
         return None if self.fisher_fraction == 1 else _rows(inputs, slice(max(1, round(self.fisher_fraction * rows))))
 
-    def _can_fit_beside(self) -> bool:
-        """Whether the critic can be fitted while the actor steps: neither touches what the other reads.
+    def _critic_fit(self, observations: Any, returns: Tensor) -> tuple[Callable[[], float], bool]:
+        """How to fit the critic, with all that is random drawn, and whether that may be done beside the actor's step.
 
-        On a CPU with two threads or more, that is faster than to share out the small operations of both. Natural steps
-        of the critic replay random numbers, dropout draws them, normalisation and dropout look at the policy's mode,
-        and what several processes add up has one order.
+        That needs two networks that do not touch what the other reads, and programs for the critic's gradients, since
+        the actor's step may put other tensors into the modules for a while. Natural steps of the critic replay random
+        numbers, and what several processes add up has one order.
         """
-        return (
-            self._networks_apart
-            and self.critic == "adam"
-            and self.device.type == "cpu"
-            and torch.get_num_threads() > 1
-            and self.process_group is None
-        )
-
-    def _critic_fit(self, observations: Any, returns: Tensor) -> Callable[[], float]:
-        """How to fit the critic, with all that is random drawn already; the result is its mean squared error."""
-        if self.critic == "natural":
-            return partial(self._fit_critic_by_natural_steps, observations, returns)
-        orders = [torch.randperm(len(returns), device=self.device) for _ in range(self.n_critic_updates)]
-        return partial(self._fit_critic_by_adam, observations, returns, orders)
-
-    def _fit_critic_by_adam(self, observations: Any, returns: Tensor, orders: Sequence[Tensor]) -> float:
-        """An epoch of mini-batches for each of the ``orders``; the loss is the mean squared error over the last one."""
         inputs = self._critic.prepare(observations)
+        if self.critic == "natural":
+            return partial(self._fit_critic_by_natural_steps, inputs, returns), False
+        n, batch_size = len(returns), self.batch_size // size(self.process_group)
+        orders = [torch.randperm(n, device=self.device) for _ in range(self.n_critic_updates)]
+        parameters = list(self._critic_parameters.values())
+        sizes = {min(batch_size, n), n % batch_size} - {0}
+        programs = {}
+        if self._networks_apart:
+            for rows in sizes:
+                programs[rows] = self._critic.gradient_program(parameters, _rows(inputs, slice(rows)), returns[:rows])
+        gradients = {rows: programs.get(rows) or partial(self._critic.gradients, parameters) for rows in sizes}
+        beside = all(programs.get(rows) for rows in sizes) and self.device.type == "cpu" and self.process_group is None
+        return partial(self._fit_critic_by_adam, inputs, returns, orders, gradients), beside
+
+    def _fit_critic_by_adam(
+        self,
+        inputs: Any,
+        returns: Tensor,
+        orders: Sequence[Tensor],
+        gradients: Mapping[int, Callable[[Any, Tensor], Sequence[Tensor]]],
+    ) -> float:
+        """An epoch of mini-batches for each of the ``orders``; the loss is the mean squared error over the last one.
+
+        ``gradients`` has a function for each size of a mini-batch.
+        """
         optimizer = self.policy.optimizer
         # Without gradients the optimizer passes over all other parameters.
         optimizer.zero_grad()
@@ -574,18 +583,16 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             shuffled, targets = _rows(inputs, order), returns[order]
             for start in range(0, len(returns), batch_size):
                 part = slice(start, start + batch_size)
-                loss = (self._critic(_rows(shuffled, part)).flatten() - targets[part]).square().mean()
-                gradients = torch.autograd.grad(loss, parameters)
-                average_(gradients, self.process_group)
-                for p, gradient in zip(parameters, gradients):
+                loss, *pulled = gradients[len(targets[part])](_rows(shuffled, part), targets[part])
+                average_(pulled, self.process_group)
+                for p, gradient in zip(parameters, pulled):
                     p.grad = gradient
                 optimizer.step()
-                losses.append(loss.detach())
+                losses.append(loss)
         return float(mean_(torch.stack(losses).mean(), self.process_group)) if losses else nan
 
-    def _fit_critic_by_natural_steps(self, observations: Any, returns: Tensor) -> float:
+    def _fit_critic_by_natural_steps(self, inputs: Any, returns: Tensor) -> float:
         """Levenberg–Marquardt on the whole batch: natural steps of a Gaussian likelihood over the returns."""
-        inputs = self._critic.prepare(observations)
         targets = returns.unsqueeze(1)
         # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
         variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from stable_baselines3.common.distributions import (
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value
 
 from npg import families
 from npg.linearize import by_slot
@@ -39,6 +41,7 @@ class _Head(nn.Module):
         super().__init__()
         self.policy = policy
         self.standard = _is_standard(policy)
+        self._programs: dict[Any, Any] = {}
 
     def prepare(self, observations: Any) -> Any:
         """What ``forward`` takes, from raw observations; done once per batch and not once per forward pass."""
@@ -47,6 +50,37 @@ class _Head(nn.Module):
         return preprocess_obs(
             observations, self.policy.observation_space, normalize_images=self.policy.normalize_images
         )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(chain(self.named_parameters(), self.named_buffers()))
+
+    def _program(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor],
+        *,
+        at_rest: bool = False,
+        fresh: bool = False,
+    ) -> Callable[[Sequence[Tensor]], Callable[..., Sequence[Tensor]]] | None:
+        """`npg.program.staged` of a function of this head's tensors, for `functional_call`, and of ``inputs``.
+
+        The tensors are fixed, or inputs too. One is kept for shapes like these, unless a ``fresh`` one is asked for;
+        None where there can be none.
+        """
+        named = self._tensors()
+        tensors = [t.detach() for t in named.values()]
+        key = (at_rest, *((t.shape, t.dtype, t.device) for t in (*tensors, *inputs)))
+        if fresh or key not in self._programs:
+
+            def functional(*values: Tensor) -> Sequence[Tensor]:
+                return function(by_slot(self, dict(zip(named, values))), *values[len(named) :])
+
+            self._programs[key] = None
+            with suppress(Exception):  # what looks at values cannot be traced
+                self._programs[key] = (
+                    staged(functional, tensors, inputs) if at_rest else staged(functional, [], [*tensors, *inputs])
+                )
+        return self._programs[key]
 
     def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
         """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
@@ -68,7 +102,6 @@ class ActorHead(_Head):
         super().__init__(policy)
         self.family = self._family(policy.action_dist)
         self.squashed = bool(getattr(policy.action_dist, "squash_output", False))
-        self._program: tuple[Any, Any] = (None, None)  # for which shapes, and `staged`'s
 
     @staticmethod
     def _family(distribution: Distribution) -> families.Family:
@@ -122,29 +155,17 @@ class ActorHead(_Head):
 
         if not isinstance(observations, Tensor):
             return by_modules
-        names, tensors = zip(*self.named_parameters(), *self.named_buffers())
 
-        def functional(*values: Tensor) -> list[Tensor]:
-            held = by_slot(self, dict(zip(names, values)))
-            outputs = functional_call(self, held, (self.prepare(values[-1]),), tie_weights=False)
+        def functional(slots: dict[str, Tensor], observations: Tensor) -> list[Tensor]:
+            outputs = functional_call(self, slots, self.prepare(observations), tie_weights=False)
             return [self.family.sample(outputs), outputs]
 
-        fixed = [t.detach() for t in tensors]
-        shapes = [(t.shape, t.dtype, t.device) for t in (*fixed, observations)]
         with torch.random.fork_rng([observations.device] if observations.is_cuda else []):
             for fresh in (False, True):
-                if fresh or self._program[0] != shapes:
-                    self._program = shapes, None
-                    with suppress(Exception):  # what looks at values cannot be traced
-                        self._program = shapes, staged(functional, fixed, [observations])
-                    fresh = True
-                if self._program[1] is None:
-                    return by_modules
-                run = self._program[1](fixed)
-                outputs = run(observations)[1]
-                if torch.allclose(outputs, self(self.prepare(observations)), rtol=1e-4, atol=1e-5):
+                at = self._program(functional, [observations], at_rest=True, fresh=fresh)
+                run = at and at([t.detach() for t in self._tensors().values()])
+                if run and _close(run(observations)[1:], [self(self.prepare(observations))]):
                     return lambda observations: run(observations)[0]
-                self._program = shapes, None  # it is that of another network
         return by_modules
 
     def targets(self, actions: Tensor) -> Tensor:
@@ -168,3 +189,49 @@ class CriticHead(_Head):
         if not self.standard:
             return policy.predict_values(prepared)
         return policy.value_net(policy.mlp_extractor.forward_critic(policy.vf_features_extractor(prepared)))
+
+    def gradients(self, parameters: Sequence[Tensor], prepared: Any, targets: Tensor) -> list[Tensor]:
+        """The mean squared error of the values, and its gradients."""
+        loss = _mean_squared_error(self(prepared), targets)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    def gradient_program(
+        self, parameters: Sequence[Tensor], prepared: Any, targets: Tensor
+    ) -> Callable[[Any, Tensor], Sequence[Tensor]] | None:
+        """`gradients` for mini-batches like this one, as a program: it reads the parameters, but no module.
+
+        It was seen to agree with `gradients` on this mini-batch; None where there can be none, or none that agrees.
+        """
+        if not isinstance(prepared, Tensor):
+            return None
+        wanted = {id(p) for p in parameters}
+
+        def functional(slots: dict[str, Tensor], prepared: Tensor, targets: Tensor) -> list[Tensor]:
+            def loss(trained: dict[str, Tensor]) -> Tensor:
+                values = functional_call(self, {**slots, **trained}, prepared, tie_weights=False)
+                return _mean_squared_error(values, targets)
+
+            gradients, value = grad_and_value(loss)({name: slots[name] for name in names})
+            return [value, *gradients.values()]
+
+        names = [name for name, p in self.named_parameters() if id(p) in wanted]
+        expected = self.gradients(parameters, prepared, targets)
+        for fresh in (False, True):
+            at = self._program(functional, [prepared, targets], fresh=fresh)
+            if at is None:
+                return None
+            program = torch.no_grad()(partial(at([]), *self._tensors().values()))
+            if _close(program(prepared, targets), expected):
+                return program
+        return None
+
+
+def _mean_squared_error(values: Tensor, targets: Tensor) -> Tensor:
+    return (values.flatten() - targets).square().mean()
+
+
+def _close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors are the same up to rounding, each relative to its largest element."""
+    return all(
+        x.shape == y.shape and bool((x - y).abs().amax() <= 1e-4 * y.abs().amax()) for x, y in zip(a, b, strict=True)
+    )

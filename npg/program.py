@@ -7,8 +7,8 @@ One trace of ``(θ, v, u) ↦ (η, J v, Jᵀu)``, made by PyTorch's own forward 
     pull     (residuals, u) ↦ Jᵀu    run once per product
 
 and what the tracer left in them is taken out: copies, sums with zero, the same thing computed twice. Then matrix
-products are fused with the sums around them, temporaries are reused, and on CPUs large products go to oneDNN. None of
-this changes the function; ``torch.backends.mkldnn.flags(enabled=False)`` keeps oneDNN out.
+products are fused with the sums around them, temporaries are reused, and on CPUs with AVX-512 large products go to
+oneDNN. None of this changes the function; ``torch.backends.mkldnn.flags(enabled=False)`` keeps oneDNN out.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Program:
         tangents: Sequence[Tensor],
         cotangent: Tensor,
     ) -> None:
-        traced, placeholders, (outputs, moved, pulled) = _trace(function, [*arguments, *tangents, cotangent])
+        traced, placeholders, (outputs, moved, pulled) = _trace(
+            function, [*arguments, *tangents, cotangent], before=_open_tanh
+        )
         n = len(arguments)
         zeros = {node for node in traced.graph.nodes if _is_zero(node)}
         push, push_residuals = _part(traced.graph, placeholders[n:-1], [moved], zeros)
@@ -124,20 +126,28 @@ def staged(
     return at
 
 
-def _trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> tuple[GraphModule, list[Node], Any]:
-    """The tidied trace of ``function(*arguments)``, the nodes of its arguments, and those of its results."""
+def _trace(
+    function: Callable[..., Any], arguments: Sequence[Tensor], before: Callable[[Graph], None] = lambda graph: None
+) -> tuple[GraphModule, list[Node], Any]:
+    """The trace of ``function(*arguments)``, tidied after ``before``, and the nodes of its arguments and results."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     traced = make_fx(function)(*arguments)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    before(traced.graph)
     _tidy(traced.graph)
     (results,) = (node for node in traced.graph.nodes if node.op == "output")
     return traced, placeholders, results.args[0]
 
 
 def _one_dnn(like: Tensor) -> bool:
+    """Whether oneDNN's products are the faster ones: with AVX-512, of which the default library uses half on AMD.
+
+    Without AVX-512 they take up to twice as long.
+    """
     return (
         like.device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -268,7 +278,7 @@ def _is_random(node: Node) -> bool:
 
 
 def _tidy(graph: Graph) -> None:
-    """Take out copies and repetitions; write tanh's derivative so that what rests in it is computed once."""
+    """Take out copies, repetitions, and what is joined to be cut apart again."""
     for node in _calls(graph):
         if node.target in _COPIES:
             node.replace_all_uses_with(_args(node)[0])
@@ -276,13 +286,6 @@ def _tidy(graph: Graph) -> None:
             node.replace_all_uses_with(_args(_args(node)[0])[0])
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # strides may differ from run to run, under vmap or channels last
-        elif node.target is aten.tanh_backward.default:
-            slope, y = _args(node)
-            with graph.inserting_before(node):
-                derivative = graph.call_function(aten.rsub.Scalar, (graph.call_function(aten.square.default, (y,)), 1))
-                product = graph.call_function(aten.mul.Tensor, (slope, derivative))
-            derivative.meta, product.meta = y.meta, node.meta
-            node.replace_all_uses_with(product)
         elif node.target is getitem and (joined := _joined(_args(node)[0])):
             node.replace_all_uses_with(joined[_args(node)[1]])
     graph.eliminate_dead_code()
@@ -298,6 +301,18 @@ def _tidy(graph: Graph) -> None:
         if earlier is not node:
             node.replace_all_uses_with(earlier)
             graph.erase_node(node)
+
+
+def _open_tanh(graph: Graph) -> None:
+    """Write tanh's derivative so that what rests in it is computed once for all products."""
+    for node in _calls(graph):
+        if node.target is aten.tanh_backward.default:
+            slope, y = _args(node)
+            with graph.inserting_before(node):
+                derivative = graph.call_function(aten.rsub.Scalar, (graph.call_function(aten.square.default, (y,)), 1))
+                product = graph.call_function(aten.mul.Tensor, (slope, derivative))
+            derivative.meta, product.meta = y.meta, node.meta
+            node.replace_all_uses_with(product)
 
 
 def _joined(split: Node) -> list[Node] | None:
@@ -410,11 +425,11 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
 }
 
 
-_WORTH_IT = 2**19  # multiply-adds from which on oneDNN's product takes less time than the default one
+_WORTH_IT = 2**19  # multiply-adds from which on oneDNN's product can take less time than the default one
 
 
 def _to_one_dnn(graph: Graph, node: Node) -> None:
-    """Give a large float32 product of matrices to oneDNN, which is about twice as fast as the default on AMD's CPUs."""
+    """Give a large float32 product of matrices to oneDNN, where that is the faster (see `_one_dnn`)."""
     if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs or _dtype(node) is not torch.float32:
         return
     addend, left, right = (None, *_args(node)) if node.target is aten.mm.default else _args(node)

@@ -37,7 +37,7 @@ def adam(epochs: int, batch_size: int, learning_rate: float) -> Fit:
         agent.critic, agent.n_critic_updates, agent.batch_size = "adam", epochs, batch_size
         for group in agent.policy.optimizer.param_groups:
             group["lr"] = learning_rate
-        return agent._critic_fit(observations, returns)()
+        return agent._critic_fit(observations, returns)[0]()
 
     return fit
 
@@ -48,7 +48,7 @@ def natural(steps: int, products: int, fraction: float) -> Fit:
     def fit(agent: TRPO, observations: Tensor, returns: Tensor) -> object:
         agent.critic, agent.n_critic_updates = "natural", steps
         agent.cg_max_steps, agent.fisher_fraction = products, fraction
-        return agent._critic_fit(observations, returns)()
+        return agent._critic_fit(observations, returns)[0]()
 
     return fit
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.buffer import RolloutBuffer
 from agents.heads import ActorHead, CriticHead
@@ -52,13 +51,6 @@ Metric = Literal["fisher", "wasserstein"] | Geometry
 # Its damping does not fall below where it would begin to fit the noise of one rollout.
 _CRITIC_REGION = TrustRegion(radius=0.5, shrink=0.5, max_trials=4)
 _CRITIC_DAMPING = LevenbergMarquardt(factor=2.0, minimum=0.05, maximum=1e3)
-
-
-# Modules of custom networks that compute one thing in training and another in evaluation.
-_DEPEND_ON_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Batch(NamedTuple):
@@ -101,29 +93,6 @@ def _in_range(name: str, value: float, low: float, high: float, *, open_low: boo
     if not (low < value <= high if open_low else low <= value <= high):
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")
-
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    started = perf_counter()
-    return work(), perf_counter() - started
-
-
-def _beside(here: Callable[[], T], there: Callable[[], U]) -> tuple[T, U]:
-    """The results of two functions that run at the same time, the second on a thread with one of the CPU's cores."""
-    threads = torch.get_num_threads()
-
-    def alone() -> U:
-        torch.set_num_threads(1)
-        return there()
-
-    with ThreadPoolExecutor(1) as executor:
-        try:
-            torch.set_num_threads(threads - 1)
-            second = executor.submit(alone)
-            first = here()
-            return first, second.result()
-        finally:
-            torch.set_num_threads(threads)
 
 
 class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
@@ -269,12 +238,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         observation, _ = self.policy.obs_to_tensor(sample)
         self._actor_parameters = self._actor.own_parameters(observation)
         shared = set() if self.train_shared_features else {id(p) for p in self._actor_parameters.values()}
-        read_by_critic = self._critic.own_parameters(observation)
-        self._critic_parameters = {name: p for name, p in read_by_critic.items() if id(p) not in shared}
-        self._networks_apart = not (
-            {id(p) for p in self._actor_parameters.values()} & {id(p) for p in read_by_critic.values()}
-            or any(isinstance(module, _DEPEND_ON_MODE) for module in self.policy.modules())
-        )
+        self._critic_parameters = {
+            name: p for name, p in self._critic.own_parameters(observation).items() if id(p) not in shared
+        }
         if type(self.policy.optimizer) is torch.optim.Adam:
             for group in self.policy.optimizer.param_groups:
                 group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
@@ -309,7 +275,6 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             "_geometry",
             "_actor_parameters",
             "_critic_parameters",
-            "_networks_apart",
         ]
 
     @classmethod
@@ -496,15 +461,14 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
         rollout = next(self.rollout_buffer.get(batch_size=None))
-        batch = self._batch(rollout)
-        fit, may_run_beside = self._critic_fit(rollout.observations, rollout.returns)
-        if may_run_beside and torch.get_num_threads() > 1:  # faster than to share out the small operations of both
-            report, (value_loss, critic_seconds) = _beside(partial(self._actor_step, batch), partial(_timed, fit))
+        report = self._actor_step(self._batch(rollout))
+        started = perf_counter()
+        self.policy.set_training_mode(True)
+        if self.critic == "adam":
+            value_loss = self._fit_critic_by_adam(rollout.observations, rollout.returns)
         else:
-            report = self._actor_step(batch)
-            self.policy.set_training_mode(True)
-            value_loss, critic_seconds = _timed(fit)
-            self.policy.set_training_mode(False)
+            value_loss = self._fit_critic_by_natural_steps(rollout.observations, rollout.returns)
+        self.policy.set_training_mode(False)
         average_(self.policy.buffers(), self.process_group)
         self._n_updates += 1
         if self.n_critic_updates and not isfinite(value_loss):
@@ -514,7 +478,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             )
         if not equal(self.policy.parameters(), self.process_group):
             raise RuntimeError(f"the processes have different parameters after update {self._n_updates}")
-        self._log(report, value_loss, critic_seconds)
+        self._log(report, value_loss, perf_counter() - started)
 
     def _batch(self, rollout: Any) -> Batch:
         # One shuffle serves all parts of the batch: a k-th of the rows for the step, the first of those for the Fisher.
@@ -539,60 +503,36 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         """The rows on which the Fisher is taken; None for all."""
         return None if self.fisher_fraction == 1 else _rows(inputs, slice(max(1, round(self.fisher_fraction * rows))))
 
-    def _critic_fit(self, observations: Any, returns: Tensor) -> tuple[Callable[[], float], bool]:
-        """How to fit the critic, with all that is random drawn, and whether that may be done beside the actor's step.
-
-        That needs two networks that do not touch what the other reads, and programs for the critic's gradients, since
-        the actor's step may put other tensors into the modules for a while. Natural steps of the critic replay random
-        numbers, and what several processes add up has one order.
-        """
+    def _fit_critic_by_adam(self, observations: Any, returns: Tensor) -> float:
+        """``n_critic_updates`` epochs of mini-batches; the loss is the mean squared error over the last epoch."""
         inputs = self._critic.prepare(observations)
-        if self.critic == "natural":
-            return partial(self._fit_critic_by_natural_steps, inputs, returns), False
-        n, batch_size = len(returns), self.batch_size // size(self.process_group)
-        orders = [torch.randperm(n, device=self.device) for _ in range(self.n_critic_updates)]
-        parameters = list(self._critic_parameters.values())
-        sizes = {min(batch_size, n), n % batch_size} - {0}
-        programs = {}
-        if self._networks_apart:
-            for rows in sizes:
-                programs[rows] = self._critic.gradient_program(parameters, _rows(inputs, slice(rows)), returns[:rows])
-        gradients = {rows: programs.get(rows) or partial(self._critic.gradients, parameters) for rows in sizes}
-        beside = all(programs.get(rows) for rows in sizes) and self.device.type == "cpu" and self.process_group is None
-        return partial(self._fit_critic_by_adam, inputs, returns, orders, gradients), beside
-
-    def _fit_critic_by_adam(
-        self,
-        inputs: Any,
-        returns: Tensor,
-        orders: Sequence[Tensor],
-        gradients: Mapping[int, Callable[[Any, Tensor], Sequence[Tensor]]],
-    ) -> float:
-        """An epoch of mini-batches for each of the ``orders``; the loss is the mean squared error over the last one.
-
-        ``gradients`` has a function for each size of a mini-batch.
-        """
         optimizer = self.policy.optimizer
         # Without gradients the optimizer passes over all other parameters.
         optimizer.zero_grad()
         parameters = list(self._critic_parameters.values())
         batch_size = self.batch_size // size(self.process_group)
+        gradients_of: dict[int, Callable[[Any, Tensor], Sequence[Tensor]]] = {}  # by the rows of a mini-batch
         losses: list[Tensor] = []
-        for order in orders:
+        for _ in range(self.n_critic_updates):
             losses = []
+            order = torch.randperm(len(returns), device=self.device)
             shuffled, targets = _rows(inputs, order), returns[order]
             for start in range(0, len(returns), batch_size):
                 part = slice(start, start + batch_size)
-                loss, *pulled = gradients[len(targets[part])](_rows(shuffled, part), targets[part])
-                average_(pulled, self.process_group)
-                for p, gradient in zip(parameters, pulled):
+                x, y = _rows(shuffled, part), targets[part]
+                if len(y) not in gradients_of:
+                    gradients_of[len(y)] = self._critic.loss_and_gradients(parameters, x, y)
+                loss, *gradients = gradients_of[len(y)](x, y)
+                average_(gradients, self.process_group)
+                for p, gradient in zip(parameters, gradients):
                     p.grad = gradient
                 optimizer.step()
                 losses.append(loss)
         return float(mean_(torch.stack(losses).mean(), self.process_group)) if losses else nan
 
-    def _fit_critic_by_natural_steps(self, inputs: Any, returns: Tensor) -> float:
+    def _fit_critic_by_natural_steps(self, observations: Any, returns: Tensor) -> float:
         """Levenberg–Marquardt on the whole batch: natural steps of a Gaussian likelihood over the returns."""
+        inputs = self._critic.prepare(observations)
         targets = returns.unsqueeze(1)
         # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
         variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -58,29 +57,40 @@ class _Head(nn.Module):
         self,
         function: Callable[..., Sequence[Tensor]],
         inputs: Sequence[Tensor],
+        agrees: Callable[[Callable[..., Sequence[Tensor]]], bool],
         *,
-        at_rest: bool = False,
-        fresh: bool = False,
-    ) -> Callable[[Sequence[Tensor]], Callable[..., Sequence[Tensor]]] | None:
+        at_rest: bool,
+    ) -> Callable[..., Sequence[Tensor]] | None:
         """`npg.program.staged` of a function of this head's tensors, for `functional_call`, and of ``inputs``.
 
-        The tensors are fixed, or inputs too. One is kept for shapes like these, unless a ``fresh`` one is asked for;
-        None where there can be none.
+        The tensors stay ``at_rest``, or change between calls. A program is kept for shapes like these, and traced anew
+        where it no longer ``agrees``; None where there can be none.
         """
         named = self._tensors()
         tensors = [t.detach() for t in named.values()]
         key = (at_rest, *((t.shape, t.dtype, t.device) for t in (*tensors, *inputs)))
-        if fresh or key not in self._programs:
 
-            def functional(*values: Tensor) -> Sequence[Tensor]:
-                return function(by_slot(self, dict(zip(named, values))), *values[len(named) :])
+        def functional(*values: Tensor) -> Sequence[Tensor]:
+            return function(by_slot(self, dict(zip(named, values))), *values[len(named) :])
 
-            self._programs[key] = None
-            with suppress(Exception):  # what looks at values cannot be traced
-                self._programs[key] = (
-                    staged(functional, tensors, inputs) if at_rest else staged(functional, [], [*tensors, *inputs])
-                )
-        return self._programs[key]
+        for fresh in (False, True):
+            if key not in self._programs:
+                fresh = True
+                try:
+                    self._programs[key] = staged(
+                        functional, *((tensors, inputs) if at_rest else ([], [*tensors, *inputs]))
+                    )
+                except Exception:  # what looks at values cannot be traced
+                    self._programs[key] = None
+            if self._programs[key] is None:
+                break
+            run = self._programs[key](tensors) if at_rest else partial(self._programs[key]([]), *tensors)
+            if agrees(run):
+                return torch.no_grad()(run)
+            self._programs.pop(key)
+            if fresh:
+                self._programs[key] = None
+        return None
 
     def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
         """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
@@ -161,12 +171,11 @@ class ActorHead(_Head):
             return [self.family.sample(outputs), outputs]
 
         with torch.random.fork_rng([observations.device] if observations.is_cuda else []):
-            for fresh in (False, True):
-                at = self._program(functional, [observations], at_rest=True, fresh=fresh)
-                run = at and at([t.detach() for t in self._tensors().values()])
-                if run and _close(run(observations)[1:], [self(self.prepare(observations))]):
-                    return lambda observations: run(observations)[0]
-        return by_modules
+            expected = self(self.prepare(observations))
+            run = self._program(
+                functional, [observations], lambda run: _close(run(observations)[1:], [expected]), at_rest=True
+            )
+        return by_modules if run is None else lambda observations: run(observations)[0]
 
     def targets(self, actions: Tensor) -> Tensor:
         """Stored actions (N, …) in the form that the family takes."""
@@ -190,21 +199,23 @@ class CriticHead(_Head):
             return policy.predict_values(prepared)
         return policy.value_net(policy.mlp_extractor.forward_critic(policy.vf_features_extractor(prepared)))
 
-    def gradients(self, parameters: Sequence[Tensor], prepared: Any, targets: Tensor) -> list[Tensor]:
-        """The mean squared error of the values, and its gradients."""
-        loss = _mean_squared_error(self(prepared), targets)
-        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
-
-    def gradient_program(
+    def loss_and_gradients(
         self, parameters: Sequence[Tensor], prepared: Any, targets: Tensor
-    ) -> Callable[[Any, Tensor], Sequence[Tensor]] | None:
-        """`gradients` for mini-batches like this one, as a program: it reads the parameters, but no module.
+    ) -> Callable[[Any, Tensor], Sequence[Tensor]]:
+        """``prepared observations, targets ↦ mean squared error and its gradients``, for mini-batches like this one.
 
-        It was seen to agree with `gradients` on this mini-batch; None where there can be none, or none that agrees.
+        As a traced program where there can be one, after it was seen to agree with autograd on this mini-batch.
         """
-        if not isinstance(prepared, Tensor):
-            return None
+
+        def by_autograd(prepared: Any, targets: Tensor) -> Sequence[Tensor]:
+            loss = _mean_squared_error(self(prepared), targets)
+            return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+        # A forward pass may move buffers, and the one that is compared with would move them again.
+        if not isinstance(prepared, Tensor) or any(True for _ in self.buffers()):
+            return by_autograd
         wanted = {id(p) for p in parameters}
+        names = [name for name, p in self.named_parameters() if id(p) in wanted]
 
         def functional(slots: dict[str, Tensor], prepared: Tensor, targets: Tensor) -> list[Tensor]:
             def loss(trained: dict[str, Tensor]) -> Tensor:
@@ -214,16 +225,11 @@ class CriticHead(_Head):
             gradients, value = grad_and_value(loss)({name: slots[name] for name in names})
             return [value, *gradients.values()]
 
-        names = [name for name, p in self.named_parameters() if id(p) in wanted]
-        expected = self.gradients(parameters, prepared, targets)
-        for fresh in (False, True):
-            at = self._program(functional, [prepared, targets], fresh=fresh)
-            if at is None:
-                return None
-            program = torch.no_grad()(partial(at([]), *self._tensors().values()))
-            if _close(program(prepared, targets), expected):
-                return program
-        return None
+        expected = by_autograd(prepared, targets)
+        run = self._program(
+            functional, [prepared, targets], lambda run: _close(run(prepared, targets), expected), at_rest=False
+        )
+        return run or by_autograd
 
 
 def _mean_squared_error(values: Tensor, targets: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from enum import Enum
 from math import inf
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def _check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Columnwise inner products in float64, where float32 would underflow on small A: (P, K), (P, K) → (K,)."""
-    return (x.double() * y).sum(0)
+    return (x.double() * y.double()).sum(0)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -95,8 +96,15 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
 
 
+def _gram(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columnwise v·v, v·w and w·w in float64, in one pass: (P, K), (P, K) → three of (K,)."""
+    both = torch.stack([v, w]).double()
+    gram = torch.bmm(both.permute(2, 0, 1), both.permute(2, 1, 0))
+    return gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+
+
 def _finish(
-    b: Tensor, x: Tensor, r: Tensor, state: Tensor, iterations: Tensor, *, scale: Tensor | float, single: bool
+    b: Tensor, x: Tensor, r: Tensor, state: Any, iterations: Any, *, scale: Tensor | float, single: bool
 ) -> Solution:
     """The solution of a system whose b, x and r are columns divided by ``scale``."""
     norm_b = _dot(b, b).sqrt()
@@ -137,6 +145,7 @@ def conjugate_gradient(
     5. From x₀ = 0 no product is spent on the first residual.
     6. Where a refreshed residual differs from the recurrence by more than a tenth, the direction starts again from
        steepest descent: β would compare two different residuals, and the iteration would diverge in float32.
+    7. The few numbers of each iteration are NumPy's on a CPU, and stay on the device elsewhere.
 
     Args:
         A: symmetric positive semi-definite; anything with ``A @ v`` for v of the shape of b.
@@ -186,70 +195,97 @@ def conjugate_gradient(
     finite_b = torch.isfinite(largest)
     scale = torch.where(finite_b & (largest > 0), torch.exp2(torch.floor(torch.log2(largest))), 1.0)
     B = torch.where(finite_b, B / scale, 0.0)
-    norm_b = _dot(B, B).sqrt()
 
+    # 7. On a few numbers an operation of NumPy costs a fifth of PyTorch's, and a look at them nothing.
+    xp: Any = np if b.device.type == "cpu" else torch
+
+    def numbers(v: Tensor) -> Any:
+        return v.numpy() if xp is np else v
+
+    def tensor(v: Any) -> Tensor:
+        return torch.from_numpy(v) if xp is np else v
+
+    def coefficients(v: Any) -> Tensor:
+        if xp is np and b.dtype is torch.float32:
+            v = v.astype(np.float32)
+        return tensor(v).to(b.dtype)
+
+    def dot(v: Tensor, w: Tensor) -> Any:
+        return numbers(_dot(v, w))
+
+    def where(mask: Any, new: Tensor, old: Tensor) -> Tensor:
+        return new if xp is np and mask.all() else torch.where(tensor(mask), new, old)
+
+    norm_b = xp.sqrt(dot(B, B))
     if x0 is None:
         x = torch.zeros_like(B)
         r = B.clone()
     else:
         # for b = 0 the answer is 0, wherever one starts
-        x = torch.where(finite_b & (norm_b == 0), 0.0, (x0.unsqueeze(1) if single else x0) / scale)
+        x = torch.where(finite_b & tensor(norm_b == 0), 0.0, (x0.unsqueeze(1) if single else x0) / scale)
         r = B - product(x)
     code = {status: i for i, status in enumerate(_ORDER)}
-    state = torch.full((columns,), _RUNNING, dtype=torch.int64, device=b.device)
+    state = numbers(torch.full((columns,), _RUNNING, dtype=torch.int64, device=b.device))
 
-    def settle(state: Tensor, where: Tensor, status: Status) -> Tensor:
-        return torch.where((state == _RUNNING) & where, code[status], state)
+    def settle(state: Any, where: Any, status: Status) -> Any:
+        return xp.where((state == _RUNNING) & where, code[status], state)
 
-    state = settle(state, ~finite_b, Status.NON_FINITE)
-    state = settle(state, ~torch.isfinite(_dot(r, r)), Status.NON_FINITE)
-    state = settle(state, _dot(r, r).sqrt() <= rtol * norm_b, Status.CONVERGED)
+    rr = dot(r, r)
+    state = settle(state, ~numbers(finite_b), Status.NON_FINITE)
+    state = settle(state, ~xp.isfinite(rr), Status.NON_FINITE)
+    state = settle(state, xp.sqrt(rr) <= rtol * norm_b, Status.CONVERGED)
     z = shaped(preconditioner, r) if preconditioner else r
     p = z.clone()
-    rz = _dot(r, z)
-    state = settle(state, ~torch.isfinite(rz), Status.NON_FINITE)
+    rz = dot(r, z)
+    state = settle(state, ~xp.isfinite(rz), Status.NON_FINITE)
     state = settle(state, ~(rz > 0), Status.BREAKDOWN)
-    model: list[Tensor] = [-0.5 * _dot(x, B + r)]
+    model: list[Any] = [-0.5 * dot(x, B + r)]
 
-    iterations = torch.zeros_like(state)
-    for iteration in range(1, max_iterations + 1):
-        if (iteration - 1) % sync_every == 0 and not bool((state == _RUNNING).any()):
-            break
-        iterations += state == _RUNNING
-        Ap = product(p)
-        pAp = _dot(p, Ap)
-        bound = epsilon * _norm(p) * _norm(Ap)
-        state = settle(state, ~torch.isfinite(pAp), Status.NON_FINITE)
-        state = settle(state, pAp < -bound, Status.NEGATIVE_CURVATURE)
-        state = settle(state, pAp <= bound, Status.BREAKDOWN)
-        running = state == _RUNNING
-        alpha = torch.where(running, rz / torch.where(running, pAp, 1.0), 0.0).to(b.dtype)
-        x = torch.addcmul(x, alpha, p)  # α = 0 where a column stands still, and p is finite
-        r = recurred = torch.where(running, r - alpha * Ap, r)
-        drift = torch.zeros_like(running)
-        if iteration % residual_refresh == 0:
-            r = torch.where(running, B - product(x), r)
-            drift = _norm(r - recurred) > _DRIFT * _norm(recurred)
-        rr = _dot(r, r)
-        state = settle(state, ~torch.isfinite(rr), Status.NON_FINITE)
-        state = settle(state, rr.sqrt() <= rtol * norm_b, Status.CONVERGED)
-        if progress_tolerance is not None:
-            model.append(-0.5 * _dot(x, B + r))
-            k = max(10, iteration // 10)
-            if iteration > k:
-                small = model[-1] - model[-1 - k] >= k * progress_tolerance * model[-1]
-                state = settle(state, (model[-1] < 0) & small, Status.CONVERGED)
-        z, rz_next = r, rr
-        if preconditioner:
-            z = shaped(preconditioner, r)
-            rz_next = _dot(r, z)
-            state = settle(state, ~torch.isfinite(rz_next), Status.NON_FINITE)
-            state = settle(state, ~(rz_next > 0), Status.BREAKDOWN)
-        running = state == _RUNNING
-        beta = torch.where(running & ~drift, rz_next / torch.where(running, rz, 1.0), 0.0).to(b.dtype)
-        p = torch.where(running, z + beta * p, p)
-        rz = rz_next
-    state = torch.where(state == _RUNNING, code[Status.ITERATION_LIMIT], state)
+    iterations = xp.zeros_like(state)
+    with np.errstate(all="ignore"):  # what is divided by zero is not taken
+        for iteration in range(1, max_iterations + 1):
+            running = state == _RUNNING
+            if (iteration - 1) % sync_every == 0 and not running.any():
+                break
+            iterations = iterations + running
+            Ap = product(p)
+            pp, pAp, ApAp = (numbers(v) for v in _gram(p, Ap))
+            bound = epsilon * xp.sqrt(pp) * xp.sqrt(ApAp)
+            usual = (pAp > bound) & (pAp < inf)
+            if not (xp is np and usual.all()):
+                state = settle(state, ~xp.isfinite(pAp), Status.NON_FINITE)
+                state = settle(state, pAp < -bound, Status.NEGATIVE_CURVATURE)
+                state = settle(state, ~usual, Status.BREAKDOWN)
+                running = state == _RUNNING
+            alpha = coefficients(xp.where(running, rz / pAp, 0.0))
+            x = torch.addcmul(x, alpha, p)  # α = 0 where a column stands still, and p is finite
+            r = recurred = where(running, torch.addcmul(r, alpha, Ap, value=-1), r)
+            goes_on = True
+            if iteration % residual_refresh == 0:
+                r = where(running, B - product(x), r)
+                goes_on = ~numbers(_norm(r - recurred) > _DRIFT * _norm(recurred))
+            rr = dot(r, r)
+            usual = (xp.sqrt(rr) > rtol * norm_b) & (rr < inf)
+            if not (xp is np and usual.all()):
+                state = settle(state, ~xp.isfinite(rr), Status.NON_FINITE)
+                state = settle(state, ~usual, Status.CONVERGED)
+            if progress_tolerance is not None:
+                model.append(-0.5 * dot(x, B + r))
+                k = max(10, iteration // 10)
+                if iteration > k:
+                    small = model[-1] - model[-1 - k] >= k * progress_tolerance * model[-1]
+                    state = settle(state, (model[-1] < 0) & small, Status.CONVERGED)
+            z, rz_next = r, rr
+            if preconditioner:
+                z = shaped(preconditioner, r)
+                rz_next = dot(r, z)
+                state = settle(state, ~xp.isfinite(rz_next), Status.NON_FINITE)
+                state = settle(state, ~(rz_next > 0), Status.BREAKDOWN)
+            running = state == _RUNNING
+            beta = coefficients(xp.where(running & goes_on, rz_next / rz, 0.0))
+            p = where(running, torch.addcmul(z, beta, p), p)
+            rz = rz_next
+    state = xp.where(state == _RUNNING, code[Status.ITERATION_LIMIT], state)
     x = torch.where(finite_b, x, torch.nan)
     return _finish(B, x, r, state, iterations, scale=scale, single=single)
 

@@ -34,10 +34,10 @@ def adam(epochs: int, batch_size: int, learning_rate: float) -> Fit:
     """Epochs of mini-batches."""
 
     def fit(agent: TRPO, observations: Tensor, returns: Tensor) -> object:
-        agent.critic, agent.n_critic_updates, agent.batch_size = "adam", epochs, batch_size
+        agent.n_critic_updates, agent.batch_size = epochs, batch_size
         for group in agent.policy.optimizer.param_groups:
             group["lr"] = learning_rate
-        return agent._critic_fit(observations, returns)[0]()
+        return agent._fit_critic_by_adam(observations, returns)
 
     return fit
 
@@ -46,9 +46,8 @@ def natural(steps: int, products: int, fraction: float) -> Fit:
     """Gauss–Newton steps, damped by Levenberg and Marquardt's rule."""
 
     def fit(agent: TRPO, observations: Tensor, returns: Tensor) -> object:
-        agent.critic, agent.n_critic_updates = "natural", steps
-        agent.cg_max_steps, agent.fisher_fraction = products, fraction
-        return agent._critic_fit(observations, returns)[0]()
+        agent.n_critic_updates, agent.cg_max_steps, agent.fisher_fraction = steps, products, fraction
+        return agent._fit_critic_by_natural_steps(observations, returns)
 
     return fit
 

@@ -86,6 +86,10 @@ def _check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
         raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 
 
+def _library(device: torch.device) -> Any:
+    return np if device.type == "cpu" else torch
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Columnwise inner products in float64, where float32 would underflow on small A: (P, K), (P, K) → (K,)."""
     return (x.double() * y.double()).sum(0)
@@ -197,7 +201,7 @@ def conjugate_gradient(
     B = torch.where(finite_b, B / scale, 0.0)
 
     # 7. On a few numbers an operation of NumPy costs a fifth of PyTorch's, and a look at them nothing.
-    xp: Any = np if b.device.type == "cpu" else torch
+    xp = _library(b.device)
 
     def numbers(v: Tensor) -> Any:
         return v.numpy() if xp is np else v

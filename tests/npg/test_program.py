@@ -1,5 +1,6 @@
 """The traced program against PyTorch's own forward and reverse mode, with every rewriting on and off."""
 
+import inspect
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vjp
 
 from npg.linearize import Linearization
-from npg.program import Program
+from npg.program import Program, staged
 
 aten = torch.ops.aten
 
@@ -153,3 +154,40 @@ def test_outputs_that_do_not_move_are_refused():
 
     with pytest.raises(NotImplementedError, match="do not move"):
         Program(function, [torch.ones(3)], [torch.ones(3)], torch.ones(3))
+
+
+def test_a_staged_program_computes_at_rest_what_does_not_move():
+    torch.manual_seed(0)
+    w, s, x = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64), torch.randn(5, 3).double()
+
+    def function(w, s, x):
+        joined = torch.cat([x @ w.T, s.exp().expand(5, 4)], -1)
+        mean, spread = joined.chunk(2, -1)  # cuts apart what was joined
+        return [mean * spread, mean]
+
+    at = staged(function, [w, s], [x])
+    for shift in (0.0, 1.0):  # other values of what rests, and of what moves
+        run = at([w + shift, s + shift])
+        for a, b in zip(run(x - shift), function(w + shift, s + shift, x - shift), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12)
+    moving = calls(inspect.getclosurevars(run).nonlocals["run"].__self__)
+    assert moving == {torch.mm: 1, torch.mul: 1}
+
+
+def test_a_staged_program_draws_random_numbers_in_every_call():
+    def function(scale, x):
+        return [x + scale.exp() * torch.randn(x.shape)]
+
+    scale, x = torch.zeros(3), torch.zeros(4, 3)
+    run = staged(function, [scale], [x])([scale])
+    torch.manual_seed(0)
+    a, b = run(x)[0], run(x)[0]
+    torch.manual_seed(0)
+    assert torch.equal(a, function(scale, x)[0])
+    assert torch.equal(b, function(scale, x)[0])
+    assert not torch.equal(a, b)
+
+
+def test_what_looks_at_values_is_not_staged():
+    with pytest.raises(Exception, match=r".+"):
+        staged(lambda x: [x if float(x.sum()) > 0 else -x], [], [torch.ones(3)])

@@ -9,9 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npg import solvers
 from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve
 
 pytestmark = pytest.mark.usefixtures("double")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["numpy", "torch"])
+def library(request):
+    """Everything with the numbers of an iteration in NumPy, as on a CPU, and in PyTorch, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(solvers, "_library", lambda device: torch)
+        yield
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from interleaved import machine, write_csv
 from stable_baselines3.common.utils import explained_variance
-from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from agents import TRPO
 from agents.config import resolve
-from envs import make_vec_env
+from envs import VecNormalize, make_vec_env
 
 Fit = Callable[[TRPO, Tensor, Tensor], object]
 

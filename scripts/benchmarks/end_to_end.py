@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from interleaved import machine, ratio, write_csv
 from return_over_time import ZOO, ZOO_OWN
+from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack
 
 from agents import TRPO
 from agents.config import resolve
-from envs import make_vec_env
+from envs import VecNormalize, make_vec_env
 
 TASKS = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "CartPole-v1", "PongNoFrameskip-v4"]
 WAYS = ("environments", "ours", "sb3-contrib, our envs", "sb3-contrib")
@@ -79,8 +80,8 @@ def random_turn(env: VecEnv) -> Turn:
     return turn
 
 
-def normalized(env: VecEnv, arguments: dict[str, Any] | None) -> VecEnv:
-    return env if arguments is None else VecNormalize(env, **arguments)
+def normalized(env: VecEnv, arguments: dict[str, Any] | None, wrapper: type[VecEnv] = vec_env.VecNormalize) -> VecEnv:
+    return env if arguments is None else wrapper(env, **arguments)
 
 
 def ways(task: str, seed: int) -> dict[str, Turn]:
@@ -108,7 +109,7 @@ def ways(task: str, seed: int) -> dict[str, Turn]:
     common = {"seed": seed, "device": "cpu"}
     return {
         "environments": random_turn(ours()),
-        "ours": agent_turn(TRPO(policy, normalized(ours(), preset.normalize), **common, **own)),
+        "ours": agent_turn(TRPO(policy, normalized(ours(), preset.normalize, VecNormalize), **common, **own)),
         "sb3-contrib, our envs": agent_turn(Contrib(policy, normalized(ours(), preset.normalize), **common, **on_ours)),
         "sb3-contrib": agent_turn(Contrib(policy, normalized(shipped, preset.normalize), **common, **contrib)),
     }

@@ -25,15 +25,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from interleaved import machine
+from stable_baselines3.common import vec_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from agents import TRPO
 from agents.config import resolve
-from envs import make_vec_env
+from envs import VecNormalize, make_vec_env
 
 AGENTS = ("ours", "sb3-contrib", "sb3-contrib, our envs")
 FIELDS = (
@@ -62,7 +63,7 @@ ZOO: dict[str, Any] = {
 ZOO_OWN: dict[str, dict[str, Any]] = {"HalfCheetah-v5": {"target_kl": 0.04}, "Swimmer-v5": {"gamma": 0.9999}}
 
 
-def make(agent: str, env_id: str, seed: int, timesteps: int) -> tuple[BaseAlgorithm, VecNormalize]:
+def make(agent: str, env_id: str, seed: int, timesteps: int) -> tuple[BaseAlgorithm, vec_env.VecNormalize]:
     """The agent on its training environments."""
     preset = resolve("trpo", env_id, seed=seed, timesteps=timesteps)
     if agent == "ours":
@@ -78,7 +79,7 @@ def make(agent: str, env_id: str, seed: int, timesteps: int) -> tuple[BaseAlgori
     else:
         bare = make_vec_env(env_id, preset.n_envs, seed)
         options["n_steps"] = max(1, 2 * options["n_steps"] // preset.n_envs)
-    venv = VecNormalize(bare, gamma=options["gamma"])
+    venv = vec_env.VecNormalize(bare, gamma=options["gamma"])
     return Contrib("MlpPolicy", venv, seed=seed, device="cpu", **options), venv
 
 
@@ -89,7 +90,7 @@ def normalized(venv: VecEnv, arguments: dict[str, Any] | None) -> VecNormalize:
 class Evaluation(BaseCallback):
     """Evaluates every ``every`` steps, and keeps the clock of training alone."""
 
-    def __init__(self, env_id: str, venv: VecNormalize, every: int, episodes: int, seed: int) -> None:
+    def __init__(self, env_id: str, venv: vec_env.VecNormalize, every: int, episodes: int, seed: int) -> None:
         super().__init__()
         self.venv, self.every, self.episodes = venv, every, episodes
         self.test = make_vec_env(env_id, episodes, 10_000 + seed, evaluation=True)

@@ -25,10 +25,9 @@ from return_over_time import ZOO, ZOO_OWN
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import explained_variance
-from stable_baselines3.common.vec_env import VecNormalize
 
 from agents import TRPO
-from envs import make_vec_env
+from envs import VecNormalize, make_vec_env
 
 # What the variants of ours have beyond RL Zoo's settings; the first is that of the presets for MuJoCo's tasks.
 FEW_LARGE_STEPS = {"n_critic_updates": 3, "batch_size": 256, "learning_rate": 2e-3}

@@ -198,6 +198,7 @@ class MDPO(NaturalPolicyAlgorithm):
             gradient_norm=float(g.norm()),
             step_norm=float(step.norm()) if accepted else 0.0,
             damping=0.0,
+            gradient=g,
             solution=step,
             step=step if accepted else torch.zeros_like(step),
             solve_seconds=perf_counter() - started,

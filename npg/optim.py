@@ -6,7 +6,7 @@ outputs mean, because the Fisher information is a property of the predictive dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from math import ceil, inf, nan
@@ -24,7 +24,7 @@ from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
 from npg.linearize import Linearization
 from npg.parallel import mean_
-from npg.solvers import Solver, conjugate_gradient, dense_solve
+from npg.solvers import Solver, conjugate_gradient, dense_solve, solve_in_metric
 from npg.step import StepReport, natural_step
 from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
@@ -33,8 +33,10 @@ __all__ = ["NGD", "DiagonalNGD", "OnlineNGD"]
 
 _Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
-#: Steps at the start on which OnlineNGD always updates its factors.
+#: Steps at the start on which online factors are always updated.
 BURN_IN = 10
+#: And after them on every so many.
+UPDATE_PERIOD = 4
 
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -118,7 +120,7 @@ class OnlineNGD(_ExactResume):
         decoupled_weight_decay: bool = True,
         alpha: float = 4.0,
         rank: int = 80,
-        update_period: int = 4,
+        update_period: int = UPDATE_PERIOD,
         eta: float = 0.1,
         max_change: float | None = None,
     ) -> None:
@@ -419,6 +421,10 @@ class NGD(_ModelOptimizer):
         max_iterations: of conjugate gradients, each about the cost of one gradient.
         rtol: conjugate gradients stop where the residual is below ``rtol`` · ‖g‖.
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
+        damping_metric: ``"identity"``, or ``"online"``: solve (F + λC) s = g with the metric C that the gradients so
+            far define (`npg.curvature.online`), which also preconditions the solver then. Not with ``"dense"`` or a
+            warm start.
+        alpha: smoothing of the online factors, as in `OnlineNGD`.
         curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
         fisher: ``"exact"``, ``"sampled"`` or ``"empirical"``.
         metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, and
@@ -450,6 +456,8 @@ class NGD(_ModelOptimizer):
         max_iterations: int = 10,
         rtol: float = 1e-3,
         warm_start: float = 0.0,
+        damping_metric: Literal["identity", "online"] = "identity",
+        alpha: float = 4.0,
         curvature_fraction: float = 1.0,
         fisher: Kind = "exact",
         metric: Literal["fisher", "wasserstein"] | Geometry = "fisher",
@@ -466,6 +474,11 @@ class NGD(_ModelOptimizer):
         _check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         _check(rtol >= 0, "rtol", rtol, "0 or above")
         _check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
+        _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
+        _check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
+        if damping_metric == "online":
+            _check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
+            _check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
         _check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
         self.metric = geometry(metric, family)
         _check(fisher == "exact" or self.metric is None, "fisher", fisher, "'exact' with another metric")
@@ -473,10 +486,16 @@ class NGD(_ModelOptimizer):
         super().__init__(model, family, defaults, fisher, process_group)
         self.trust_region = None if max_kl is None else TrustRegion(max_kl)
         self.damping_control = damping_control
+        self.damping_metric, self.alpha = damping_metric, alpha
+        self._factors: _TrackedFactors | None = None
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
         self._solver: Solver = partial(dense_solve, method="eigh")
         if solver == "cg":
             self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._factors = None
 
     @torch.no_grad()
     def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]
@@ -492,7 +511,12 @@ class NGD(_ModelOptimizer):
         curvature_inputs = None
         if self.curvature_fraction < 1:
             curvature_inputs = tuple(x[part] for x in inputs) if isinstance(inputs, tuple) else inputs[part]
-        x0 = None
+        solver, x0 = self._solver, None
+        if self.damping_metric == "online":
+            if self._factors is None or not self._factors.cover(params):
+                self._factors = _TrackedFactors(params, self.state, self.alpha)
+            root = self._factors.preconditioner.inverse_root()
+            solver = partial(solve_in_metric, root=root, solver=self._solver)
         if self.warm_start:
             x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
         report = natural_step(
@@ -503,7 +527,7 @@ class NGD(_ModelOptimizer):
             trust_region=self.trust_region,
             learning_rate=group["lr"],
             damping=group["damping"],
-            solver=self._solver,
+            solver=solver,
             fisher=partial(Fisher, kind=self.fisher, targets=targets[part] if self.fisher == "empirical" else None),
             metric=self.metric,
             curvature_inputs=curvature_inputs,
@@ -521,12 +545,41 @@ class NGD(_ModelOptimizer):
                 torch._foreach_add_(momenta, _split(report.step, momenta))
             if self.warm_start:
                 torch._foreach_copy_(self._states("solution", params), _split(report.solution, params))
+            if self._factors is not None:
+                self._factors.update(report.gradient)
             _decay(params, group["lr"] * group["weight_decay"])
         if self.damping_control is not None:
             group["damping"] = self.damping_control.update(
                 group["damping"], report.predicted_gain, report.actual_gain, report.accepted
             )
         return report
+
+
+class _TrackedFactors:
+    """`OnlineNGD`'s factors of the gradients of a model, with its defaults; the optimizer's state is views of them.
+
+    Gradients are the same on all processes, and so are the factors.
+    """
+
+    def __init__(self, params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], alpha: float) -> None:
+        self.params = [p for p in params if p.numel() > 0]
+        own = [states[p] for p in self.params]
+        self.count = int(own[0].get("step", 0))
+        self.step = torch.tensor(self.count)
+        self.preconditioner = OnlinePreconditioner(self.params, own, alpha=alpha)
+        for state in own:
+            state["step"] = self.step
+
+    def cover(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters, empty ones aside."""
+        return {*self.params} == {p for p in params if p.numel() > 0}
+
+    def update(self, gradient: Tensor) -> None:
+        """Count a step, and take its gradient in where it is due, (P,)."""
+        if self.count < BURN_IN or self.count % UPDATE_PERIOD == 0:
+            self.preconditioner(_split(gradient, self.params), update=True, first=self.count == 0)
+        self.count += 1
+        self.step.fill_(self.count)
 
 
 def _split(vector: Tensor, like: _Tensors) -> list[Tensor]:

@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LinearOperator", "Solution", "Solver", "Status", "conjugate_gradient", "dense_solve", "solve"]
+__all__ = [
+    "LinearOperator",
+    "Solution",
+    "Solver",
+    "Status",
+    "conjugate_gradient",
+    "dense_solve",
+    "solve",
+    "solve_in_metric",
+]
 
 
 class LinearOperator(Protocol):
@@ -353,6 +362,54 @@ def dense_solve(
     state = torch.full((B.shape[1],), _ORDER.index(status), device=b.device)
     solution = _finish(B, x, r, state, torch.zeros_like(state), scale=1.0, single=single)
     return replace(solution, x=solution.x.to(b.dtype))
+
+
+@dataclass(frozen=True)
+class _Whitened:
+    """L A L."""
+
+    A: LinearOperator
+    root: Callable[[Tensor], Tensor]
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.root(self.A @ self.root(v))
+
+
+def solve_in_metric(
+    A: LinearOperator,
+    b: Tensor,
+    *,
+    root: Callable[[Tensor], Tensor],
+    solver: Solver = conjugate_gradient,
+    x0: Tensor | None = None,
+    damping: float = 0.0,
+) -> Solution:
+    """Solve (A + λC) x = b, where L = C^{−1/2} is known: (L A L + λI) y = L b, and x = L y.
+
+    It damps the length of x in the metric C, and preconditions with C at the same time: conjugate gradients take here
+    the iterates that the preconditioner C gives them on A + λC.
+
+    Args:
+        A: symmetric positive semi-definite.
+        b: right-hand side, (P,).
+        root: v ↦ L v, symmetric positive definite.
+        solver: a matrix-free solver with its options bound.
+        x0: must be None; there for the common signature.
+        damping: λ ≥ 0, in units of C.
+
+    Returns:
+        A `Solution` whose residual and model value are those of the system in y; its curvature is xᵀ(A + λI)x, as
+        everywhere.
+
+    Raises:
+        ValueError: if ``x0`` is given.
+    """
+    if x0 is not None:
+        raise ValueError("x0 must be None with root: a start for x is none for y, for want of L⁻¹")
+    solution = solver(_Whitened(A, root), root(b), damping=damping)
+    x = root(solution.x)
+    extra = damping * (_dot(x, x) - _dot(solution.x, solution.x))
+    return replace(solution, x=x, curvature=solution.curvature + extra)
 
 
 def solve(A: Any, b: Tensor, *, method: Literal["cg", "cholesky", "eigh"] = "cg", **options: Any) -> Solution:

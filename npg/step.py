@@ -47,6 +47,7 @@ class StepReport:
         gradient_norm: ‖g‖.
         step_norm: ‖d‖.
         damping: λ.
+        gradient: g, (P,), of the objective.
         solution: s, (P,), for a warm start of the next solve.
         step: d, (P,), the change of the parameters.
         solve_seconds: time of the forward pass, gradient and solve.
@@ -67,6 +68,7 @@ class StepReport:
     gradient_norm: float
     step_norm: float
     damping: float
+    gradient: Tensor
     solution: Tensor
     step: Tensor
     solve_seconds: float
@@ -227,6 +229,7 @@ def natural_step(
         gradient_norm=g_norm,
         step_norm=scale * s_norm if accepted else 0.0,
         damping=damping,
+        gradient=g,
         solution=s,
         step=s * scale if accepted else torch.zeros_like(s),
         solve_seconds=solve_seconds,

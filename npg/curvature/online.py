@@ -12,10 +12,20 @@ and ρ are kept, with E = D / (β + D), because by the matrix inversion lemma
 
     X̂ = β X G⁻¹ = X − X Wᵀ W,   then rescaled so that ‖X̂‖ = ‖X‖.
 
+The same factors define a metric C for the damping of a solve (`InverseRoot`): with R Rᵀ = I,
+
+    C⁻¹ = √(τ̄/τ) ⊗ c β G⁻¹,     (β G⁻¹)^{1/2} = I − Wᵀ (I + (I − E)^{1/2})⁻¹ W,     c² = tr F / tr(β G⁻¹ F β G⁻¹)
+
+for every tensor, over its axes: c keeps the expected norm of the rows that F has tracked, τ = tr F / D is the mean
+square of the tensor's gradient, and τ̄ its mean over all entries of all tensors. Inside a tensor C is then the smoothed
+second moment of gradients, and from tensor to tensor it goes with their root mean square.
+
 Source: Povey, Zhang and Khudanpur (2015), "Parallel training of DNNs with natural gradient and parameter averaging",
 arXiv 1410.7455; the update is that of Kaldi's nnet3/natural-gradient-online.h, eqn:zt and following. Reading the other
 axes as rows is what Kaldi does for convolutions.
 """
+
+from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,6 +52,10 @@ class Factors(NamedTuple):
     def beta(self, alpha: float) -> Tensor:
         """Eigenvalue of G outside of the row space of W: β = ρ (1 + α) + (α/D) tr D, shape (B,)."""
         return (1 + alpha) * self.rho + alpha / self.weight.shape[-1] * self.d.sum(-1)
+
+    def trace(self) -> Tensor:
+        """The trace of F, D ρ + tr D, (B,)."""
+        return self.weight.shape[-1] * self.rho + self.d.sum(-1)
 
     def e(self, alpha: float) -> Tensor:
         """Diagonal of E = D (β I + D)⁻¹, shape (B, R)."""
@@ -133,6 +147,7 @@ class Block(NamedTuple):
 
     indices: list[int]  #: places in the list of tensors
     dtype: torch.dtype  #: of the arithmetic: the tensors' own, at least float32
+    device: torch.device
     axes: list[_Axis]  #: those of dimension above 1, in order
 
 
@@ -162,6 +177,7 @@ class OnlinePreconditioner:
         eta: float = 0.1,
     ) -> None:
         self.alpha, self.eta = alpha, eta
+        self.sizes = [tensor.numel() for tensor in tensors]
         shapes: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
         for i, tensor in enumerate(tensors):
             shapes[tensor.shape, torch.promote_types(tensor.dtype, torch.float32), tensor.device].append(i)
@@ -191,7 +207,7 @@ class OnlinePreconditioner:
                     start = slots[key].index((number, axis, indices[0]))
                     rows = slice(start, start + len(indices))
                     axes.append(_Axis(key, Factors(*(tensor[rows] for tensor in self.factors[key]))))
-            self.blocks.append(Block(indices, dtype, axes))
+            self.blocks.append(Block(indices, dtype, device, axes))
 
     def __call__(self, gradients: Sequence[Tensor], *, update: bool = False, first: bool = False) -> list[Tensor]:
         """Preconditioned gradients, (n, *shape) for each of `blocks`; each tensor keeps its gradient's norm.
@@ -221,12 +237,60 @@ class OnlinePreconditioner:
             self._update(self.factors[key], *(torch.cat(part) for part in zip(*parts, strict=True)))
         return out
 
+    def inverse_root(self) -> InverseRoot:
+        """L = C^{−1/2} of the factors as they are now; later updates do not change it."""
+        return InverseRoot(self)
+
     def _update(self, factors: Factors, product: Tensor, norm: Tensor, root_trace: Tensor) -> None:
         """Take in S, given W XᵀX and ‖X‖ for an X of any scale, and the (tr S)^{1/2} that X is to be scaled to."""
         scale = (root_trace / norm.clamp_min(torch.finfo(norm.dtype).tiny)).square()
         new = update_factors(factors, scale.view(-1, 1, 1) * product, root_trace.square(), self.alpha, self.eta)
         for old, value in zip(factors, new, strict=True):
             old.copy_(value)
+
+
+class InverseRoot:
+    """L = C^{−1/2} as a map of flat vectors: linear, symmetric, positive definite, block-diagonal over tensors.
+
+    The factors of different axes act on different axes, so they commute, and their product is symmetric as each is.
+
+    Args:
+        preconditioner: whose factors are copied.
+    """
+
+    def __init__(self, preconditioner: OnlinePreconditioner) -> None:
+        self._sizes = preconditioner.sizes
+        self._blocks: list[tuple[Block, list[tuple[Tensor, Tensor]], Tensor]] = []
+        # τ, by the first axis, which sees the gradient before it is preconditioned.
+        squares = {id(b): b.axes[0].factors.trace() / b.axes[0].key[0] for b in preconditioner.blocks if b.axes}
+        weights = {id(b): self._sizes[b.indices[0]] for b in preconditioner.blocks}
+        entries = sum(weights[i] * len(tau) for i, tau in squares.items())
+        parts = [weights[i] * tau.sum() / entries for i, tau in squares.items()]
+        mean = torch.stack(parts).sum() if parts else torch.zeros(())
+        for block in preconditioner.blocks:
+            axes, scale = [], torch.ones(len(block.indices), dtype=block.dtype, device=block.device)
+            if block.axes:
+                scale = (mean / torch.maximum(squares[id(block)], DELTA * mean)) ** 0.25
+            for (dim, *_), factors in block.axes:
+                beta, d, rho = factors.beta(preconditioner.alpha).unsqueeze(-1), factors.d, factors.rho
+                kept = beta / (beta + d)  # I − E, without its cancellation
+                outside, inside = (dim - d.shape[-1]) * rho, d + rho.unsqueeze(-1)
+                scale = scale * (factors.trace() / (outside + (kept.square() * inside).sum(-1))) ** 0.25
+                axes.append((factors.weight.clone(), factors.weight / (1 + kept.sqrt()).unsqueeze(-1)))
+            self._blocks.append((block, axes, scale))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """L v; (P,) → (P,), in the order of the tensors."""
+        parts = v.split(self._sizes)
+        out = list(parts)
+        for block, axes, scale in self._blocks:
+            x = torch.stack([parts[i] for i in block.indices]).to(block.dtype) * scale.unsqueeze(-1)
+            for weight, scaled in axes:  # turned round axis by axis, as in the preconditioner
+                x = x.view(len(x), weight.shape[-1], -1)
+                x = torch.baddbmm(x.mT, (scaled @ x).mT, weight, alpha=-1)
+            for i, row in zip(block.indices, x.view(len(x), -1).to(v.dtype), strict=True):
+                out[i] = row
+        return torch.cat(out)
 
 
 def _norms(x: Tensor) -> Tensor:

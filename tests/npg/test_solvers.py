@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npg import solvers
-from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve
+from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve, solve_in_metric
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -443,6 +443,37 @@ def test_dense_takes_what_has_a_dense_form(spd):
 
     b = randn(5)
     torch.testing.assert_close(dense_solve(Operator(), b).x, torch.linalg.solve(spd(5, 2.0), b))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_in_a_metric_it_is_the_preconditioned_solve_of_the_system_damped_in_it(spd, damping):
+    """With C = L⁻²: the iterates of conjugate gradients on A + λC with C⁻¹ as the preconditioner, to their limit."""
+    n = 30
+    A, L, b = spd(n, 1e3), spd(n, 10.0), randn(n)
+    C = torch.linalg.inv(L @ L)
+    for iterations in (1, 2, 5, 400):
+        options = {"max_iterations": iterations, "rtol": 1e-14, "residual_refresh": 10_000}
+        inner = partial(conjugate_gradient, **options)
+        solution = solve_in_metric(A, b, root=lambda v: L @ v, solver=inner, damping=damping)
+        peer = conjugate_gradient(A + damping * C, b, preconditioner=lambda r: L @ L @ r, **options)
+        assert relative(solution.x, peer.x) < 1e-8
+        if iterations < 400:
+            assert solution.iterations == peer.iterations
+        x = solution.x
+        torch.testing.assert_close(solution.curvature, x @ (A + damping * torch.eye(n)) @ x)
+        torch.testing.assert_close(solution.model_value, 0.5 * x @ (A + damping * C) @ x - b @ x)
+        residual = (L @ (b - (A + damping * C) @ x)).norm() / (L @ b).norm()
+        torch.testing.assert_close(solution.residual_norm, residual, rtol=1e-6, atol=1e-12)
+    assert relative(x, torch.linalg.solve(A + damping * C, b)) < 1e-10
+
+
+def test_in_a_metric_there_is_no_start_and_what_is_not_finite_is_said(spd):
+    A, b = spd(5, 10.0), randn(5)
+    with pytest.raises(ValueError, match="x0"):
+        solve_in_metric(A, b, root=lambda v: v, x0=b)
+    solution = solve_in_metric(A, b * nan, root=lambda v: v, damping=0.1)
+    assert solution.status is Status.NON_FINITE
+    assert solution.x.isnan().all()
 
 
 def test_solve_names_its_methods(spd):

@@ -116,8 +116,8 @@ def run(preconditioner: OnlinePreconditioner, row: list[torch.Tensor], t: int) -
     return out
 
 
-def dense(factors: Factors) -> torch.Tensor:
-    r = factors.weight / factors.e(ALPHA).sqrt().unsqueeze(-1)
+def dense(factors: Factors, alpha: float = ALPHA) -> torch.Tensor:
+    r = factors.weight / factors.e(alpha).sqrt().unsqueeze(-1)
     eye = torch.eye(r.shape[-1], dtype=r.dtype)
     return r.mT @ torch.diag_embed(factors.d) @ r + factors.rho.view(-1, 1, 1) * eye
 
@@ -261,3 +261,77 @@ def test_rank_zero_is_the_identity():
     gradient = torch.randn(4, 3)
     torch.testing.assert_close(run(preconditioner, [gradient], 0)[0], gradient)
     assert not preconditioner.factors
+
+
+# ------------------------------------------------------------------------------------------------ the metric's root
+
+
+def tracked(stream: str, alpha: float = ALPHA, steps: int = 25) -> OnlinePreconditioner:
+    preconditioner = OnlinePreconditioner([torch.zeros(s).double() for s in SHAPES], [{} for _ in SHAPES], alpha=alpha)
+    for t, row in enumerate(gradients(stream, steps)):
+        run(preconditioner, row, t)
+    return preconditioner
+
+
+def axis_metric(preconditioner: OnlinePreconditioner, factors: Factors) -> torch.Tensor:
+    """c β G⁻¹ of one axis from explicit matrices, (B, D, D)."""
+    f = dense(factors, preconditioner.alpha)
+    dim = f.shape[-1]
+    eye = torch.eye(dim, dtype=f.dtype)
+    trace = f.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
+    g = f + preconditioner.alpha / dim * trace * eye
+    inverse = factors.beta(preconditioner.alpha).view(-1, 1, 1) * torch.linalg.inv(g / trace) / trace
+    after = (inverse @ f @ inverse).diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1)
+    return (trace / after).sqrt() * inverse
+
+
+@pytest.mark.parametrize("alpha", [4.0, 0.25])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_the_root_of_the_metric_equals_its_dense_twin(stream, alpha):
+    """L is symmetric and positive definite; L L is the Kronecker product of √(τ̄/τ) and c β G⁻¹ on each axis."""
+    preconditioner = tracked(stream, alpha)
+    root, size = preconditioner.inverse_root(), sum(preconditioner.sizes)
+    matrix = torch.stack([root(column) for column in torch.eye(size).double()], 1)
+    want: list[torch.Tensor] = [torch.eye(size).double() for size in preconditioner.sizes]
+    square = torch.full((len(SHAPES),), torch.nan).double()
+    for block in preconditioner.blocks:
+        for row, i in enumerate(block.indices):
+            want[i] = torch.ones(1, 1).double()
+            if block.axes:
+                want[i] = torch.ones(1, 1).double()
+                (dim, *_), factors = block.axes[0]
+                square[i] = dense(factors, alpha)[row].trace() / dim
+            for _, factors in block.axes:
+                want[i] = torch.kron(want[i], axis_metric(preconditioner, factors)[row])
+    sizes = torch.tensor(preconditioner.sizes)
+    mean = (square * sizes).nansum() / sizes[~square.isnan()].sum()
+    between = (mean / square.clamp_min(DELTA * mean)).sqrt().nan_to_num(1.0)
+    want = [scale * metric for scale, metric in zip(between, want, strict=True)]
+    twin = torch.block_diag(*want)
+    scale = float(twin.abs().max())
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-12 * scale)
+    torch.testing.assert_close(matrix @ matrix, twin, rtol=0, atol=1e-10 * scale)
+    assert torch.linalg.eigvalsh(matrix).min() > 0
+
+
+def test_the_root_is_linear_and_stays_as_it_was_made():
+    preconditioner = tracked("generic")
+    root = preconditioner.inverse_root()
+    a, b = torch.randn(2, sum(preconditioner.sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = root(a)
+    torch.testing.assert_close(root(2 * a - 3 * b), 2 * before - 3 * root(b), rtol=1e-12, atol=1e-12)
+    run(preconditioner, gradients("dominated", 1)[0], 0)
+    assert torch.equal(root(a), before)
+    assert not torch.equal(preconditioner.inverse_root()(a), before)
+
+
+@pytest.mark.parametrize("steps", [0, 12])
+def test_the_root_is_finite_before_the_first_gradient_and_after_zeros(steps):
+    shapes = [(6, 5), (8,)]
+    preconditioner = OnlinePreconditioner([torch.zeros(s) for s in shapes], [{} for _ in shapes])
+    for t in range(steps):
+        run(preconditioner, [torch.zeros(s) for s in shapes], t)
+    v = torch.ones(sum(preconditioner.sizes))
+    moved = preconditioner.inverse_root()(v)
+    assert moved.isfinite().all()
+    assert torch.dot(moved, v) > 0

@@ -39,12 +39,13 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         "ngd": {"lr": 0.5, "damping": 0.1, "momentum": 0.5},
         "ngd-max-kl": {"max_kl": 0.02, "damping": 0.01},
         "ngd-lm": {"damping": 0.1, "damping_control": LevenbergMarquardt(), "warm_start": 0.9},
+        "ngd-online": {"lr": 0.5, "damping": 0.1, "damping_metric": "online"},
         "ngd-dense": {"lr": 0.5, "damping": 0.1, "solver": "dense"},
     }[name]
     return NGD(model, families.Categorical(), **changes)
 
 
-NAMES = ["sgd", "online-ngd", "diagonal-ngd", "ngd", "ngd-max-kl", "ngd-lm", "ngd-dense"]
+NAMES = ["sgd", "online-ngd", "diagonal-ngd", "ngd", "ngd-max-kl", "ngd-lm", "ngd-online", "ngd-dense"]
 
 
 def train(name: str, model: nn.Module, part: slice) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from npg import Fisher, LevenbergMarquardt, Status, families
+from npg.curvature.online import OnlinePreconditioner
 from npg.optim import NGD
 
 
@@ -60,6 +61,41 @@ def test_cg_to_convergence_equals_dense(damping):
         assert cg.step(x, y).status is Status.CONVERGED
         dense.step(x, y)
         torch.testing.assert_close(vector(a), vector(b), rtol=0, atol=1e-6)
+
+
+def test_online_damping_is_the_dense_solve_in_the_metric_of_the_gradients_so_far():
+    model = classifier()
+    options = {"damping": 0.1, "max_iterations": 1000, "rtol": 1e-13}
+    optimizer = NGD(model, families.Categorical(), lr=0.3, damping_metric="online", alpha=1.0, **options)
+    factors = OnlinePreconditioner(list(model.parameters()), [{} for _ in model.parameters()], alpha=1.0)
+    for t, (x, y) in enumerate(batches(16)):
+        before, g = vector(model), gradient(model, x, y)
+        f = Fisher(model, x, families.Categorical()).dense()
+        root = factors.inverse_root()
+        inverse_root = torch.stack([root(column) for column in torch.eye(len(g)).double()], 1)
+        metric = torch.linalg.inv(inverse_root @ inverse_root)
+        report = optimizer.step(x, y)
+        want = torch.linalg.solve(f + 0.1 * metric, g)
+        torch.testing.assert_close(vector(model), before - 0.3 * want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(report.predicted_kl, float(0.5 * 0.09 * want @ f @ want))
+        torch.testing.assert_close(report.gradient, -g)
+        if t < 10 or t % 4 == 0:  # afterwards, so that the metric does not depend on the gradient it is used on
+            parts = g.split([p.numel() for p in model.parameters()])
+            rows = [part.view_as(p) for part, p in zip(parts, model.parameters(), strict=True)]
+            factors(rows, update=True, first=t == 0)
+    assert (metric - torch.eye(len(g))).norm() > 0.1 * len(g) ** 0.5, "a test of nothing"
+
+
+def test_online_damping_goes_on_with_fewer_parameters():
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), lr=0.3, damping=0.1, damping_metric="online")
+    (x, y), (u, v) = batches(2)
+    optimizer.step(x, y)
+    model[0].requires_grad_(False)
+    before, frozen = vector(model), model[0].weight.clone()
+    assert optimizer.step(u, v).accepted
+    assert torch.equal(model[0].weight, frozen)
+    assert not torch.equal(vector(model), before)
 
 
 @pytest.mark.parametrize("solver", ["cg", "dense"])
@@ -145,14 +181,15 @@ def test_other_fishers(kind):
     torch.testing.assert_close(vector(model), want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{"warm_start": 0.9}, {"damping_metric": "online"}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_resumes_bit_for_bit_from_tensors(dtype):
+def test_resumes_bit_for_bit_from_tensors(dtype, options):
     data = batches(12, dtype=dtype)
 
     def start() -> tuple[nn.Module, NGD, torch.optim.lr_scheduler.LRScheduler]:
         model = classifier(dtype)
         optimizer = NGD(model, families.Categorical(), lr=0.3, damping=0.1, momentum=0.5, weight_decay=1e-2,
-                        warm_start=0.9, damping_control=LevenbergMarquardt())  # fmt: skip
+                        damping_control=LevenbergMarquardt(), **options)  # fmt: skip
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4)
 
     def go(model, optimizer, scheduler, part):
@@ -174,10 +211,11 @@ def test_resumes_bit_for_bit_from_tensors(dtype):
     assert torch.equal(vector(resumed[0]), vector(straight[0]))
 
 
-def test_a_refused_step_leaves_all_but_the_damping():
+@pytest.mark.parametrize("options", [{"warm_start": 1.0}, {"damping_metric": "online"}])
+def test_a_refused_step_leaves_all_but_the_damping(options):
     model = classifier()
-    optimizer = NGD(model, families.Categorical(), damping=0.1, momentum=0.5, weight_decay=0.1, warm_start=1.0,
-                    damping_control=LevenbergMarquardt(factor=2.0))  # fmt: skip
+    optimizer = NGD(model, families.Categorical(), damping=0.1, momentum=0.5, weight_decay=0.1,
+                    damping_control=LevenbergMarquardt(factor=2.0), **options)  # fmt: skip
     for x, y in batches(2):
         optimizer.step(x, y)
     before, damping = vector(model), optimizer.param_groups[0]["damping"]
@@ -238,12 +276,20 @@ def test_bf16_autocast_and_batch_norm():
         ("rtol", -1.0),
         ("warm_start", 1.5),
         ("curvature_fraction", 0.0),
+        ("damping_metric", "diagonal"),
+        ("alpha", -1.0),
         ("fisher", "type-1"),
     ],
 )
 def test_bad_options_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         NGD(classifier(), families.Categorical(), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("solver", "dense"), ("warm_start", 0.9)])
+def test_what_does_not_go_with_online_damping(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*damping_metric"):
+        NGD(classifier(), families.Categorical(), damping_metric="online", **{name: value})
 
 
 def test_momentum_does_not_go_with_a_radius():

@@ -98,6 +98,9 @@ def ways(task: str, seed: int) -> dict[str, Turn]:
     contrib: dict[str, Any]
     shipped: VecEnv
     if "NoFrameskip" in task:
+        import ale_py
+
+        gym.register_envs(ale_py)
         known = ("policy_kwargs", "cg_max_steps", "cg_damping", "learning_rate", "batch_size", "n_critic_updates")
         contrib = {"n_steps": 2 * own["n_steps"], **{key: own[key] for key in known}}
         shipped = VecFrameStack(make_atari_env(task, preset.n_envs // 2, seed), 4)

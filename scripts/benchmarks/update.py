@@ -29,7 +29,8 @@ from stable_baselines3.common.utils import explained_variance
 from agents import TRPO
 from envs import VecNormalize, make_vec_env
 
-# What the variants of ours have beyond RL Zoo's settings; the first is that of the presets for MuJoCo's tasks.
+# What the variants of ours have beyond RL Zoo's settings. The first has the work per step of the small MuJoCo presets;
+# those of the running tasks take larger rollouts, with as many products and critic steps on each.
 FEW_LARGE_STEPS = {"n_critic_updates": 3, "batch_size": 256, "learning_rate": 2e-3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {**FEW_LARGE_STEPS, "fisher_fraction": 0.25},

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
@@ -87,6 +88,17 @@ def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.nd
         buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)
 
     return record
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """PyTorch with ``n`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -310,6 +322,14 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             return lambda observations: self.policy.get_distribution(observations).get_actions()
         return self._actor.acting(observations)
 
+    def _acting_threads(self) -> int:
+        """Threads for the policy while it acts: one for vectors on a CPU, whose other cores step the environments.
+
+        A few rows gain nothing from a second thread, and each operation would wait until that gets a core.
+        """
+        images = any(len(space.shape or ()) > 1 for space in self._observation_spaces())
+        return 1 if self.device.type == "cpu" and not images else torch.get_num_threads()
+
     @torch.no_grad()
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: buffers.RolloutBuffer, n_rollout_steps: int
@@ -338,30 +358,31 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         n_steps = 0
         dones = self._last_episode_starts
         new_obs = self._last_obs
-        while n_steps < n_rollout_steps:
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self.policy.reset_noise(env.num_envs)
-            actions = act(obs_as_tensor(self._last_obs, self.device)).cpu().numpy().reshape(shape)
-            clipped_actions = actions
-            if box:
-                clipped_actions = (
-                    self.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
-                )
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
-            self.num_timesteps += stepped
-            callback.update_locals(locals())
-            if not callback.on_step():
-                return False
-            if dones.any():
-                self._update_info_buffer(infos, dones)
-                truncated += [
-                    (n_steps, index, infos[index]["terminal_observation"])
-                    for index in np.flatnonzero(dones).tolist()
-                    if infos[index].get("TimeLimit.truncated", False)
-                ]
-            record(self._last_obs, actions, rewards, self._last_episode_starts)
-            self._last_obs, self._last_episode_starts = new_obs, dones
-            n_steps += 1
+        with _threads(self._acting_threads()):
+            while n_steps < n_rollout_steps:
+                if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                    self.policy.reset_noise(env.num_envs)
+                actions = act(obs_as_tensor(self._last_obs, self.device)).cpu().numpy().reshape(shape)
+                clipped_actions = actions
+                if box:
+                    clipped_actions = (
+                        self.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
+                    )
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+                self.num_timesteps += stepped
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    return False
+                if dones.any():
+                    self._update_info_buffer(infos, dones)
+                    truncated += [
+                        (n_steps, index, infos[index]["terminal_observation"])
+                        for index in np.flatnonzero(dones).tolist()
+                        if infos[index].get("TimeLimit.truncated", False)
+                    ]
+                record(self._last_obs, actions, rewards, self._last_episode_starts)
+                self._last_obs, self._last_episode_starts = new_obs, dones
+                n_steps += 1
         self._evaluate_rollout(rollout_buffer, truncated)
         last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)

@@ -633,3 +633,22 @@ def test_checkpoint_of_another_algorithm_or_a_truncated_one(tmp_path):
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="truncated"):
         NPG.load(tmp_path / "cut.zip")
+
+
+def test_vectors_are_acted_on_by_one_thread_which_is_given_back():
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.add(torch.get_num_threads())
+            return True
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for observations, threads in (("vector", 1), ("image", 2)):
+            seen: set[int] = set()
+            policy, space = OBSERVATIONS[observations]
+            small(env=toy(space), policy=policy).learn(64, callback=Watch())
+            assert seen == {threads}
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

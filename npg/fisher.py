@@ -184,18 +184,35 @@ class Fisher:
         matrix = torch.cat(list(self._columns()), 1)
         return 0.5 * (matrix + matrix.T)
 
-    def diagonal(self, probes: int | None = None, generator: Generator | None = None) -> Tensor:
-        """The diagonal of F, (P,).
+    def diagonal(
+        self,
+        probes: int | None = None,
+        generator: Generator | None = None,
+        *,
+        root: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The diagonal of F, (P,); with ``root``, a map v ↦ L v, that of LFLᵀ.
 
         Exact by default, at the cost of ``dense``. With ``probes``, an unbiased estimate from that many backward
         passes: ``diag(JᵀMJ) = E[(Jᵀ L ε)²]`` for M = LLᵀ and independent signs ε, one per event and output. The
         events need not be independent of each other, so it holds through BatchNorm in training mode as well.
+
+        Raises:
+            ValueError: for ``root`` or ``probes`` with another metric than the family's own.
         """
+        if not self._own_metric and (probes, root) != (None, None):
+            raise ValueError(
+                "probes and root need a factor of the metric, which only the family's own metric has: leave them out"
+            )
+
+        def rooted(rows: Tensor) -> Tensor:
+            return rows if root is None else torch.stack([root(row) for row in rows])
+
         if probes is None:
             total = torch.zeros(self.parameters.numel, dtype=self.dtype, device=self.device)
-            if self._few_rows:
+            if self._few_rows or root is not None:
                 for rows in self._factor_rows():
-                    total += rows.square().sum(0)
+                    total += rooted(rows).square().sum(0)
                 return mean_(total, self.process_group)
             for start, columns in zip(range(0, self.parameters.numel, _CHUNK), self._columns()):
                 index = torch.arange(columns.shape[1], device=self.device)
@@ -203,13 +220,10 @@ class Fisher:
             return total
         if probes < 1:
             raise ValueError(f"probes must be at least 1, got {probes}")
-        if not self._own_metric:
-            raise ValueError(
-                "probes need a factor of the metric, which only the family's own metric has: leave them out"
-            )
         total = torch.zeros(self.parameters.numel, dtype=self.dtype, device=self.device)
         for _ in range(probes):
-            total += self.linearization.pull_back(self._random_factor(generator)).square()
+            row = self.linearization.pull_back(self._random_factor(generator))
+            total += rooted(row.unsqueeze(0)).squeeze(0).square()
         return mean_(total.div_(probes * self.events), self.process_group)
 
     def _random_factor(self, generator: Generator | None) -> Tensor:

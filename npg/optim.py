@@ -31,6 +31,7 @@ from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = ["NGD", "DiagonalNGD", "OnlineNGD"]
 
+DampingMetric: TypeAlias = Literal["identity", "online"]
 _Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 #: Steps at the start on which online factors are always updated.
@@ -261,14 +262,33 @@ class _ModelOptimizer(_ExactResume):
         defaults: dict[str, Any],
         fisher: Kind,
         process_group: dist.ProcessGroup | None,
+        damping_metric: DampingMetric,
+        alpha: float,
     ) -> None:
         if isinstance(model, DistributedDataParallel):
             # Forward mode cannot pass through the wrapper; the reduction is done here, once per product.
             process_group = process_group or model.process_group
             model = model.module
         _check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
+        _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
+        _check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
         self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
+        self.damping_metric, self.alpha = damping_metric, alpha
+        self._factors: _TrackedFactors | None = None
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._factors = None
+
+    def _online_factors(self) -> _TrackedFactors | None:
+        """The factors of the metric C; None if the damping does not use it."""
+        if self.damping_metric == "identity":
+            return None
+        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if self._factors is None or not self._factors.cover(params):
+            self._factors = _TrackedFactors(params, self.state, self.alpha)
+        return self._factors
 
     def _states(self, key: str, params: Iterable[Tensor]) -> list[Tensor]:
         """One state tensor of each parameter, zero at first, at least float32."""
@@ -285,6 +305,9 @@ class DiagonalNGD(_ModelOptimizer):
 
         v ← γ v + (1−γ) f,    m ← μ m + g / (v / (1−γᵗ) + λ),    θ ← (1 − lr · weight_decay) θ − lr · m.
 
+    With ``damping_metric="online"`` that happens in the coordinates C^{1/2} θ: f estimates diag LFL for L = C^{−1/2},
+    and m ← μ m + L (v / (1−γᵗ) + λ)⁻¹ L g.
+
     diag F is estimated by backward passes with random signs ε, one per event and output: with F = JᵀMJ/N and M = LLᵀ,
     E[(JᵀLε)²]/N = diag F for any model, batch normalisation in training mode included. It is the mean of squares over
     events; the square of the mean gradient, which Adam tracks, is another quantity that shrinks with the batch.
@@ -294,6 +317,9 @@ class DiagonalNGD(_ModelOptimizer):
         family: what the outputs of ``model`` mean.
         lr: step size.
         damping: λ > 0, added to the diagonal.
+        damping_metric: ``"identity"``, or ``"online"`` for the diagonal in the coordinates in which the metric C of
+            the gradients so far (`npg.curvature.online`) is the identity.
+        alpha: smoothing of the online factors, as in `OnlineNGD`.
         fisher: ``"exact"`` (expectation over labels), ``"sampled"`` (one label drawn from the model per event) or
             ``"empirical"`` (the labels of the data: the mean of squared per-event gradients).
         decay: γ, in [0, 1).
@@ -319,6 +345,8 @@ class DiagonalNGD(_ModelOptimizer):
         lr: float,
         damping: float = 1e-3,
         *,
+        damping_metric: DampingMetric = "identity",
+        alpha: float = 4.0,
         fisher: Kind = "exact",
         decay: float = 0.95,
         momentum: float = 0.9,
@@ -340,7 +368,7 @@ class DiagonalNGD(_ModelOptimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
         }
-        super().__init__(model, family, defaults, fisher, process_group)
+        super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
         self.probes, self.generator = probes, generator
 
     @torch.no_grad()
@@ -370,9 +398,11 @@ class DiagonalNGD(_ModelOptimizer):
         loss = mean_(-self.family.log_likelihood(outputs, targets).mean(), self.process_group)
         slope = linearization.pull_back(self.family.score(outputs, targets) / fisher.events)
         slope = mean_(slope, self.process_group)
-        diagonal = fisher.diagonal(self.probes, self.generator)
+        factors = self._online_factors()
+        root = None if factors is None else factors.preconditioner.inverse_root()
+        diagonal = fisher.diagonal(self.probes, self.generator, root=root)
         finite = torch.isfinite(loss) & torch.isfinite(slope).all() & torch.isfinite(diagonal).all()
-        slope, diagonal = (torch.where(finite, x, 0.0) for x in (slope, diagonal))
+        gradient, (slope, diagonal) = slope, (torch.where(finite, x, 0.0) for x in (slope, diagonal))
         taken = finite.double()  # 1, or 0 where the step is refused; all ranks agree, since all three are averaged
 
         params, gain = parameters.tensors, (1 - group["decay"]) * taken
@@ -385,7 +415,13 @@ class DiagonalNGD(_ModelOptimizer):
         denominators = torch._foreach_div(averages, torch._foreach_clamp_min(weights, torch.finfo(torch.float32).tiny))
         torch._foreach_add_(denominators, group["damping"])
         torch._foreach_mul_(momenta, 1 - (1 - group["momentum"]) * taken)
-        torch._foreach_addcdiv_(momenta, _split(slope, momenta), denominators)
+        if root is None:
+            torch._foreach_addcdiv_(momenta, _split(slope, momenta), denominators)
+        else:
+            step = root(root(slope) / torch.cat([x.flatten() for x in denominators]))
+            torch._foreach_add_(momenta, _split(step, momenta))
+        if factors is not None and finite:
+            factors.update(gradient)
         _decay(params, group["lr"] * group["weight_decay"] * taken)
         torch._foreach_add_(params, torch._foreach_mul(momenta, group["lr"] * taken))
         return torch.where(finite, loss, nan)
@@ -456,7 +492,7 @@ class NGD(_ModelOptimizer):
         max_iterations: int = 10,
         rtol: float = 1e-3,
         warm_start: float = 0.0,
-        damping_metric: Literal["identity", "online"] = "identity",
+        damping_metric: DampingMetric = "identity",
         alpha: float = 4.0,
         curvature_fraction: float = 1.0,
         fisher: Kind = "exact",
@@ -474,8 +510,6 @@ class NGD(_ModelOptimizer):
         _check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         _check(rtol >= 0, "rtol", rtol, "0 or above")
         _check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
-        _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
-        _check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
         if damping_metric == "online":
             _check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
             _check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
@@ -483,19 +517,13 @@ class NGD(_ModelOptimizer):
         self.metric = geometry(metric, family)
         _check(fisher == "exact" or self.metric is None, "fisher", fisher, "'exact' with another metric")
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(model, family, defaults, fisher, process_group)
+        super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
         self.trust_region = None if max_kl is None else TrustRegion(max_kl)
         self.damping_control = damping_control
-        self.damping_metric, self.alpha = damping_metric, alpha
-        self._factors: _TrackedFactors | None = None
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
         self._solver: Solver = partial(dense_solve, method="eigh")
         if solver == "cg":
             self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._factors = None
 
     @torch.no_grad()
     def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]
@@ -512,11 +540,8 @@ class NGD(_ModelOptimizer):
         if self.curvature_fraction < 1:
             curvature_inputs = tuple(x[part] for x in inputs) if isinstance(inputs, tuple) else inputs[part]
         solver, x0 = self._solver, None
-        if self.damping_metric == "online":
-            if self._factors is None or not self._factors.cover(params):
-                self._factors = _TrackedFactors(params, self.state, self.alpha)
-            root = self._factors.preconditioner.inverse_root()
-            solver = partial(solve_in_metric, root=root, solver=self._solver)
+        if (factors := self._online_factors()) is not None:
+            solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
         if self.warm_start:
             x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
         report = natural_step(
@@ -545,8 +570,8 @@ class NGD(_ModelOptimizer):
                 torch._foreach_add_(momenta, _split(report.step, momenta))
             if self.warm_start:
                 torch._foreach_copy_(self._states("solution", params), _split(report.solution, params))
-            if self._factors is not None:
-                self._factors.update(report.gradient)
+            if factors is not None:
+                factors.update(report.gradient)
             _decay(params, group["lr"] * group["weight_decay"])
         if self.damping_control is not None:
             group["damping"] = self.damping_control.update(

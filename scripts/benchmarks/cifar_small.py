@@ -45,7 +45,7 @@ CENTRES = {
     "rmsprop": 3e-3,
     "adagrad": 0.03,
     "online-ngd": 0.6,
-    "diagonal-ngd": 1e-2,
+    "diagonal-ngd": 0.05,
     "ngd": 0.3,
 }
 FACTOR = 3.0

@@ -428,6 +428,25 @@ def test_probed_diagonal_is_unbiased(name, kind, every_family):
     torch.testing.assert_close(fisher.diagonal(probes=800, generator=generator), draws.mean(0))
 
 
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_diagonal_in_other_coordinates(kind, every_family):
+    """diag(LFLᵀ), exact and by probes, for an L that mixes all coordinates."""
+    case = every_family["categorical"]
+    model, inputs = network("conv_batchnorm", case.size)
+    targets = torch.randint(4, (len(inputs),)) if kind == "empirical" else None
+    fisher = Fisher(model, inputs, case.family, kind=kind, targets=targets)
+    mix = torch.randn(fisher.shape, dtype=fisher.dtype) / fisher.shape[0] ** 0.5
+    want = (mix @ fisher.dense() @ mix.T).diagonal()
+
+    def root(v: torch.Tensor) -> torch.Tensor:
+        return mix @ v
+
+    torch.testing.assert_close(fisher.diagonal(root=root), want, rtol=1e-10, atol=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([fisher.diagonal(probes=1, generator=generator, root=root) for _ in range(800)])
+    within_five_errors(draws, want)
+
+
 # ----------------------------------------------------------------------------------------------------------- theorems
 
 
@@ -541,8 +560,10 @@ def test_another_metric_on_the_outputs(mlp, jacobian, assert_close):
     W = torch.diag(model(x).detach().exp().reshape(-1))
     V = torch.randn(J.shape[1], 2)
     assert_close(weighted @ V, J.T @ W @ J @ V / 5)
-    with pytest.raises(ValueError, match="probes need a factor of the metric"):
+    with pytest.raises(ValueError, match="probes and root need a factor of the metric"):
         identity.diagonal(probes=3)
+    with pytest.raises(ValueError, match="probes and root need a factor of the metric"):
+        identity.diagonal(root=lambda v: v)
 
 
 # -------------------------------------------------------------------------------------------------------------- SciPy

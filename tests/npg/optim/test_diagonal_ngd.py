@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npg import families
+from npg import Fisher, families
+from npg.curvature.online import OnlinePreconditioner
 from npg.optim import DiagonalNGD
 
 KINDS = ["exact", "sampled", "empirical"]
@@ -110,14 +111,41 @@ def test_average_momentum_and_decay():
         torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_online_damping_takes_the_diagonal_in_the_coordinates_of_the_gradients_so_far(norm):
+    model = make_model(norm)
+    optimizer = DiagonalNGD(
+        model, families.Categorical(), probes=None, damping_metric="online", alpha=1.0, **options(momentum=0.5)
+    )
+    factors = OnlinePreconditioner(list(model.parameters()), [{} for _ in model.parameters()], alpha=1.0)
+    m = torch.zeros_like(vector(model))
+    for t, (x, y) in enumerate(batches(16)):
+        before, g = vector(model), flat_gradient(functional.cross_entropy(model(x), y), model)
+        inverse_root = factors.inverse_root()
+        root = torch.stack([inverse_root(column) for column in torch.eye(len(g)).double()], 1)
+        f = (root @ Fisher(model, x, families.Categorical()).dense() @ root).diagonal()
+        m = 0.5 * m + root @ ((root @ g) / (f + 0.01))
+        optimizer.step(x, y)
+        torch.testing.assert_close(vector(model), before - 0.1 * m, rtol=0, atol=1e-10)
+        if t < 10 or t % 4 == 0:  # afterwards, so that the coordinates do not depend on the gradient they are used on
+            parts = g.split([p.numel() for p in model.parameters()])
+            rows = [part.view_as(p) for part, p in zip(parts, model.parameters(), strict=True)]
+            factors(rows, update=True, first=t == 0)
+    assert (root - torch.eye(len(g))).norm() > 0.1 * len(g) ** 0.5, "a test of nothing"
+
+
+@pytest.mark.parametrize("metric", ["identity", "online"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_resumes_bit_for_bit_from_tensors(kind, dtype):
+def test_resumes_bit_for_bit_from_tensors(kind, dtype, metric):
     data = batches(10, dtype=dtype)
 
     def start() -> tuple[nn.Module, DiagonalNGD, torch.Generator]:
         model, generator = make_model(dtype=dtype), torch.Generator().manual_seed(0)
-        return model, DiagonalNGD(model, families.Categorical(), 0.05, fisher=kind, generator=generator), generator
+        optimizer = DiagonalNGD(
+            model, families.Categorical(), 0.05, damping_metric=metric, fisher=kind, generator=generator
+        )
+        return model, optimizer, generator
 
     straight, _, _ = run = start()
     for x, y in data:
@@ -140,10 +168,11 @@ def test_resumes_bit_for_bit_from_tensors(kind, dtype):
     assert torch.equal(vector(model), vector(straight))
 
 
+@pytest.mark.parametrize("metric", ["identity", "online"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_through_batch_norm(kind):
+def test_it_trains_through_batch_norm(kind, metric):
     model = make_model(norm=True)
-    optimizer = DiagonalNGD(model, families.Categorical(), 0.01, damping=1e-2, fisher=kind)
+    optimizer = DiagonalNGD(model, families.Categorical(), 0.01, damping=1e-2, fisher=kind, damping_metric=metric)
     ((x, y),) = batches(1)
     losses = [optimizer.step(x, y).item() for _ in range(60)]
     assert losses[-1] < 0.3 * losses[0]
@@ -160,6 +189,8 @@ def test_it_trains_through_batch_norm(kind):
         ("momentum", -0.1),
         ("weight_decay", -1.0),
         ("probes", 0),
+        ("damping_metric", "kaldi"),
+        ("alpha", -1.0),
     ],
 )
 def test_bad_options_are_refused_by_name(name, value):
@@ -167,13 +198,14 @@ def test_bad_options_are_refused_by_name(name, value):
         DiagonalNGD(make_model(), families.Categorical(), **{"lr": 0.1, name: value})
 
 
+@pytest.mark.parametrize("metric", ["identity", "online"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spoilt", [0, 2])
-def test_a_step_that_is_not_finite_changes_nothing(spoilt, dtype):
+def test_a_step_that_is_not_finite_changes_nothing(spoilt, dtype, metric):
     """The steps around a batch that holds a NaN are those that are taken without it."""
     data = batches(5, dtype=dtype)
     models = [make_model(dtype=dtype) for _ in range(2)]
-    settings = options(decay=0.9, momentum=0.9, weight_decay=0.1)
+    settings = options(decay=0.9, momentum=0.9, weight_decay=0.1, damping_metric=metric)
     optimizers = [
         DiagonalNGD(m, families.Categorical(), generator=torch.Generator().manual_seed(2), **settings) for m in models
     ]

@@ -35,6 +35,8 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         return OnlineNGD(model.parameters(), 0.1, weight_decay=1e-3)
     if name == "diagonal-ngd":
         return DiagonalNGD(model, families.Categorical(), 0.05, probes=None)
+    if name == "diagonal-ngd-online":
+        return DiagonalNGD(model, families.Categorical(), 0.05, damping=0.1, probes=None, damping_metric="online")
     changes = {
         "ngd": {"lr": 0.5, "damping": 0.1, "momentum": 0.5},
         "ngd-max-kl": {"max_kl": 0.02, "damping": 0.01},
@@ -45,7 +47,17 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return NGD(model, families.Categorical(), **changes)
 
 
-NAMES = ["sgd", "online-ngd", "diagonal-ngd", "ngd", "ngd-max-kl", "ngd-lm", "ngd-online", "ngd-dense"]
+NAMES = [
+    "sgd",
+    "online-ngd",
+    "diagonal-ngd",
+    "diagonal-ngd-online",
+    "ngd",
+    "ngd-max-kl",
+    "ngd-lm",
+    "ngd-online",
+    "ngd-dense",
+]
 
 
 def train(name: str, model: nn.Module, part: slice) -> Tensor:

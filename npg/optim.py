@@ -376,7 +376,7 @@ class DiagonalNGD(_ModelOptimizer):
         """Take one step on a mini-batch; returns its mean negative log-likelihood before the step, ().
 
         Where that, the gradient or the diagonal is not finite, the step is refused: parameters, running average and
-        momentum stay as they were, and NaN is returned. The host does not wait to know.
+        momentum stay as they were, and NaN is returned. The host waits to know with ``damping_metric="online"`` alone.
 
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments.
@@ -402,7 +402,7 @@ class DiagonalNGD(_ModelOptimizer):
         root = None if factors is None else factors.preconditioner.inverse_root()
         diagonal = fisher.diagonal(self.probes, self.generator, root=root)
         finite = torch.isfinite(loss) & torch.isfinite(slope).all() & torch.isfinite(diagonal).all()
-        gradient, (slope, diagonal) = slope, (torch.where(finite, x, 0.0) for x in (slope, diagonal))
+        slope, diagonal = (torch.where(finite, x, 0.0) for x in (slope, diagonal))
         taken = finite.double()  # 1, or 0 where the step is refused; all ranks agree, since all three are averaged
 
         params, gain = parameters.tensors, (1 - group["decay"]) * taken
@@ -421,7 +421,7 @@ class DiagonalNGD(_ModelOptimizer):
             step = root(root(slope) / torch.cat([x.flatten() for x in denominators]))
             torch._foreach_add_(momenta, _split(step, momenta))
         if factors is not None and finite:
-            factors.update(gradient)
+            factors.update(slope)
         _decay(params, group["lr"] * group["weight_decay"] * taken)
         torch._foreach_add_(params, torch._foreach_mul(momenta, group["lr"] * taken))
         return torch.where(finite, loss, nan)

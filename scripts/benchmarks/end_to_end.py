@@ -122,11 +122,14 @@ def compare(task: str, seconds: float, rounds: int, seed: int) -> list[dict[str,
     """One row per way; each has ``rounds`` turns of about so many seconds."""
     turns = ways(task, seed)
     steps = {}
-    for way, turn in turns.items():  # the first turn warms up and tells how many steps make up a turn
-        turn(1)
-        started = perf_counter()
-        taken, _ = turn(1)
-        steps[way] = max(1, round(taken / (perf_counter() - started) * seconds))
+    for way, turn in turns.items():  # the first turns warm up and tell how many steps make up a turn
+        for _ in range(2):
+            started = perf_counter()
+            taken = turn(1)[0]
+            spent = perf_counter() - started
+            if spent > 10 * seconds:  # nothing that warms up counts beside that
+                break
+        steps[way] = max(1, round(taken / spent * seconds))
     times: dict[str, list[float]] = {way: [] for way in turns}
     shares: dict[str, list[float]] = {way: [] for way in turns}
     for number in range(rounds):

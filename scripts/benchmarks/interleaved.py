@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import platform
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -51,7 +51,7 @@ def measure(
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> tuple[float, float, float]:
     """Quartiles (median in the middle) of the ratio of ``name`` to ``unit``, each taken within one round."""
     ratios = [a / b for a, b in zip(seconds[name], seconds[unit], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
     return low, middle, high
 
 

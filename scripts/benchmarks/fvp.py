@@ -96,11 +96,11 @@ def rivals(model: nn.Module, x: torch.Tensor, family: families.Family) -> dict[s
         "jvp-vjp": jvp_vjp,
     }
     expected = fisher @ v
-    # Wide ResNets are ill-conditioned in float32: from a float64 product ours and double backward differ by 2e-4, and
-    # PyTorch's convolutions without oneDNN by 1e-3.
-    for name in ("ours, no oneDNN", "double backward", "jvp-vjp"):
+    # Through a Wide ResNet in float32, PyTorch's convolutions without oneDNN alone are off a float64 product by 1e-3;
+    # ours and double backward are off by 2e-4.
+    for name, bound in (("ours, no oneDNN", 5e-3), ("double backward", 1e-3), ("jvp-vjp", 1e-3)):
         difference = float((ways[name]() - expected).norm() / expected.norm())
-        assert difference < 5e-3, f"{name} differs from ours by {difference:.1e}"
+        assert difference < bound, f"{name} differs from ours by {difference:.1e}"
     try:
         from curvlinops import GGNLinearOperator
     except ImportError:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import sleep
 from typing import Any, TypeVar
 
 import torch
@@ -183,3 +184,6 @@ def open_world(device: str | None = None) -> Iterator[World]:
         raise
     finally:
         dist.destroy_process_group()
+        # A thread of Gloo's drops the tensors of the last reduction, for which it needs the GIL; if the interpreter has
+        # begun to end by then, Python 3.12 aborts. Asleep, this thread leaves the GIL to it.
+        sleep(0.1)

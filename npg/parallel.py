@@ -185,5 +185,5 @@ def open_world(device: str | None = None) -> Iterator[World]:
     finally:
         dist.destroy_process_group()
         # A thread of Gloo's drops the tensors of the last reduction, for which it needs the GIL; if the interpreter has
-        # begun to end by then, Python 3.12 aborts. Asleep, this thread leaves the GIL to it.
+        # begun to end by then, the process aborts. Asleep, this thread leaves the GIL to it.
         sleep(0.1)

@@ -13,6 +13,7 @@ put in its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,12 @@ Kind = Literal["exact", "sampled", "empirical"]
 Metric = Callable[[Tensor], LinearMap]
 
 _CHUNK = 64  # right-hand sides, or rows of the Jacobian, that are treated at once
+
+
+def _outer_products(scores: Tensor, u: Tensor) -> Tensor:
+    """M u with M = (1/S) Σ g gᵀ and the scores g, (S, …, D)."""
+    u = u.unsqueeze(-scores.ndim)
+    return (scores * (scores * u).sum(-1, keepdim=True)).mean(-scores.ndim)
 
 
 class Fisher:
@@ -95,13 +102,8 @@ class Fisher:
         else:
             labels = [targets] if targets is not None else [family.sample(outputs, generator) for _ in range(samples)]
             self._scores = torch.stack([family.score(outputs, y) for y in labels])
-            self._metric = self._outer_products
-
-    def _outer_products(self, u: Tensor) -> Tensor:
-        # M = (1/S) Σ g gᵀ with the scores g, (S, …, D)
-        assert self._scores is not None
-        u = u.unsqueeze(-1 - self._scores[0].ndim)
-        return (self._scores * (self._scores * u).sum(-1, keepdim=True)).mean(-1 - self._scores[0].ndim)
+            # Not a method of this object, which would hold itself and all of its activations that way.
+            self._metric = partial(_outer_products, self._scores)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -18,6 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its default arguments hold whatever group there is when it is imported, for ever: imported by PyTorch at the first
+# trace, it would keep the group, and with it Gloo's threads, alive beyond the end that a caller sees.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -185,5 +189,6 @@ def open_world(device: str | None = None) -> Iterator[World]:
     finally:
         dist.destroy_process_group()
         # A thread of Gloo's drops the tensors of the last reduction, for which it needs the GIL; if the interpreter has
-        # begun to end by then, the process aborts. Asleep, this thread leaves the GIL to it.
-        sleep(0.1)
+        # begun to end by then, the process aborts. The group's end would wait for it, but callers still hold the group.
+        # Asleep, this thread leaves the GIL to it.
+        sleep(0.5)

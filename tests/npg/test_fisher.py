@@ -1,6 +1,8 @@
 """F @ v against the matrix written out, for every kind of network × every family; and the theorems about F."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -630,6 +632,23 @@ def test_nothing_of_the_model_is_disturbed(name, every_family):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
+def test_its_memory_is_given_back_with_the_last_reference(mlp, kind):
+    x, family = torch.randn(5, 3), families.Categorical()
+    model = mlp(3)
+    y = {"targets": torch.zeros(5, dtype=torch.long)} if kind == "empirical" else {}
+    Fisher(model, x, family, kind=kind, **y) @ torch.ones(sum(p.numel() for p in model.parameters()))  # traces
+    gc.disable()  # what is left to the garbage collector waits for it, on a GPU too
+    try:
+        fisher = Fisher(model, x, family, kind=kind, **y)
+        fisher @ torch.ones(fisher.shape[0])
+        alive = weakref.ref(fisher.linearization)
+        del fisher
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_bad_vectors_are_refused(mlp):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from npg import Fisher, LevenbergMarquardt, TrustRegion, conjugate_gradient, families, natural_step
-from npg.parallel import average_, mean_, moments, size
+from npg.parallel import average_, mean_, moments, open_world, size
 
 STEPS = 3
 OPTIONS = {
@@ -86,39 +86,24 @@ def everything(x: Tensor, y: Tensor, model: nn.Module, group: dist.ProcessGroup 
     return found
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def work(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     model, x, y = problem()
-    share = slice(8 * rank, 8 * (rank + 1))
-    found = everything(x[share], y[share], model, dist.group.WORLD)
-    found["mean"] = mean_(torch.tensor([float(rank), 5.0]), dist.group.WORLD)
-    found["moments"] = torch.stack(moments(far_away()[share], dist.group.WORLD))
-    several = [torch.full((2, 3), float(rank)), torch.tensor(rank), torch.tensor([4.0 * rank])]
-    average_(several, dist.group.WORLD)
-    found["average"] = torch.cat([several[0].flatten(), several[2]])
-    found["size"] = torch.tensor(size(dist.group.WORLD))
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    with open_world("cpu") as world:
+        share = slice(8 * world.rank, 8 * (world.rank + 1))
+        found = everything(x[share], y[share], model, world.group)
+        found["mean"] = mean_(torch.tensor([float(world.rank), 5.0]), world.group)
+        found["moments"] = torch.stack(moments(far_away()[share], world.group))
+        several = [torch.full((2, 3), float(world.rank)), torch.tensor(world.rank), torch.tensor([4.0 * world.rank])]
+        average_(several, world.group)
+        found["average"] = torch.cat([several[0].flatten(), several[2]])
+        found["size"] = torch.tensor(size(world.group))
+        torch.save(found, folder / f"rank{world.rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, object]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(2)
-    ]
-    try:
-        logs = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def ranks(tmp_path_factory, two_processes) -> list[dict[str, object]]:
+    return two_processes(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -168,5 +153,27 @@ def test_without_a_group_nothing_happens():
     assert size(None) == 1
 
 
+ALONE = """
+import gc, sys, weakref
+import torch, torch.distributed as dist
+from npg import Fisher, families
+
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
+group = weakref.ref(dist.group.WORLD)
+fisher = Fisher(torch.nn.Linear(2, 2), torch.ones(3, 2), families.Categorical(), process_group=dist.group.WORLD)
+fisher @ torch.ones(6)
+del fisher
+dist.destroy_process_group()
+gc.collect()
+assert group() is None
+"""
+
+
+def test_a_destroyed_group_ends(tmp_path):
+    # only then does it join its threads, which abort the process if they outlive the interpreter
+    done = subprocess.run([sys.executable, "-c", ALONE, f"file://{tmp_path}/store"], check=False, timeout=240)
+    assert done.returncode == 0
+
+
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(Path(sys.argv[1]))

@@ -1,17 +1,17 @@
 """Two processes with half of the batch each take the steps of one process with the whole batch."""
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from npg import LevenbergMarquardt, families
 from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.parallel import open_world
 
 STEPS = 5
 
@@ -72,22 +72,17 @@ def train(name: str, model: nn.Module, part: slice) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-def work(rank: int, init: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    for name in NAMES:
-        model = DistributedDataParallel(make_model())
-        torch.save(train(name, model, slice(6 * rank, 6 * rank + 6)), f"{folder}/{name}-{rank}.pt")
-    dist.destroy_process_group()
+def work(folder: Path) -> None:
+    with open_world("cpu") as world:
+        share = slice(6 * world.rank, 6 * world.rank + 6)
+        trained = {name: train(name, DistributedDataParallel(make_model()), share) for name in NAMES}
+        torch.save(trained, folder / f"rank{world.rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    arguments = [f"file://{folder}/rendezvous", str(folder)]
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), *arguments]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in NAMES}
+def results(tmp_path_factory, two_processes):
+    ranks = two_processes(__file__, tmp_path_factory.mktemp("ranks"))
+    return {name: [rank[name] for rank in ranks] for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,4 +96,4 @@ def test_two_processes_equal_one(results, name):
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    work(Path(sys.argv[1]))

@@ -209,7 +209,7 @@ class Linearization:
                 self._seen = (u, torch.dot(pulled, _generic(pulled)))
             return pulled
         with torch.no_grad():
-            return self.parameters.flatten(self._maps.pull(u))
+            return self.parameters.flatten(self._maps.pull(u.contiguous()))  # see `npg.program._dense`
 
     def _reverse(self, u: Tensor) -> Sequence[Tensor]:
         """Jᵀ u over the recorded forward pass."""
@@ -226,7 +226,7 @@ class Linearization:
         if self._maps is None:
             self._maps = self._trace() or self._double_backward()
         if v.ndim == 1:
-            return self._maps.push(self.parameters.unflatten(v))
+            return self._maps.push(self.parameters.unflatten(v.contiguous()))
         push = self._maps.plain_push
         return torch.vmap(lambda column: push(self.parameters.unflatten(column)))(v.T)
 

@@ -66,6 +66,11 @@ class Program:
             function, [*arguments, *tangents, cotangent], before=_open_tanh
         )
         n = len(arguments)
+        if cotangent.device.type == "cpu":
+            _keep_freed_memory()
+        one_dnn = _one_dnn(cotangent)
+        if one_dnn:
+            _transpose_cotangents(traced.graph, _moving(traced.graph, placeholders[-1:]))
         zeros = {node for node in traced.graph.nodes if _is_zero(node)}
         push, push_residuals = _part(traced.graph, placeholders[n:-1], [moved], zeros)
         pull, pull_residuals = _part(traced.graph, placeholders[-1:], list(pulled), zeros)
@@ -74,7 +79,6 @@ class Program:
         place = {node: i for i, node in enumerate(residuals)}
         self._push_places = [place[node] for node in push_residuals]
         self._pull_places = [place[node] for node in pull_residuals]
-        one_dnn = _one_dnn(cotangent)
         self._plain_push, self._plain_pull = GraphModule(traced, push), GraphModule(traced, pull)
         self._primal, self._push, self._pull = (
             GraphModule(traced, _specialised(graph, one_dnn=one_dnn)) for graph in (primal, push, pull)
@@ -83,7 +87,7 @@ class Program:
     @torch.no_grad()
     def linearize(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Maps]:
         """η and the two maps at these arguments."""
-        outputs, *residuals = self._primal.forward(*arguments)
+        outputs, *residuals = self._primal.forward(*(_dense(argument) for argument in arguments))
         first = [residuals[i] for i in self._push_places]
         second = [residuals[i] for i in self._pull_places]
 
@@ -140,6 +144,20 @@ def _trace(
     return traced, placeholders, results.args[0]
 
 
+def _dense(x: Tensor) -> Tensor:
+    """``x``, a copy if its rows or columns lie apart: oneDNN takes a thousand times as long for such a right factor."""
+    return x if x.ndim != 2 or x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB for the next product, where it gave them back to the system.
+
+    To have the pages of a temporary anew takes longer than to compute it. glibc sets its threshold by the largest block
+    that was freed so far; where memory is managed in another way, this one changes nothing.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
 def _one_dnn(like: Tensor) -> bool:
     """Whether oneDNN's products are the faster ones: with AVX-512, of which the default library uses half on AMD.
 
@@ -150,7 +168,7 @@ def _one_dnn(like: Tensor) -> bool:
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and bool(_ONE_DNN)
     )
 
 
@@ -241,6 +259,9 @@ _POINTWISE = {
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim}
 _REPEATABLE = _VIEWS | _PRODUCTS | _POINTWISE | _REDUCTIONS  # the same arguments, the same result, and no side effect
 _FRESH = _PRODUCTS | _POINTWISE | {aten.addmm.default, aten.convolution.default}  # results that share no memory
+_ONE_DNN: set[Any] = set()
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _ONE_DNN |= {torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary}
 _IN_PLACE = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.mul.Tensor: aten.mul_.Tensor,
@@ -426,33 +447,105 @@ _DIRECT: dict[Any, Callable[..., Any]] = {
 
 
 _WORTH_IT = 2**19  # multiply-adds from which on oneDNN's product can take less time than the default one
+_WORTH_IT_WITH_TANH = 2**13  # elements from which on oneDNN's tanh, in the same pass, outweighs a slower product
+
+
+def _is_product(node: Node) -> bool:
+    return node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and _dtype(node) is torch.float32
+
+
+def _is_large_product(node: Node) -> bool:
+    if not _is_product(node):
+        return False
+    left, right = _args(node)[-2:]
+    (m, k), n = _shape(left) or (0, 0), (_shape(right) or (0, 0))[1]
+    return m * k * n >= _WORTH_IT
+
+
+def _transpose_cotangents(graph: Graph, moving: set[Node]) -> None:
+    """Compute zᵀ in place of the cotangents z that enter as zᵀh, the gradient of a weight.
+
+    oneDNN would copy a transposed left factor first, which takes as long as the product, and the default product is
+    slower than its. zᵀ comes from transposes, of which those at rest are made once per linearisation.
+    """
+    if any(_mutates(node) for node in _calls(graph)):
+        return  # a transpose made early might miss a change
+    transposes: dict[Node, Node] = {}
+
+    def call(target: Any, args: Sequence[Any], value: Any, **kwargs: Any) -> Node:
+        node = graph.call_function(target, tuple(args), kwargs)
+        node.meta = {"val": value}
+        return node
+
+    def is_computed(node: Node) -> bool:
+        """Whether it is a product, or elementwise of matrices that are all shaped like it."""
+        return node in moving and (
+            node.target is aten.mm.default
+            or (
+                node.target in _POINTWISE
+                and len(_shape(node) or ()) == 2
+                and all(_shape(source) == _shape(node) for source in node.all_input_nodes)
+            )
+        )
+
+    def transpose(node: Node) -> Node:
+        if node.target is aten.t.default:
+            return _args(node)[0]
+        if node in transposes:
+            return transposes[node]
+        value = _value(node).t()
+        if is_computed(node):
+            sources = [transpose(source) if isinstance(source, Node) else source for source in node.args]
+            target: Any = node.target
+            with graph.inserting_before(node):
+                new = call(target, sources[::-1] if target is aten.mm.default else sources, value, **node.kwargs)
+                back = call(aten.t.default, [new], _value(node))
+            node.replace_all_uses_with(back)
+            moving.update((new, back))
+        else:
+            with graph.inserting_after(node):
+                new = call(aten.t.default, [node], value)
+            if node not in moving:
+                with graph.inserting_after(new):
+                    new = call(aten.clone.default, [new], value, memory_format=torch.contiguous_format)
+        transposes[node] = new
+        return new
+
+    for node in _calls(graph):
+        left = _args(node)[-2] if _is_large_product(node) else None
+        if left is not None and left.target is aten.t.default and is_computed(_args(left)[0]):
+            left.replace_all_uses_with(transpose(_args(left)[0]))
+    _tidy(graph)
 
 
 def _to_one_dnn(graph: Graph, node: Node) -> None:
     """Give a large float32 product of matrices to oneDNN, where that is the faster (see `_one_dnn`)."""
-    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs or _dtype(node) is not torch.float32:
+    if not _is_product(node):
+        return
+    users = list(node.users)
+    tanh = users[0] if len(users) == 1 and users[0].target is aten.tanh.default else None
+    if not (
+        _is_large_product(node)
+        or (tanh is not None and (_shape(node) or torch.Size([0])).numel() >= _WORTH_IT_WITH_TANH)
+    ):
         return
     addend, left, right = (None, *_args(node)) if node.target is aten.mm.default else _args(node)
-    (m, k), n = _shape(left) or (0, 0), (_shape(right) or (0, 0))[1]
-    wide = addend is not None and _shape(addend) == (m, n)
-    if m * k * n < _WORTH_IT or (addend is not None and not wide and _shape(addend) != (n,)):
+    wide = addend is not None and _shape(addend) == _shape(node)
+    if addend is not None and not wide and _shape(addend) != (_shape(node) or ())[1:]:
         return
+    source = _args(right)[0] if right.target is aten.t.default else right
+    if left.target is aten.t.default or not (source.op == "placeholder" or source.target in _FRESH | _ONE_DNN):
+        return  # oneDNN would copy the one first, and take a thousand times as long for another that is not dense
 
     def transposed(matrix: Node) -> Node:
         return _args(matrix)[0] if matrix.target is aten.t.default else graph.call_function(aten.t.default, (matrix,))
 
     linear = torch.ops.mkldnn._linear_pointwise
-    replaced = node
+    replaced = node if tanh is None or wide else tanh
     with graph.inserting_before(node):
         if wide:
             new = graph.call_function(linear.binary, (left, addend, transposed(right), None, "add"))
-        elif addend is None and n < m < k:  # a sum of outer products: the wide factor to the right
-            swapped = graph.call_function(linear.default, (transposed(right), left, None, "none", [], ""))
-            new = graph.call_function(aten.t.default, (swapped,))
         else:
-            users = list(node.users)
-            if len(users) == 1 and users[0].target is aten.tanh.default:
-                replaced = users[0]
             then = "none" if replaced is node else "tanh"
             new = graph.call_function(linear.default, (left, transposed(right), addend, then, [], ""))
     new.meta = replaced.meta
@@ -461,8 +554,7 @@ def _to_one_dnn(graph: Graph, node: Node) -> None:
 
 def _reuse_temporaries(graph: Graph) -> None:
     """Compute a + b, ab and a/b in the place of a, where nobody else reads a."""
-    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    fresh = _FRESH | ({linear.default, linear.binary} if linear else set())
+    fresh = _FRESH | _ONE_DNN
     for node in _calls(graph):
         if node.target not in _IN_PLACE or node.kwargs:
             continue

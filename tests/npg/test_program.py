@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from npg.program import Program, staged
 aten = torch.ops.aten
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, activation=nn.Tanh):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(17, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 6))
+    model = nn.Sequential(nn.Linear(17, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 6))
     return model.to(dtype), torch.randn(600, 17, dtype=dtype)
 
 
@@ -56,9 +57,13 @@ def avx512(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
 
+ACTIVATIONS = [nn.Tanh, nn.ReLU, partial(nn.ReLU, inplace=True), nn.Identity, nn.GELU, partial(nn.LayerNorm, 64)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("enabled", [True, False], ids=["onednn", "default"])
-def test_program_equals_forward_and_reverse_mode(enabled, assert_close, avx512):
-    model, x = network()
+def test_program_equals_forward_and_reverse_mode(enabled, activation, assert_close, avx512):
+    model, x = network(activation=activation)
     function, arguments, v, u = first_order(model, x)
     with torch.backends.mkldnn.flags(enabled=enabled):
         program = Program(function, arguments, v, u)
@@ -79,6 +84,51 @@ def test_one_dnn_takes_large_float32_products_only(avx512):
     assert one_dnn_calls(Program(*first_order(model, x))) >= 8
     assert one_dnn_calls(Program(*first_order(model, x[:4]))) == 0
     assert one_dnn_calls(Program(*first_order(*network(torch.float64)))) == 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Identity])
+def test_one_dnn_has_nothing_to_transpose(activation, avx512):
+    model, x = network(activation=activation)
+    program = Program(*first_order(model, x))
+    products = [node for node in program._pull.graph.nodes if "mkldnn" in str(node.target)]
+    assert len(products) == 3
+    assert all(node.args[0].target is not torch.t for node in products)
+    model.double()
+    exact = Program(*first_order(model, x.double()))
+    assert not [n for n in exact._primal.graph.nodes if n.target is aten.clone.default], "only oneDNN needs a copy"
+
+
+@pytest.mark.parametrize("given", ["x", "v", "u"])
+def test_one_dnn_is_given_dense_matrices(given, monkeypatch, avx512, assert_close):
+    # as a right factor it would take a thousand times as long for a matrix whose rows lie apart
+    model, x = network()[0], torch.randn(1500, 17)
+    n = sum(p.numel() for p in model.parameters())
+    v, u = torch.randn(n), torch.randn(1500, 6)
+    expected = Linearization(model, x)
+    pushed, pulled = expected.push_forward(v), expected.pull_back(u)
+
+    def apart(t):
+        return torch.stack([t, t], -1)[..., 0]
+
+    taken = []
+
+    def dense(t):
+        return t.ndim != 2 or t.is_contiguous() or t.t().is_contiguous()
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_linear_pointwise" in str(func):
+                taken.append(dense(args[1 if "default" in str(func) else 2]))
+            return func(*args, **(kwargs or {}))
+
+    linearization = Linearization(model, apart(x) if given == "x" else x)
+    linearization.push_forward(v)
+    with Recorder():
+        assert_close(linearization.push_forward(apart(v) if given == "v" else v), pushed)
+        assert_close(linearization.pull_back(apart(u) if given == "u" else u), pulled)
+    assert len(taken) == (9 if torch.backends.mkldnn.is_available() else 0)
+    assert all(taken)
 
 
 def test_one_dnn_takes_nothing_where_it_is_slower(monkeypatch):

@@ -20,6 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from torch.nn.functional import mse_loss
 
 from npg import families
 from npg.linearize import by_slot
@@ -208,7 +209,7 @@ class CriticHead(_Head):
         """
 
         def by_autograd(prepared: Any, targets: Tensor) -> Sequence[Tensor]:
-            loss = _mean_squared_error(self(prepared), targets)
+            loss = mse_loss(self(prepared).flatten(), targets)
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         # A forward pass may move buffers, and the one that is compared with would move them again.
@@ -220,7 +221,7 @@ class CriticHead(_Head):
         def functional(slots: dict[str, Tensor], prepared: Tensor, targets: Tensor) -> list[Tensor]:
             def loss(trained: dict[str, Tensor]) -> Tensor:
                 values = functional_call(self, {**slots, **trained}, prepared, tie_weights=False)
-                return _mean_squared_error(values, targets)
+                return mse_loss(values.flatten(), targets)
 
             gradients, value = grad_and_value(loss)({name: slots[name] for name in names})
             return [value, *gradients.values()]
@@ -230,10 +231,6 @@ class CriticHead(_Head):
             functional, [prepared, targets], lambda run: _close(run(prepared, targets), expected), at_rest=False
         )
         return run or by_autograd
-
-
-def _mean_squared_error(values: Tensor, targets: Tensor) -> Tensor:
-    return (values.flatten() - targets).square().mean()
 
 
 def _close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

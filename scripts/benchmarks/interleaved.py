@@ -28,17 +28,22 @@ def measure(
     warm_up: int = 3,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = perf_counter,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each function in each round, by the given clock.
 
     Every round gives each function one turn of ``turn`` calls, in an order that alternates from round to round.
+    ``before`` a function's turn something may be done that is not measured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    prepare = {name: (before or {}).get(name, lambda: None) for name in functions}
+    for name, function in functions.items():
         for _ in range(warm_up):
+            prepare[name]()
             function()
     for number in range(rounds):
         for name in functions if number % 2 == 0 else reversed(list(functions)):
+            prepare[name]()
             synchronize(device)
             start = clock()
             for _ in range(turn):

@@ -54,22 +54,21 @@ def held_out(agent: Any, buffer: RolloutBuffer) -> float:
     return float(explained_variance(values, buffer.returns.flatten()))
 
 
-def update_of(
+def reset_of(
     agent: Any, weights: dict[str, torch.Tensor], buffer: RolloutBuffer, collected: dict[str, float]
 ) -> Callable[[], None]:
-    """The agent's ``train()`` from these weights, with a fresh optimizer, on a copy of the rollout."""
+    """How to put the agent before its update: at these weights, with a fresh optimizer, and a copy of the rollout."""
     vars(agent).update(collected)
     agent._logger = Logger(folder=None, output_formats=[])
     state = copy.deepcopy(agent.policy.optimizer.state_dict())
 
-    def update() -> None:
+    def reset() -> None:
         agent.policy.load_state_dict(weights)
         agent.policy.optimizer.load_state_dict(copy.deepcopy(state))
         agent.rollout_buffer = copy.copy(buffer)
         agent.critic_damping = 0.1
-        agent.train()
 
-    return update
+    return reset
 
 
 def main() -> None:
@@ -100,11 +99,13 @@ def main() -> None:
     collected = {name: vars(actor)[name] for name in ("_entropy", "_collect_seconds")}  # what the log wants to know
 
     agents = {"sb3-contrib": contrib, **agents}
-    updates = {name: update_of(agent, weights, seen, collected) for name, agent in agents.items()}
-    seconds = measure(updates, rounds=options.rounds, turn=1, warm_up=2)
+    resets = {name: reset_of(agent, weights, seen, collected) for name, agent in agents.items()}
+    updates = {name: agent.train for name, agent in agents.items()}
+    seconds = measure(updates, rounds=options.rounds, turn=1, warm_up=2, before=resets)
     rows = []
     print(f"{'update':<27}{'ms':>8}{'times faster':>14}{'explained variance':>20}{'unseen':>8}{'KL':>8}")
     for name, update in updates.items():
+        resets[name]()
         update()
         agent = agents[name]
         low, middle, high = ratio(seconds, "sb3-contrib", name)

@@ -316,10 +316,13 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     # ---------------------------------------------------------------------------------------------------- collecting
 
-    def _acting(self, observations: Any) -> Callable[[Any], Tensor]:
-        """How to sample actions for batches of observations like these, as long as the policy stays as it is."""
+    def _acting(self, observations: Any) -> Callable[[Any], Sequence[Tensor]]:
+        """How to sample actions for batches of observations like these, as long as the policy stays as it is.
+
+        With the actions come the actor's outputs, where those have to be computed anyway.
+        """
         if self.use_sde or not self._actor.standard:
-            return lambda observations: self.policy.get_distribution(observations).get_actions()
+            return lambda observations: (self.policy.get_distribution(observations).get_actions(),)
         return self._actor.acting(observations)
 
     def _acting_threads(self) -> int:
@@ -355,6 +358,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         record = _recorder(rollout_buffer)
         act = self._acting(obs_as_tensor(self._last_obs, self.device))
         truncated: list[tuple[int, int, Any]] = []
+        outputs: list[Tensor] = []
         n_steps = 0
         dones = self._last_episode_starts
         new_obs = self._last_obs
@@ -362,7 +366,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             while n_steps < n_rollout_steps:
                 if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                     self.policy.reset_noise(env.num_envs)
-                actions = act(obs_as_tensor(self._last_obs, self.device)).cpu().numpy().reshape(shape)
+                sampled, *known = act(obs_as_tensor(self._last_obs, self.device))
+                outputs += known
+                actions = sampled.cpu().numpy().reshape(shape)
                 clipped_actions = actions
                 if box:
                     clipped_actions = (
@@ -383,7 +389,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                 record(self._last_obs, actions, rewards, self._last_episode_starts)
                 self._last_obs, self._last_episode_starts = new_obs, dones
                 n_steps += 1
-        self._evaluate_rollout(rollout_buffer, truncated)
+        self._evaluate_rollout(rollout_buffer, truncated, outputs)
         last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         callback.update_locals(locals())
@@ -391,8 +397,13 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._collect_seconds = perf_counter() - started
         return True
 
-    def _evaluate_rollout(self, buffer: buffers.RolloutBuffer, truncated: list[tuple[int, int, Any]]) -> None:
-        """Values and log-likelihoods of the whole rollout; bootstrap where an episode was cut off by its time limit."""
+    def _evaluate_rollout(
+        self, buffer: buffers.RolloutBuffer, truncated: list[tuple[int, int, Any]], outputs: list[Tensor]
+    ) -> None:
+        """Values and log-likelihoods of the whole rollout; bootstrap where an episode was cut off by its time limit.
+
+        ``outputs`` are the actor's, step by step, or empty where they are not known.
+        """
         observations = buffer.observations
 
         def flat(array: np.ndarray) -> Tensor:
@@ -400,17 +411,14 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
         batch = {k: flat(v) for k, v in observations.items()} if isinstance(observations, dict) else flat(observations)
         actions = self._actor.targets(flat(buffer.actions))
-        values, log_likelihood, entropy = [], [], []
-        for index in torch.arange(len(actions), device=self.device).split(self._evaluation_rows()):
-            part = _rows(batch, index)
-            values.append(self._critic(self._critic.prepare(part)).flatten())
-            outputs = self._actor(self._actor.prepare(part))
-            log_likelihood.append(self._actor.family.log_likelihood(outputs, actions[index]))
-            entropy.append(self._actor.family.entropy(outputs))
+        rows = self._evaluation_rows()
+        parts = [slice(start, start + rows) for start in range(0, len(actions), rows)]
+        values = [self._critic(self._critic.prepare(_rows(batch, part))).flatten() for part in parts]
+        said = torch.cat(outputs or [self._actor(self._actor.prepare(_rows(batch, part))) for part in parts])
         grid = (buffer.buffer_size, buffer.n_envs)
         buffer.values[:] = torch.cat(values).cpu().numpy().reshape(grid)
-        buffer.log_probs[:] = torch.cat(log_likelihood).cpu().numpy().reshape(grid)
-        self._entropy = float(mean_(torch.cat(entropy).mean(), self.process_group))
+        buffer.log_probs[:] = self._actor.family.log_likelihood(said, actions).cpu().numpy().reshape(grid)
+        self._entropy = float(mean_(self._actor.family.entropy(said).mean(), self.process_group))
         if truncated:
             steps, envs, finals = zip(*truncated)
             stacked = (

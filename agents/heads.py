@@ -154,15 +154,16 @@ class ActorHead(_Head):
             return torch.cat([p.mean, p.stddev.log()], -1)
         return torch.cat([c.logits for c in p], -1) if isinstance(p, list) else p.logits
 
-    def acting(self, observations: Any) -> Callable[[Any], Tensor]:
-        """``observations ↦ sampled actions``, for batches like this one and the parameters as they are now.
+    def acting(self, observations: Any) -> Callable[[Any], Sequence[Tensor]]:
+        """``observations ↦ sampled actions, outputs``, for batches like this one and the parameters as they are now.
 
         Modules take longer over a few rows than the arithmetic in them. So this is a traced program where there can be
         one, and after it was seen to give the network's outputs on this batch. It draws the same random numbers.
         """
 
-        def by_modules(observations: Any) -> Tensor:
-            return self.family.sample(self(self.prepare(observations)))
+        def by_modules(observations: Any) -> Sequence[Tensor]:
+            outputs = self(self.prepare(observations))
+            return self.family.sample(outputs), outputs
 
         if not isinstance(observations, Tensor):
             return by_modules
@@ -176,7 +177,7 @@ class ActorHead(_Head):
             run = self._program(
                 functional, [observations], lambda run: _close(run(observations)[1:], [expected]), at_rest=True
             )
-        return by_modules if run is None else lambda observations: run(observations)[0]
+        return run or by_modules
 
     def targets(self, actions: Tensor) -> Tensor:
         """Stored actions (N, …) in the form that the family takes."""

@@ -36,11 +36,12 @@ def batch(space: spaces.Space, n: int = 6) -> torch.Tensor:
 def drawn(act, observations: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(1)
     with torch.no_grad():
-        return torch.stack([act(observations) for _ in range(3)])
+        return torch.stack([act(observations)[0] for _ in range(3)])
 
 
-def by_modules(head: ActorHead, observations: torch.Tensor) -> torch.Tensor:
-    return head.family.sample(head(head.prepare(observations)))
+def by_modules(head: ActorHead, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = head(head.prepare(observations))
+    return head.family.sample(outputs), outputs
 
 
 def programs(head) -> list:
@@ -56,6 +57,7 @@ def test_actions_are_drawn_as_by_the_network(action, observation):
             act = head.acting(observations)
         expected = drawn(lambda x: by_modules(head, x), observations)
         assert torch.allclose(drawn(act, observations), expected, atol=1e-5)
+        assert torch.allclose(act(observations)[1], head(head.prepare(observations)), atol=1e-5)
         assert not torch.equal(expected[0], expected[1])  # every call draws anew
     assert len(programs(head)) == 2
 

@@ -199,7 +199,7 @@ class Linearization:
     def pull_back(self, u: Tensor) -> Tensor:
         """Jᵀ u; (…, D) → (P,), or (K, …, D) → (P, K)."""
         self._check()
-        u = u.to(self.outputs.dtype)
+        u = u.to(self.outputs.dtype).contiguous()  # see `npg.program._dense`
         if u.ndim == self.outputs.ndim + 1:
             columns = torch.vmap(self._reverse if self._maps is None else self._maps.plain_pull)(u)
             return torch.cat([c.reshape(len(u), -1).to(self.parameters.dtype) for c in columns], 1).T
@@ -209,7 +209,7 @@ class Linearization:
                 self._seen = (u, torch.dot(pulled, _generic(pulled)))
             return pulled
         with torch.no_grad():
-            return self.parameters.flatten(self._maps.pull(u.contiguous()))  # see `npg.program._dense`
+            return self.parameters.flatten(self._maps.pull(u))
 
     def _reverse(self, u: Tensor) -> Sequence[Tensor]:
         """Jᵀ u over the recorded forward pass."""

@@ -631,9 +631,6 @@ def test_nothing_of_the_model_is_disturbed(name, every_family):
     assert torch.equal(fisher @ V, first)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
-
-
 @pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
 def test_its_memory_is_given_back_with_the_last_reference(mlp, kind):
     x, family = torch.randn(5, 3), families.Categorical()
@@ -649,6 +646,9 @@ def test_its_memory_is_given_back_with_the_last_reference(mlp, kind):
         assert alive() is None
     finally:
         gc.enable()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_vectors_are_refused(mlp):

@@ -100,7 +100,7 @@ def test_one_dnn_has_nothing_to_transpose(activation, avx512):
 
 
 @pytest.mark.parametrize("given", ["x", "v", "u"])
-def test_one_dnn_is_given_dense_matrices(given, monkeypatch, avx512, assert_close):
+def test_one_dnn_is_given_dense_matrices(given, avx512, assert_close):
     # as a right factor it would take a thousand times as long for a matrix whose rows lie apart
     model, x = network()[0], torch.randn(1500, 17)
     n = sum(p.numel() for p in model.parameters())
@@ -123,8 +123,11 @@ def test_one_dnn_is_given_dense_matrices(given, monkeypatch, avx512, assert_clos
             return func(*args, **(kwargs or {}))
 
     linearization = Linearization(model, apart(x) if given == "x" else x)
-    linearization.push_forward(v)
+    linearization.pull_back(apart(u) if given == "u" else u)  # over the recorded graph; the program is checked by it
     with Recorder():
+        linearization.push_forward(v)
+        assert all(taken)
+        taken.clear()
         assert_close(linearization.push_forward(apart(v) if given == "v" else v), pushed)
         assert_close(linearization.pull_back(apart(u) if given == "u" else u), pulled)
     assert len(taken) == (9 if torch.backends.mkldnn.is_available() else 0)

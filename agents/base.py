@@ -5,14 +5,16 @@ An algorithm is this class and one method, ``_actor_step``: how the policy moves
 
 from __future__ import annotations
 
+import json
 import zipfile
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,12 +29,13 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from agents.afterstate import AfterstatePolicy
 from agents.buffer import RolloutBuffer
 from agents.heads import ActorHead, CriticHead
 from npg.curvature.preconditioners import diagonal_preconditioner
@@ -43,7 +46,7 @@ from npg.step import StepReport, natural_step
 from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
-__all__ = ["Batch", "NaturalPolicyAlgorithm"]
+__all__ = ["Batch", "NaturalPolicyAlgorithm", "saved_values"]
 
 Critic = Literal["adam", "natural"]
 Metric = Literal["fisher", "wasserstein"] | Geometry
@@ -88,6 +91,27 @@ def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.nd
         buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)
 
     return record
+
+
+def saved_values(path: Any) -> dict[str, Any]:
+    """The attributes of a saved model as its archive has them, in plain JSON: nothing is unpickled.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is not what was written")
+            return json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"path={str(path)!r} is not a complete saved model ({str(error) or type(error).__name__}): it may be "
+            "truncated; take an earlier checkpoint of the run"
+        ) from error
+    finally:
+        file.seek(0) if file is path else file.close()
 
 
 @contextmanager
@@ -138,6 +162,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         "MlpPolicy": ActorCriticPolicy,
         "CnnPolicy": ActorCriticCnnPolicy,
         "MultiInputPolicy": MultiInputActorCriticPolicy,
+        "AfterstatePolicy": AfterstatePolicy,
     }
 
     def __init__(
@@ -179,6 +204,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         _in_range("batch_size", batch_size, 1, inf)
         _in_range("n_critic_updates", n_critic_updates, 0, inf)
         _in_range("sub_sampling_factor", sub_sampling_factor, 1, inf)
+        _in_range("stats_window_size", stats_window_size, 1, inf)
         _in_range("fisher_fraction", fisher_fraction, 0, 1, open_low=True)
         if preconditioner not in (None, "diagonal"):
             raise ValueError(f"preconditioner must be None or 'diagonal', got {preconditioner!r}")
@@ -212,7 +238,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                 spaces.MultiBinary,
             ),
         )
-        self.algorithm = type(self).__name__
+        self.algorithm = self._name()
         self.batch_size = batch_size
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
@@ -245,6 +271,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._geometry = geometry(self.metric, self._actor.family)
         if self._geometry is not None and self.preconditioner is not None:
             raise ValueError(f"preconditioner={self.preconditioner!r} needs metric='fisher', whose diagonal it is")
+        self._known = self._parameters()
         self.policy.set_training_mode(False)
         sample = self.observation_space.sample()
         observation, _ = self.policy.obs_to_tensor(sample)
@@ -253,9 +280,26 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._critic_parameters = {
             name: p for name, p in self._critic.own_parameters(observation).items() if id(p) not in shared
         }
+        held = {id(p) for group in self.policy.optimizer.param_groups for p in group["params"]}
+        if not held >= {id(p) for p in self._critic_parameters.values()}:  # a module of the critic was replaced
+            self.policy.optimizer = self.policy.optimizer_class(
+                self.policy.parameters(), lr=self.lr_schedule(1), **self.policy.optimizer_kwargs
+            )
         if type(self.policy.optimizer) is torch.optim.Adam:
             for group in self.policy.optimizer.param_groups:
-                group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
+                if group.get("fused") is None:
+                    group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter, bool]]:
+        return [(name, p, p.requires_grad) for name, p in self.policy.named_parameters()]
+
+    def _follow_changes(self) -> None:
+        """Set up the heads anew where modules of the policy were replaced, or parameters frozen, since they were."""
+        now = self._parameters()
+        if self._actor.policy is not self.policy or [(n, id(p), r) for n, p, r in now] != [
+            (n, id(p), r) for n, p, r in self._known
+        ]:
+            self._setup_heads()
 
     def join(self, process_group: dist.ProcessGroup | None) -> None:
         """Learn as one with the other processes of the group, each of which steps as many environments of its own.
@@ -287,7 +331,13 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             "_geometry",
             "_actor_parameters",
             "_critic_parameters",
+            "_known",
         ]
+
+    @classmethod
+    def _name(cls) -> str:
+        """Of the algorithm: that of the nearest class that is not a user's."""
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("agents."))
 
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -296,23 +346,27 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         Raises:
             ValueError: if the file was saved by another algorithm, or is damaged.
         """
-        try:
-            data, _, _ = load_from_zip_file(path, device="cpu", print_system_info=False)
-            damage = "it is no archive" if data is None else ""
-        except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, AssertionError) as error:
-            damage = str(error) or type(error).__name__
-        if damage:
-            raise ValueError(
-                f"path={str(path)!r} is not a complete saved model ({damage}): it may be truncated; "
-                "take an earlier checkpoint of the run"
-            )
+        data = saved_values(path)
         contrib_trpo = {"cg_max_steps", "line_search_max_iter", "target_kl"} <= set(data)
         saved = data.get("algorithm", "TRPO" if contrib_trpo else "another algorithm")
-        if saved != cls.__name__:
+        if saved != cls._name():
             raise ValueError(
-                f"path={str(path)!r} was saved by {saved}, not by {cls.__name__}: load it with its own class"
+                f"path={str(path)!r} was saved by {saved}, not by {cls._name()}: load it with its own class"
             )
         return super().load(path, *args, **kwargs)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Learn, as Stable-Baselines3's algorithms do; TensorBoard's runs have the name of the class by default."""
+        name = type(self).__name__ if tb_log_name is None else tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
 
     # ---------------------------------------------------------------------------------------------------- collecting
 
@@ -321,9 +375,19 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
         With the actions come the actor's outputs, where those have to be computed anyway.
         """
-        if self.use_sde or not self._actor.standard:
-            return lambda observations: (self.policy.get_distribution(observations).get_actions(),)
-        return self._actor.acting(observations)
+        if type(self.policy).forward is not ActorCriticPolicy.forward:
+            run: Callable[[Any], Sequence[Tensor]] = lambda observations: (self.policy(observations)[0],)  # noqa: E731
+        elif self.use_sde or not self._actor.standard:
+            run = lambda observations: (self.policy.get_distribution(observations).get_actions(),)  # noqa: E731
+        else:
+            run = self._actor.acting(observations)
+        threads = self._acting_threads()
+
+        def act(observations: Any) -> Sequence[Tensor]:
+            with torch.no_grad(), _threads(threads):
+                return run(observations)
+
+        return act
 
     def _acting_threads(self) -> int:
         """Threads for the policy while it acts: one for vectors on a CPU, whose other cores step the environments.
@@ -333,7 +397,6 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         images = any(len(space.shape or ()) > 1 for space in self._observation_spaces())
         return 1 if self.device.type == "cpu" and not images else torch.get_num_threads()
 
-    @torch.no_grad()
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: buffers.RolloutBuffer, n_rollout_steps: int
     ) -> bool:
@@ -347,9 +410,11 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         assert self._last_obs is not None, "no previous observation"
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        reset_noise = torch.no_grad()(self.policy.reset_noise)
         if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
+            reset_noise(env.num_envs)
         callback.on_rollout_start()
+        self._follow_changes()
         box = isinstance(self.action_space, spaces.Box)
         squashed = self.policy.squash_output
         low, high = (self.action_space.low, self.action_space.high) if box else (None, None)
@@ -362,41 +427,44 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         n_steps = 0
         dones = self._last_episode_starts
         new_obs = self._last_obs
-        with _threads(self._acting_threads()):
-            while n_steps < n_rollout_steps:
-                if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                    self.policy.reset_noise(env.num_envs)
-                sampled, *known = act(obs_as_tensor(self._last_obs, self.device))
-                outputs += known
-                actions = sampled.cpu().numpy().reshape(shape)
-                clipped_actions = actions
-                if box:
-                    clipped_actions = (
-                        self.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
-                    )
-                new_obs, rewards, dones, infos = env.step(clipped_actions)
-                self.num_timesteps += stepped
-                callback.update_locals(locals())
-                if not callback.on_step():
-                    return False
-                if dones.any():
-                    self._update_info_buffer(infos, dones)
-                    truncated += [
-                        (n_steps, index, infos[index]["terminal_observation"])
-                        for index in np.flatnonzero(dones).tolist()
-                        if infos[index].get("TimeLimit.truncated", False)
-                    ]
-                record(self._last_obs, actions, rewards, self._last_episode_starts)
-                self._last_obs, self._last_episode_starts = new_obs, dones
-                n_steps += 1
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                reset_noise(env.num_envs)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)
+            sampled, *known = act(obs_tensor)
+            outputs += known
+            actions = sampled.cpu().numpy().reshape(shape)
+            clipped_actions = actions
+            if box:
+                clipped_actions = (
+                    self.policy.unscale_action(actions) if squashed else np.minimum(np.maximum(actions, low), high)
+                )
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += stepped
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            if dones.any():
+                self._update_info_buffer(infos, dones)
+                truncated += [
+                    (n_steps, index, infos[index]["terminal_observation"])
+                    for index in np.flatnonzero(dones).tolist()
+                    if infos[index].get("TimeLimit.truncated", False)
+                    and infos[index].get("terminal_observation") is not None
+                ]
+            record(self._last_obs, actions, rewards, self._last_episode_starts)
+            self._last_obs, self._last_episode_starts = new_obs, dones
+            n_steps += 1
         self._evaluate_rollout(rollout_buffer, truncated, outputs)
-        last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
+        with torch.no_grad():
+            last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
         self._collect_seconds = perf_counter() - started
         return True
 
+    @torch.no_grad()
     def _evaluate_rollout(
         self, buffer: buffers.RolloutBuffer, truncated: list[tuple[int, int, Any]], outputs: list[Tensor]
     ) -> None:
@@ -486,6 +554,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             FloatingPointError: if the critic's loss is not finite; in all processes alike.
             RuntimeError: if processes that learn together have come apart.
         """
+        self._follow_changes()
         self._update_learning_rate(self.policy.optimizer)
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
@@ -493,14 +562,17 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         report = self._actor_step(self._batch(rollout))
         started = perf_counter()
         self.policy.set_training_mode(True)
-        if self.critic == "adam":
+        value_loss = nan
+        if not self._critic_parameters:
+            pass  # all of it is frozen
+        elif self.critic == "adam":
             value_loss = self._fit_critic_by_adam(rollout.observations, rollout.returns)
         else:
             value_loss = self._fit_critic_by_natural_steps(rollout.observations, rollout.returns)
         self.policy.set_training_mode(False)
         average_(self.policy.buffers(), self.process_group)
         self._n_updates += 1
-        if self.n_critic_updates and not isfinite(value_loss):
+        if self.n_critic_updates and self._critic_parameters and not isfinite(value_loss):
             raise FloatingPointError(
                 f"the critic's loss is not finite in update {self._n_updates}: rewards or observations are not, "
                 "or learning_rate is too large"

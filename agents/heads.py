@@ -98,6 +98,8 @@ class _Head(nn.Module):
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
         with torch.enable_grad():
             outputs = self(self.prepare(observations))
+        if not outputs.requires_grad:
+            return {}
         gradients = torch.autograd.grad(outputs.sum(), list(named.values()), allow_unused=True)
         return {name: p for (name, p), g in zip(named.items(), gradients) if g is not None}
 
@@ -172,7 +174,7 @@ class ActorHead(_Head):
             outputs = functional_call(self, slots, self.prepare(observations), tie_weights=False)
             return [self.family.sample(outputs), outputs]
 
-        with torch.random.fork_rng([observations.device] if observations.is_cuda else []):
+        with torch.no_grad(), torch.random.fork_rng([observations.device] if observations.is_cuda else []):
             expected = self(self.prepare(observations))
             run = self._program(
                 functional, [observations], lambda run: _close(run(observations)[1:], [expected]), at_rest=True

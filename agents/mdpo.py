@@ -129,9 +129,10 @@ class MDPO(NaturalPolicyAlgorithm):
 
     def _setup_heads(self) -> None:
         super()._setup_heads()
-        self.actor_optimizer = torch.optim.Adam(
-            list(self._actor_parameters.values()), lr=self.actor_learning_rate, eps=1e-5
-        )
+        parameters = list(self._actor_parameters.values())
+        optimizer = getattr(self, "actor_optimizer", None)
+        if optimizer is None or [*map(id, optimizer.param_groups[0]["params"])] != [*map(id, parameters)]:
+            self.actor_optimizer = torch.optim.Adam(parameters, lr=self.actor_learning_rate, eps=1e-5)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()

@@ -97,7 +97,7 @@ class NPG(NaturalPolicyAlgorithm):
     ) -> None:
         if not 0 < target_kl < inf:
             raise ValueError(f"target_kl must be a positive finite KL in nats, got {target_kl}")
-        if step_size is not None and not 0 < step_size < inf:
+        if step_size is not None and not (isinstance(step_size, int | float) and 0 < step_size < inf):
             raise ValueError(
                 f"step_size must be a positive finite number, or None for the normalised step, got {step_size}"
             )

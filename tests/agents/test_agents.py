@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -12,9 +14,9 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 from torch import nn
 
 from agents import MDPO, NPG, TRPO
@@ -635,20 +637,152 @@ def test_checkpoint_of_another_algorithm_or_a_truncated_one(tmp_path):
         NPG.load(tmp_path / "cut.zip")
 
 
+def test_subclasses_load_what_their_class_saved(tmp_path):
+    class Own(TRPO):
+        pass
+
+    small().save(tmp_path / "trpo")
+    assert type(Own.load(tmp_path / "trpo")) is Own
+    small(Own).save(tmp_path / "own")
+    assert type(TRPO.load(tmp_path / "own")) is TRPO
+    with pytest.raises(ValueError, match=r"saved by TRPO.*NPG"):
+        NPG.load(tmp_path / "own")
+
+
+def test_what_cannot_be_unpickled_any_more_is_replaced(tmp_path, monkeypatch):
+    module = types.ModuleType("gone")
+    exec("class Rate:\n    def __call__(self, remaining):\n        return 1e-3\n", module.__dict__)
+    monkeypatch.setitem(sys.modules, "gone", module)
+    small(learning_rate=module.Rate()).save(tmp_path / "model")
+    monkeypatch.delitem(sys.modules, "gone")
+    constant = {"learning_rate": 2e-3, "lr_schedule": lambda remaining: 2e-3}
+    model = TRPO.load(tmp_path / "model", custom_objects=constant)
+    assert model.lr_schedule(1.0) == 2e-3
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+def test_frozen_layers_stay_and_the_others_move(algorithm):
+    model = small(algorithm)
+    model.learn(128)
+    frozen = [*model.policy.mlp_extractor.policy_net[0].parameters(), *model.policy.value_net.parameters()]
+    for p in frozen:
+        p.requires_grad = False
+    before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
+    model.learn(128, reset_num_timesteps=False)
+    for name, p in model.policy.named_parameters():
+        assert torch.equal(p, before[name]) == any(p is f for f in frozen), name
+
+
+def test_a_critic_that_is_frozen_stays():
+    model = small()
+    for p in (*model.policy.mlp_extractor.value_net.parameters(), *model.policy.value_net.parameters()):
+        p.requires_grad = False
+    before = model.policy.value_net.weight.clone()
+    actor = model.policy.action_net.weight.clone()
+    model.learn(128)
+    assert torch.equal(model.policy.value_net.weight, before)
+    assert not torch.equal(model.policy.action_net.weight, actor)
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+def test_modules_that_were_replaced_are_trained(algorithm):
+    model, other = small(algorithm), small(algorithm, seed=1)
+    model.learn(128)
+    model.policy.action_net, model.policy.value_net = nn.Linear(64, 3), nn.Linear(64, 1)
+    before = model.policy.action_net.weight.clone(), model.policy.value_net.weight.clone()
+    model.learn(128, reset_num_timesteps=False)
+    assert not torch.equal(model.policy.action_net.weight, before[0])
+    assert not torch.equal(model.policy.value_net.weight, before[1])
+    model.policy = other.policy
+    before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
+    model.learn(128, reset_num_timesteps=False)
+    for name, p in model.policy.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+def test_mdpo_keeps_its_moments_where_its_parameters_stay():
+    model = small(MDPO)
+    model.learn(128)
+    optimizer = model.actor_optimizer
+    model.policy.value_net.bias.requires_grad = False
+    model.learn(128, reset_num_timesteps=False)
+    assert model.actor_optimizer is optimizer
+
+
+def test_callbacks_may_differentiate():
+    class Learned(BaseCallback):
+        def _on_step(self) -> bool:
+            weight = torch.ones(3, requires_grad=True)
+            weight.square().sum().backward()
+            self.slope = weight.grad
+            return True
+
+    callback = Learned()
+    small(env=toy()).learn(128, callback=callback)
+    assert torch.equal(callback.slope, torch.full((3,), 2.0))
+
+
+def test_actions_are_those_of_a_forward_pass_of_ones_own():
+    class Still(ActorCriticPolicy):
+        def forward(self, obs, deterministic=False):
+            actions, values, log_prob = super().forward(obs, deterministic)
+            return torch.zeros_like(actions), values, log_prob
+
+    assert not filled(small(policy=Still)).rollout_buffer.actions.any()
+
+
+def test_truncated_episodes_without_a_last_observation_are_not_bootstrapped():
+    class Forgetful(VecEnvWrapper):
+        def reset(self):
+            return self.venv.reset()
+
+        def step_wait(self):
+            observations, rewards, dones, infos = self.venv.step_wait()
+            for info in infos:
+                info.pop("terminal_observation", None)
+            return observations, rewards, dones, infos
+
+    with_last, without = (filled(small(env=env, n_steps=128)).rollout_buffer for env in (toy(), Forgetful(toy())))
+    raw = np.square(without.actions.clip(-1, 1) - 0.5).mean(-1)
+    np.testing.assert_allclose(without.rewards, -raw, atol=1e-6)
+    assert not np.allclose(with_last.rewards, without.rewards)
+
+
+def test_tensorboard_runs_have_the_name_of_the_algorithm(tmp_path):
+    small(NPG, tensorboard_log=str(tmp_path)).learn(128)
+    small(tensorboard_log=str(tmp_path)).learn(128, tb_log_name="mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"NPG_1", "mine_1"}
+
+
+def test_adam_is_fused_unless_told_otherwise():
+    assert small().policy.optimizer.param_groups[0]["fused"] is True
+    optimizer_kwargs = {"optimizer_kwargs": {"fused": False}}
+    assert small(policy_kwargs=optimizer_kwargs).policy.optimizer.param_groups[0]["fused"] is False
+
+
 def test_vectors_are_acted_on_by_one_thread_which_is_given_back():
+    class Watched(ActorCriticPolicy):
+        def forward(self, obs, deterministic=False):
+            acting.add(torch.get_num_threads())
+            return super().forward(obs, deterministic)
+
+    class WatchedCnn(ActorCriticCnnPolicy, Watched):
+        pass
+
     class Watch(BaseCallback):
         def _on_step(self) -> bool:
-            seen.add(torch.get_num_threads())
+            outside.add(torch.get_num_threads())
             return True
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for observations, threads in (("vector", 1), ("image", 2)):
-            seen: set[int] = set()
-            policy, space = OBSERVATIONS[observations]
-            small(env=toy(space), policy=policy).learn(64, callback=Watch())
-            assert seen == {threads}
+        for observations, policy, threads in (("vector", Watched, 1), ("image", WatchedCnn, 2)):
+            acting: set[int] = set()
+            outside: set[int] = set()
+            small(env=toy(OBSERVATIONS[observations][1]), policy=policy).learn(64, callback=Watch())
+            assert acting == {threads}
+            assert outside == {2}
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -165,6 +165,12 @@ class Evaluator(_Periodic):
     def _act(self) -> None:
         self.evaluate()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the present agent was evaluated by an earlier call of the script."""
+        earlier = self._folder.evaluations()
+        return bool(earlier) and self.model.num_timesteps in earlier["timesteps"]
+
     def evaluate(self) -> Evaluation:
         """Evaluate now."""
         statistics = self.model.get_vec_normalize_env()

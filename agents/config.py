@@ -105,10 +105,11 @@ class RunConfig:
         _whole("seed", self.seed, 0)
         if self.seed >= 2**28:
             raise ValueError(f"seed={self.seed} must be less than 2**28")
-        try:
-            device = torch.device("cpu" if self.device == "auto" else self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device={self.device!r} must be auto, cpu, cuda or cuda:<number>") from error
+        _device(self.device)
+
+    def check_device(self) -> None:
+        """Raise ValueError where this machine, which need not be the one of the run's beginning, lacks the device."""
+        device = _device(self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"device={self.device!r}: there are {torch.cuda.device_count()} CUDA devices; use cpu or auto"
@@ -158,6 +159,8 @@ def resolve(
 
     given = {key: values.pop(key) for key in list(values) if key not in PRESET_KEYS}
     hyperparameters = defaults | {key: _like(defaults[key], key, value) for key, value in given.items()}
+    if given.get("policy_kwargs") is not None:
+        hyperparameters["policy_kwargs"] = _mapping("policy_kwargs", given["policy_kwargs"])
     values |= {key: _like(1, key, values[key]) for key in ("timesteps", "n_envs") if key in values}
     values["env_kwargs"] = _mapping("env_kwargs", values.get("env_kwargs"))
     values["normalize"] = _normalize(values.get("normalize"), hyperparameters)
@@ -271,7 +274,7 @@ def _normalize(value: Any, hyperparameters: dict[str, Any]) -> dict[str, Any] | 
     if "gamma" in hyperparameters:
         defaults["gamma"] = hyperparameters["gamma"]
     check_names("argument", given, defaults, "of VecNormalize, in 'normalize'")
-    return defaults | given
+    return defaults | {key: _like(defaults[key], f"normalize.{key}", value) for key, value in given.items()}
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -311,6 +314,13 @@ def _like(default: Any, name: str, value: Any) -> Any:
                 raise ValueError(f"{name}={value!r} must be a whole number")
             return int(value)
     return value
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device("cpu" if name == "auto" else name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={name!r} must be auto, cpu, cuda or cuda:<number>") from error
 
 
 def _whole(name: str, value: Any, least: int) -> None:

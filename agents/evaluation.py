@@ -120,6 +120,8 @@ def evaluate_saved(
     n_envs = min(episodes, config.n_eval_envs)
     model, env = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
     set_random_seed(seed)
+    if model.use_sde and not deterministic:
+        model.policy.reset_noise(n_envs)  # the noise that was drawn with the policy knows nothing of the seed
     try:
         return evaluate(model, env, episodes, seed, deterministic)
     finally:
@@ -127,8 +129,8 @@ def evaluate_saved(
 
 
 def table(rows: Sequence[tuple[str, Evaluation]]) -> str:
-    """Evaluations as a table of at most 80 columns."""
-    cells = [("", "return", "min … max", "length", "episodes", "trained steps")]
+    """Evaluations as a table of at most 80 columns; ``trained`` are the environment steps of the agent's training."""
+    cells = [("", "return", "min … max", "length", "episodes", "trained")]
     for name, e in rows:
         spread = f"{min(e.returns):.1f} … {max(e.returns):.1f}"
         mean = f"{e.mean_return:.1f} ± {e.std_return:.1f}"

@@ -158,6 +158,12 @@ class RunFolder:
         path = self.path / "evaluations.csv"
         return _columns(path) if path.exists() else {}
 
+    @property
+    def final_timesteps(self) -> int | None:
+        """The environment steps of the agent that the final evaluation was of; None before there is one."""
+        path = self.path / "final_evaluation.json"
+        return json.loads(path.read_text())["last"]["timesteps"] if path.exists() else None
+
     def write_json(self, name: str, content: Any) -> Path:
         """Write `content` to a file of the folder."""
         path = self.path / name
@@ -265,6 +271,7 @@ def load_agent(
         ValueError: if a file is damaged or belongs to another algorithm or environment.
         FileNotFoundError: if a file is missing.
     """
+    config.check_device()
     needed = [files.model, *([files.statistics] if config.normalize is not None else [])]
     for path in needed:
         if not path.is_file():

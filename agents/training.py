@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.base import saved_values
 from agents.callbacks import (
     CommonStatistics,
     EpisodeRecorder,
@@ -94,7 +96,7 @@ class Run:
         statistics = CommonStatistics(model.get_vec_normalize_env(), self.world)
         bar = [ProgressBar(config)] if progress else []
         before = model.num_timesteps
-        if before == 0:
+        if not folder.last.model.exists():
             save_agent(model, folder.last)
         started = time.perf_counter()
         try:
@@ -106,16 +108,21 @@ class Run:
                 )
                 seconds = time.perf_counter() - started - evaluator.seconds
                 save_agent(model, folder.last)
-                if not stop.requested:
+                if not (stop.requested or evaluator.is_done):
                     evaluator.evaluate()
-                model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
-                model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
+                if model.num_timesteps > before:
+                    model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
+                    model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
+        except BaseException:
+            with suppress(Exception):  # which would hide the first one
+                learning_curve(folder)
+            raise
         finally:
             for callback in (recorder, *bar):
                 callback.close()
             bare.close()
             model.logger.close()
-            learning_curve(folder)
+        learning_curve(folder)
         finals = () if stop.requested else self._final_evaluations(video)
         return Outcome(
             interrupted=stop.requested,
@@ -165,11 +172,9 @@ def start(config: RunConfig, run_dir: Path | None = None, command: str = "", wor
     """
 
     def make() -> tuple[RunConfig, BaseAlgorithm]:
-        if run_dir is not None and run_dir.exists():
-            raise FileExistsError(
-                f"run folder {run_dir} exists: continue it with --resume {run_dir}, or name another with --run-dir"
-            )
+        _refuse_existing(run_dir)
         part = _part(config, world)
+        part.check_device()
         _set_threads(config)
         env = make_env(part, part.n_envs, config.seed, evaluation=False)
         try:
@@ -201,6 +206,7 @@ def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
 def resume(
     path: Path,
     command: str = "",
+    run_dir: Path | None = None,
     *,
     algo: str | None = None,
     env: str | None = None,
@@ -216,14 +222,17 @@ def resume(
     Args:
         path: the run's folder, or one of the models in its ``checkpoints``.
         command: for command.txt.
+        run_dir: a new folder in which to go on, instead of the run's own; needed for a checkpoint with later ones.
         algo: if given, the algorithm that the run must be of.
         env: if given, the environment that the run must be of.
         world: this process among its peers.
         changes: fields of `RunConfig` that may change on the way: timesteps, device, threads, the frequencies.
 
     Raises:
+        FileExistsError: if `run_dir` exists.
         FileNotFoundError: if there is no such run or agent.
-        ValueError: if a file is damaged or of another algorithm, or nothing is left to train.
+        ValueError: if a file is damaged or of another algorithm, nothing is left to do, or a checkpoint of a run that
+            has trained on should go on in the same folder.
     """
     folder, files = find_agent(path)
     config = folder.config
@@ -233,13 +242,18 @@ def resume(
     config = replace(config, **{key: value for key, value in changes.items() if value is not None})
 
     def make() -> BaseAlgorithm:
+        _refuse_existing(run_dir)
+        if run_dir is None and (why := _newer(folder, files)):
+            raise ValueError(why)
         part = _part(config, world)
         _set_threads(config)
         model, venv = load_agent(
             files, part, lambda: make_env(part, part.n_envs, config.seed, evaluation=False), training=True
         )
         try:
-            if model.num_timesteps >= config.timesteps:
+            # A run that was stopped in its last update, or in the final evaluation, still lacks the latter.
+            evaluated = folder.final_timesteps == model.num_timesteps or files.model != folder.last.model
+            if model.num_timesteps >= config.timesteps and (evaluated or run_dir is not None):
                 raise ValueError(
                     f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
                     "Give more with --timesteps."
@@ -253,10 +267,35 @@ def resume(
         return model
 
     def begin() -> RunFolder:
+        if run_dir is not None:
+            return RunFolder.create(run_dir, config, command)
         folder.begin(config, command)
         return folder
 
     return _joined(config, world.main_first(make), world, begin)
+
+
+def _refuse_existing(run_dir: Path | None) -> None:
+    if run_dir is not None and run_dir.exists():
+        raise FileExistsError(
+            f"run folder {run_dir} exists: continue it with --resume {run_dir}, or name another with --run-dir"
+        )
+
+
+def _newer(folder: RunFolder, files: SavedAgent) -> str:
+    """Why `files` cannot go on in this folder, whose records are those of one line of agents: a later one is there."""
+    if files.model == folder.last.model:
+        return ""
+    try:
+        steps, latest = (saved_values(agent.model)["num_timesteps"] for agent in (files, folder.last))
+    except (ValueError, OSError):  # the last one is lost, or this one is, as loading it will say
+        return ""
+    if steps >= latest:
+        return ""
+    return (
+        f"{folder.path} has trained on to step {latest}, and would lose that if it went on from {files.model}: give "
+        "--run-dir NEW to do so in a folder of its own"
+    )
 
 
 def _part(config: RunConfig, world: World) -> RunConfig:
@@ -299,7 +338,7 @@ def _build(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
     policy_kwargs = dict(hyperparameters.get("policy_kwargs") or {})
     if isinstance(name := policy_kwargs.get("activation_fn"), str):
         activation = getattr(torch.nn, name, None)
-        if activation is None:
+        if not (isinstance(activation, type) and issubclass(activation, torch.nn.Module)):
             raise ValueError(f"activation_fn={name!r} is not a class of torch.nn, such as Tanh or ReLU")
         policy_kwargs["activation_fn"] = activation
         hyperparameters["policy_kwargs"] = policy_kwargs

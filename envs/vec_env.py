@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -200,8 +201,25 @@ class VectorEnvAdapter(ArrayVecEnv):
             terminated | truncated,
         )
 
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """As of every `ArrayVecEnv`; and ``action_masks``, where the vector environment has them."""
+        if attr_name == "action_masks" and hasattr(self.vector_env, attr_name):
+            return [partial(self._mask, i) for i in self._get_indices(indices)]
+        return super().get_attr(attr_name, indices)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """``action_masks``, which sb3-contrib's MaskablePPO asks for, where the vector environment has them."""
+        if method_name == "action_masks" and hasattr(self.vector_env, method_name):
+            masks = self.vector_env.action_masks()
+            return [masks[i] for i in self._get_indices(indices)]
+        return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
+
+    def _mask(self, index: int) -> NDArray[np.bool_]:
+        return self.vector_env.action_masks()[index]
+
     def _cast(self, observations: Any) -> NDArray[Any]:
-        return np.asarray(observations, dtype=self.observation_space.dtype)
+        # A copy: the vector environment may reuse its memory in the next step, and a rollout keeps what it was given.
+        return np.array(observations, dtype=self.observation_space.dtype)
 
     def close(self) -> None:
         """Close the vector environment."""

@@ -68,7 +68,12 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("run folder").add_argument
     add("--run-dir", type=Path, metavar="DIR", help="a folder that does not exist yet (default: runs/ALGO-ENV_ID-sS-n)")
-    add("--resume", type=Path, metavar="RUN_DIR", help="continue a run, or one of its checkpoints/*.zip")
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN_DIR",
+        help="continue a run, or one of its checkpoints/*.zip; with --run-dir in a folder of its own",
+    )
     add("--save-freq", type=int, metavar="N", help="steps between checkpoints (default: a fifth of all)")
 
     add = parser.add_argument_group("evaluation and display").add_argument
@@ -83,8 +88,8 @@ def make_parser() -> Parser:
 def configure(args: argparse.Namespace) -> RunConfig:
     """The run that is asked for, or the one that is resumed as it was."""
     if args.resume is not None:
-        for name in ("seed", "n_envs", "backend", "preset", "set", "run_dir"):
-            if getattr(args, name):
+        for name in ("seed", "n_envs", "backend", "preset", "set"):
+            if getattr(args, name) not in (None, []):
                 raise ValueError(f"--{name.replace('_', '-')} cannot go with --resume: a run keeps what it began with")
         config = find_agent(args.resume)[0].config
         return config if args.device is None else replace(config, device=args.device)
@@ -101,15 +106,16 @@ def prepare(args: argparse.Namespace, config: RunConfig, world: World) -> Run:
     if args.resume is None:
         return start(config, args.run_dir, command, world)
     changes = {name: getattr(args, name) for name in MAY_CHANGE}
-    return resume(args.resume, command, algo=args.algo, env=args.env, world=world, **changes)
+    return resume(args.resume, command, args.run_dir, algo=args.algo, env=args.env, world=world, **changes)
 
 
 def report(run: Run, outcome: Outcome) -> None:
-    speed = outcome.new_timesteps / outcome.seconds
-    print(
-        f"{outcome.new_timesteps:,} steps in {outcome.seconds:.1f} s ({speed:,.0f} steps/s), "
-        f"evaluations {outcome.evaluation_seconds:.1f} s"
-    )
+    if outcome.new_timesteps:
+        speed = outcome.new_timesteps / outcome.seconds
+        print(
+            f"{outcome.new_timesteps:,} steps in {outcome.seconds:.1f} s ({speed:,.0f} steps/s), "
+            f"evaluations {outcome.evaluation_seconds:.1f} s"
+        )
     if outcome.interrupted:
         print(f"stopped and saved at step {outcome.timesteps:,} of {run.config.timesteps:,}. To continue:")
         print(f"  python {sys.argv[0]} --resume {run.folder.path}")
@@ -125,7 +131,9 @@ def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
     try:
         outcome = run.train(progress=not args.no_progress, video=args.video)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not of the system, such as a disk that is full
+            raise
         parser.exit(1, f"{parser.prog}: error: {error}. {go_on}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"ended at once. {go_on}\n")

@@ -8,7 +8,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
-import envs  # noqa: F401
+from envs import make_vec_env
 
 tetris = pytest.importorskip("envs.tetris", exc_type=ImportError)
 
@@ -300,6 +300,18 @@ def test_games_do_not_depend_on_how_many_are_played():
 def test_max_placements_cuts_a_game():
     _, placements = tetris.play(BCTS, 3, seed=0, max_placements=40)
     np.testing.assert_array_equal(placements, 40)
+
+
+def test_masks_are_where_maskable_ppo_looks_for_them():
+    from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+
+    env = make_vec_env("npg/Tetris-v0", 3, seed=0, env_kwargs={"height": 8})
+    observations = env.reset()
+    assert is_masking_supported(env)
+    np.testing.assert_array_equal(get_action_masks(env), observations[..., 0] == 1)
+    np.testing.assert_array_equal(env.get_attr("action_masks", 2)[0](), observations[2, :, 0] == 1)
+    with pytest.raises(AttributeError):
+        env.env_method("other")
 
 
 @pytest.mark.parametrize("features", tetris.FEATURES)

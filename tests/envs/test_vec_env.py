@@ -116,6 +116,15 @@ def test_counts_as_monitored_and_as_nothing_else(adapter):
     assert not isinstance(adapter, VecMonitor)
 
 
+def test_memory_that_is_used_again_is_copied():
+    env = VectorEnvAdapter(SyncVectorEnv([cartpole] * N, autoreset_mode=AutoresetMode.SAME_STEP, copy=False))
+    env.seed(0)
+    first = env.reset()
+    kept = first.copy()
+    env.step(np.zeros(N, int))
+    np.testing.assert_array_equal(first, kept)
+
+
 def test_other_ways_to_reset_are_refused():
     with pytest.raises(ValueError, match="SAME_STEP"):
         VectorEnvAdapter(SyncVectorEnv([cartpole], autoreset_mode=AutoresetMode.NEXT_STEP))

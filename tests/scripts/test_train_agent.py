@@ -1,4 +1,5 @@
 import csv
+import errno
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,10 +231,86 @@ def test_records_are_continued_and_not_overwritten(copy):
     assert copy.config.timesteps == 1000
 
 
-def test_a_run_continues_from_a_checkpoint(copy):
-    continued = resume(copy.checkpoints / "model_256_steps.zip")
-    assert continued.model.num_timesteps == 256
+def test_an_earlier_checkpoint_continues_in_a_folder_of_its_own(copy, tmp_path, capsys):
+    before = contents(copy.path)
+    checkpoint = copy.checkpoints / "model_256_steps.zip"
+    message = refused(["--resume", checkpoint], capsys)
+    assert "has trained on to step 640" in message
+    assert "--run-dir NEW" in message
+    branch = tmp_path / "branch"
+    arguments = ["--resume", str(checkpoint), "--run-dir", str(branch), "--timesteps", "400", "--no-progress"]
+    assert train_agent.main(arguments) == 0
+    assert contents(copy.path) == before
+    assert TRPO.load(RunFolder(branch).last.model).num_timesteps == 448
+    assert list(RunFolder(branch).evaluations()["timesteps"]) == [448]
+    assert RunFolder(branch).config == replace(copy.config, timesteps=400)
+    capsys.readouterr()
+    assert "exists" in refused(arguments, capsys)
+
+
+def test_a_checkpoint_takes_the_place_of_a_last_agent_that_is_lost(copy):
+    copy.last.model.write_bytes(b"garbage")
+    continued = resume(copy.checkpoints / "model_448_steps.zip")
+    assert continued.model.num_timesteps == 448
     continued.model.get_env().close()
+
+
+@pytest.mark.parametrize("stopped", ["in the last update", "in the final evaluation"])
+def test_a_run_that_lacks_its_final_evaluation_gets_it(stopped, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if stopped == "in the last update":
+            train = TRPO.train
+
+            def interrupted(self):
+                train(self)
+                if self.num_timesteps == 256:
+                    signal.raise_signal(signal.SIGINT)
+
+            patch.setattr(TRPO, "train", interrupted)
+            assert train_agent.main([*CARTPOLE, "--run-dir", str(path)]) == 130
+        else:
+
+            def interrupted(*args):
+                raise KeyboardInterrupt
+
+            patch.setattr("agents.training.evaluate_saved", interrupted)
+            with pytest.raises(SystemExit) as exit_info:
+                train_agent.main([*CARTPOLE, "--run-dir", str(path)])
+            assert exit_info.value.code == 130
+    folder = RunFolder(path)
+    assert folder.final_timesteps is None
+    updates = (path / "progress.csv").read_text()
+    assert train_agent.main(["--resume", str(path), "--no-progress"]) == 0
+    assert folder.final_timesteps == TRPO.load(folder.last.model).num_timesteps == 256
+    assert list(folder.evaluations()["timesteps"]).count(256) == 1
+    assert (path / "progress.csv").read_text() == updates
+    capsys.readouterr()
+    assert "nothing is left to do" in refused(["--resume", path], capsys)
+
+
+def test_a_full_disk_ends_with_a_message(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "run"
+    monkeypatch.setattr(Saver, "_act", full)
+    monkeypatch.setattr("agents.training.learning_curve", full)
+    with pytest.raises(SystemExit) as exit_info:
+        train_agent.main([*CARTPOLE, "--save-freq", "100", "--run-dir", str(path)])
+    assert exit_info.value.code == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert f"--resume {path}" in message
+
+
+def test_a_run_continues_on_a_machine_without_its_device(copy, capsys):
+    config = yaml.safe_load((copy.path / "config.yaml").read_text()) | {"device": "cuda:99"}
+    (copy.path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "CUDA devices" in refused(["--resume", copy.path, "--timesteps", "700"], capsys)
+    arguments = ["--resume", str(copy.path), "--timesteps", "700", "--device", "cpu", "--no-progress"]
+    assert train_agent.main(arguments) == 0
+    assert copy.config.device == "cpu"
 
 
 def test_an_interrupt_saves_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -270,6 +348,13 @@ def test_an_interrupt_saves_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys
         (["trpo", "CartPole-v1", "--preset", "CartPole-v2"], "did you mean CartPole-v1"),
         (["trpo", "CartPole-v1", "--preset", "none.yaml"], "none.yaml"),
         (["trpo", "CartPole-v1", "--timesteps", "0"], "timesteps=0"),
+        (["trpo", "CartPole-v1", "--device", "cuda:99"], "CUDA devices"),
+        (["trpo", "CartPole-v1", "--set", "stats_window_size=0"], "stats_window_size"),
+        (["trpo", "CartPole-v1", "--set", "policy_kwargs=5"], "policy_kwargs must be a mapping"),
+        (["trpo", "CartPole-v1", "--set", "policy_kwargs.activation_fn=functional"], "activation_fn='functional'"),
+        (["trpo", "CartPole-v1", "--set", "normalize.clip_obs=abc"], "normalize.clip_obs='abc'"),
+        (["trpo", "CartPole-v1", "--set", "normalize.norm_obs=maybe"], "normalize.norm_obs='maybe'"),
+        (["npg", "CartPole-v1", "--set", "step_size=abc"], "step_size"),
         (["trpo", "CartPole-v1", "--backend", "pool"], "'envpool'"),
         (["trpo", "Blackjack-v1", "--backend", "gymnasium"], "not supported"),
         (["trpo"], "ENV_ID"),
@@ -293,6 +378,7 @@ def test_a_folder_that_exists_is_refused(copy, capsys):
     ("arguments", "message"),
     [
         (["--seed", "3"], "--seed"),
+        (["--seed", "0"], "--seed"),
         (["--set", "gamma=0.9"], "--set"),
         (["npg", "Pendulum-v1"], "trpo, not npg"),
         (["trpo", "CartPole-v1"], "Pendulum-v1, not CartPole-v1"),

@@ -161,7 +161,10 @@ def open_world(device: str | None = None) -> Iterator[World]:
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is none: choose cpu, cuda or cuda:<number>") from error
     if chosen.type == "cuda":
         # Judged alike by all processes of a machine, so that none waits for one that has given up.
         index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index

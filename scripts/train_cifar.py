@@ -17,9 +17,10 @@ from npg.vision import data
 from npg.vision.config import PRESETS, Config, load_config
 from npg.vision.models import KNOWN_MODELS
 from npg.vision.optimizers import OPTIMIZERS
-from npg.vision.run_folder import find_checkpoint, load_checkpoint
+from npg.vision.run_folder import find_checkpoint, load_checkpoint, run_of
 from npg.vision.training import Trainer, TrainingStopped
 
+DEFAULT_PRESET = "tuned"
 EXAMPLES = f"""\
 models:      {", ".join(KNOWN_MODELS[:4])},
              {", ".join(KNOWN_MODELS[4:])},
@@ -36,12 +37,15 @@ examples:
 """
 
 #: What may differ from the checkpoint when a run goes on.
-CHANGEABLE = {"data", "device", "epochs", "keep_checkpoints", "stop_above"}
+CHANGEABLE = {"data", "device", "epochs", "keep_checkpoints", "stop_above", "threads"}
 
 
 def value(text: str) -> Any:
     """A number, boolean, null, list or word, as YAML reads it; and 1e-3 is a number too."""
-    parsed = yaml.safe_load(text)
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set has a value that is not YAML: {text!r}") from error
     if isinstance(parsed, str):
         try:
             return float(parsed)
@@ -65,12 +69,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument(
         "--preset",
-        default="tuned",
         metavar="NAME",
-        help=f"{' or '.join(PRESETS)}, or a YAML file of your own [%(default)s]",
+        help=f"{' or '.join(PRESETS)}, or a YAML file of your own [{DEFAULT_PRESET}]",
     )
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="a new folder for all results [runs/…]")
-    run.add_argument("--resume", type=Path, metavar="PATH", help="go on from a run folder, or from one checkpoint file")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        metavar="PATH",
+        help="go on from a run folder, or from one checkpoint file; with --run-dir in a folder of its own",
+    )
     run.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
     run.add_argument(
         "--stop-above", type=float, metavar="PERCENT", help="end after the first epoch above this accuracy"
@@ -113,6 +121,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     speed = parser.add_argument_group("speed")
     speed.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … [cuda where there is one]")
+    speed.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU [its own choice]")
     for name, text in (
         ("amp", "bfloat16 autocast"),
         ("channels-last", "NHWC layout"),
@@ -132,7 +141,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     """The run's configuration, and the checkpoint that it goes on from."""
     model, optimizer = options.pop("model", None), options.pop("optimizer", None)
-    preset, resume = options.pop("preset"), options.pop("resume", None)
+    preset, resume = options.pop("preset", None), options.pop("resume", None)
+    if "data" in options and Path(options["data"]).exists():
+        options["data"] = str(Path(options["data"]).resolve())  # a run may go on from another folder
     optimizer_options: dict[str, Any] = {}
     for pair in options.pop("set", []):
         key, equals, text = pair.partition("=")
@@ -143,7 +154,9 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     if resume is None:
         if model is None or optimizer is None:
             raise ValueError("say which MODEL and OPTIMIZER to train, such as densenet-19 sgd; --help lists them")
-        return load_config(model, optimizer, preset, options, optimizer_options), None
+        return load_config(model, optimizer, preset or DEFAULT_PRESET, options, optimizer_options), None
+    if preset is not None:
+        raise ValueError("--preset cannot go with --resume: a run keeps what it began with")
     checkpoint = find_checkpoint(resume)
     saved = load_checkpoint(checkpoint)["config"]
     asked = options | {"optimizer_options": saved["optimizer_options"] | optimizer_options}
@@ -181,7 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, checkpoint = configure(options)
         if run_dir is None and checkpoint is not None:
-            run_dir = checkpoint.parent.parent
+            run_dir = run_of(checkpoint)
+            if run_dir is None:
+                raise ValueError(f"{checkpoint} lies in no run folder: say with --run-dir NEW where to go on")
         elif run_dir is None:
             run_dir = (
                 Path("runs") / f"{config.model}_{config.optimizer}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"

@@ -50,6 +50,7 @@ class Config:
         amp: forward pass in bfloat16 where it is safe (autocast).
         channels_last: NHWC memory layout.
         compile: compile the model.
+        threads: of PyTorch on the CPU; None leaves its default.
         deterministic: deterministic algorithms only.
         sync_bn: BatchNorm statistics over all processes' batches (CUDA).
         average_every: instead of averaging gradients at every step, let each process train alone and average the
@@ -86,12 +87,15 @@ class Config:
     amp: bool = False
     channels_last: bool = False
     compile: bool = False
+    threads: int | None = None
     deterministic: bool = False
     sync_bn: bool = False
     average_every: int = 0
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_kind(f.name, str(f.type), getattr(self, f.name))
         for name in ("milestones", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("epochs", "batch_size", "validation_size"):
@@ -113,7 +117,9 @@ class Config:
             (self.mean, self.std),
             "three numbers each, those of std above 0",
         )
-        _require(self.limit_train is None or self.limit_train >= 1, "limit_train", self.limit_train, "at least 1")
+        for name in ("limit_train", "threads"):
+            number = getattr(self, name)
+            _require(number is None or number >= 1, name, number, "at least 1")
         stop = self.stop_above
         _require(stop is None or 0.0 <= stop < 100.0, "stop_above", stop, "a percentage in [0, 100)")
         _require(self.schedule in ("constant", "step", "cosine"), "schedule", self.schedule, "constant, step or cosine")
@@ -162,7 +168,10 @@ def load_config(
         raise ValueError(f"the preset {preset} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the preset {preset} must be a mapping of fields to values")
-    options = values.pop("optimizers", {}).get(optimizer, {})
+    optimizers = values.pop("optimizers", None) or {}
+    options = (optimizers.get(optimizer) or {}) if isinstance(optimizers, dict) else None
+    if not isinstance(options, dict):
+        raise ValueError(f"the preset {preset} must have, under optimizers, a mapping of options for each optimizer")
     known = [f.name for f in fields(Config)]
     merged = values | dict(overrides or {})
     for key in merged:
@@ -172,6 +181,26 @@ def load_config(
             raise ValueError(f"the preset {preset} has a key {key!r}, which means nothing{hint}")
     merged["optimizer_options"] = options | dict(optimizer_overrides or {})
     return Config(**(merged | {"model": model, "optimizer": optimizer}))
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a word"),
+    "tuple[float, ...]": ((list, tuple), "a list of numbers"),
+    "dict[str, Any]": (Mapping, "a mapping"),
+}
+
+
+def _check_kind(name: str, annotation: str, value: object) -> None:
+    """Refuse what a YAML file, or a caller, gives of another kind than the field is annotated with."""
+    kind, optional, _ = annotation.partition(" | ")
+    types, words = _KINDS[kind]
+    ok = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+    if kind.startswith("tuple") and ok:
+        ok = all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)  # type: ignore[attr-defined]
+    _require(ok or (bool(optional) and value is None), name, repr(value), words)
 
 
 def _require(ok: bool, name: str, value: object, remedy: str) -> None:

@@ -55,21 +55,20 @@ def _initialise(model: nn.Module) -> None:
 
 
 class _DenseLayer(nn.Module):
-    """x ↦ [x, conv3×3(x)], through a 1×1 bottleneck of 4·growth channels in the BC variant."""
+    """x ↦ [x, conv3×3(x)], through a 1×1 bottleneck of 4·growth channels in the BC variant; dropout after each."""
 
     def __init__(self, in_channels: int, growth_rate: int, bottleneck: bool, dropout: float) -> None:
         super().__init__()
         width = 4 * growth_rate if bottleneck else in_channels
         self.squeeze = (
-            nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), _conv1x1(in_channels, width))
+            nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), _conv1x1(in_channels, width), nn.Dropout(dropout))
             if bottleneck
             else nn.Identity()
         )
-        self.grow = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), _conv3x3(width, growth_rate))
-        self.dropout = nn.Dropout(dropout)
+        self.grow = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), _conv3x3(width, growth_rate), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((x, self.dropout(self.grow(self.squeeze(x)))), dim=1)
+        return torch.cat((x, self.grow(self.squeeze(x))), dim=1)
 
 
 class DenseNet(nn.Module):
@@ -85,7 +84,7 @@ class DenseNet(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        channels = 2 * growth_rate
+        channels = 2 * growth_rate if bottleneck else 16
         features: list[nn.Module] = [_conv3x3(3, channels)]
         for block in range(3):
             for _ in range(layers_per_block):
@@ -93,7 +92,8 @@ class DenseNet(nn.Module):
                 channels += growth_rate
             if block < 2:  # transition
                 kept = int(channels * compression)
-                features += [nn.BatchNorm2d(channels), nn.ReLU(), _conv1x1(channels, kept), nn.AvgPool2d(2)]
+                features += [nn.BatchNorm2d(channels), nn.ReLU(), _conv1x1(channels, kept)]
+                features += [nn.Dropout(dropout), nn.AvgPool2d(2)]
                 channels = kept
         self.features = nn.Sequential(*features, nn.BatchNorm2d(channels), nn.ReLU())
         self.classifier = nn.Linear(channels, num_classes)
@@ -123,11 +123,11 @@ def densenet(
 
     Args:
         depth: any depth ≥ 10 (with bottlenecks) or ≥ 7 (without) for which depth − 4 is a multiple of 3.
-        growth_rate: the channels k that each layer adds; the stem has 2k.
+        growth_rate: the channels k that each layer adds; the stem has 2k with bottlenecks, and 16 without.
         num_classes: the number of logits.
         bottleneck: put a 1×1 convolution to 4k channels before each 3×3 convolution.
         compression: the fraction θ in (0, 1] of the channels that a transition keeps.
-        dropout: the probability with which an added channel is dropped, after each layer.
+        dropout: the probability with which a value is dropped, after each convolution but the first.
 
     Raises:
         ValueError: an argument is out of its range; for a depth, the nearest legal ones are named.

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from npg.vision.config import Config
 from npg.vision.data import replacing
+from npg.vision.models import model_from_name
 
-__all__ = ["CheckpointError", "RunFolder", "find_checkpoint", "load_checkpoint"]
+__all__ = ["CheckpointError", "RunFolder", "find_checkpoint", "load_checkpoint", "load_model", "run_of"]
 
 
 class CheckpointError(ValueError):
@@ -37,29 +39,33 @@ class RunFolder:
     Args:
         path: the folder; it is made here.
         config: the run's configuration.
-        checkpoint: the checkpoint that is gone on from. Its run's rows are kept up to its epoch, and where that run
-            is in this same folder, what came after them is dropped.
+        checkpoint: the checkpoint that is gone on from. Its run's rows are kept up to its epoch.
+        epoch: the checkpoint's.
 
     Raises:
-        ValueError: the folder exists, and it is not the checkpoint's own.
+        ValueError: the folder exists, and it is not the checkpoint's own; or it is, and has later checkpoints.
     """
 
-    def __init__(self, path: Path, config: Config, checkpoint: Path | None = None) -> None:
-        past = None if checkpoint is None else checkpoint.resolve().parent.parent
+    def __init__(self, path: Path, config: Config, checkpoint: Path | None = None, epoch: int = 0) -> None:
+        past = None if checkpoint is None else run_of(checkpoint)
         if path.exists() and path.resolve() != past and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"the run folder {path} exists; go on with --resume {path}, or choose another --run-dir")
+        later = [p for p in checkpoints_in(path) if epoch_of(p) > epoch]
+        if whole := [p for p in later if _is_whole(p)]:
+            raise ValueError(
+                f"the run went on to {whole[-1]}, which would be lost if it went on from epoch {epoch} here: give "
+                "--run-dir NEW to do so in a folder of its own"
+            )
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._keep = config.keep_checkpoints
         self._rows: list[dict[str, Any]] = []
-        begin = 1
-        if checkpoint is not None and past is not None:
-            begin = epoch_of(checkpoint) + 1
+        begin = epoch + 1
+        if past is not None:
             self._rows = [row for row in _read_rows(past / "metrics.csv") if int(row["epoch"]) < begin]
-            for stale in checkpoints_in(path):
-                if epoch_of(stale) >= begin:
-                    stale.unlink()
+        for damaged in later:
+            damaged.unlink()
         (path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         with (path / "command.txt").open("a", encoding="utf-8") as file:
             file.write(" ".join(sys.argv) + "\n")
@@ -106,9 +112,15 @@ class RunFolder:
         self._tensorboard.close()
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None for a file that lies anywhere else."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" and (parent.parent / "config.yaml").is_file() else None
+
+
 def checkpoints_in(path: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
-    return sorted((path / "checkpoints").glob("epoch_*.pt"), key=epoch_of)
+    return sorted((path / "checkpoints").glob("epoch_[0-9]*.pt"), key=epoch_of)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -135,12 +147,39 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        others = [p for p in checkpoints_in(path.parent.parent) if p != path]
+        run = run_of(path)
+        others = [p for p in checkpoints_in(run) if p.resolve() != path.resolve()] if run else []
         remedy = f"; go on from an earlier one: --resume {others[-1]}" if others else ""
         raise CheckpointError(f"the checkpoint {path} is truncated or damaged{remedy}") from error
     if not isinstance(state, dict) or "config" not in state:
         raise CheckpointError(f"{path} is no checkpoint of train_cifar.py")
     return state
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def load_model(path: Path | str) -> tuple[nn.Module, Config]:
+    """The model of a run, on the CPU and in evaluation mode, with the weights that the run evaluates; and its `Config`.
+
+    Args:
+        path: the run's folder, whose newest checkpoint it is, or a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    state = load_checkpoint(find_checkpoint(Path(path)))
+    config, weights = Config(**state["config"]), state["model"]
+    if state["ema"] is not None:
+        weights = {name.removeprefix("module."): w for name, w in state["ema"].items() if name != "n_averaged"}
+    model = model_from_name(config.model, len(weights["classifier.bias"]), dropout=config.dropout)
+    model.load_state_dict(weights)
+    return model.eval(), config
 
 
 def epoch_of(path: Path) -> int:

@@ -111,6 +111,8 @@ class Trainer:
     ) -> None:
         state = None if checkpoint is None else self._matching_checkpoint(checkpoint, config, world)
         self.config, self.world = config, world
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         device = world.device
         if config.sync_bn and device.type != "cuda":
             raise ValueError("sync_bn must be off on a CPU: PyTorch synchronises BatchNorm on CUDA only")
@@ -150,6 +152,7 @@ class Trainer:
         torch.manual_seed(config.seed + world.rank)  # dropout and sampled labels differ from process to process
 
         self.epoch, self.seconds, self._stop_signal = 0, 0.0, 0
+        self.accuracy = -math.inf  # after the last epoch, in percent
         if state is not None:
             self._restore(state)
         self.folder: RunFolder | None = world.main_first(lambda: self._open_folder(run_dir, checkpoint))
@@ -207,7 +210,7 @@ class Trainer:
         return torch.compile(forward) if config.compile else forward
 
     def _open_folder(self, run_dir: Path, checkpoint: Path | None) -> RunFolder | None:
-        return RunFolder(run_dir, self.config, checkpoint) if self.world.is_main else None
+        return RunFolder(run_dir, self.config, checkpoint, self.epoch) if self.world.is_main else None
 
     # --- training
 
@@ -226,14 +229,13 @@ class Trainer:
         )
         try:
             with bar, self._catching_signals():
-                reached = False
-                while self.epoch < self.config.epochs and not reached:
+                stop = math.inf if self.config.stop_above is None else self.config.stop_above
+                while self.epoch < self.config.epochs and self.accuracy <= stop:
                     row = self._train_epoch(bar)
                     row |= self._evaluate_epoch()
                     self.epoch += 1
+                    self.accuracy = row[f"{self.config.eval_on}_top1"]
                     self._write_epoch(row)
-                    stop = self.config.stop_above
-                    reached = stop is not None and row[f"{self.config.eval_on}_top1"] > stop
             return self._summary()
         finally:
             if self.folder is not None:
@@ -266,11 +268,11 @@ class Trainer:
                 self._look(losses, first, step)
                 bar.update(step + 1 - first)
                 bar.set_postfix_str(f"epoch {self.epoch + 1}, loss {float(losses[step]):.3f}", refresh=False)
-        self.world.average_(self.model.buffers())
-        if self.averager is not None:
-            self.world.average_(p.data for p in self.model.parameters())
-            if self.ema is not None:
-                self.world.average_(p.data for p in self.ema.parameters())
+        averaged = [self.model] if self.ema is None else [self.model, self.ema]
+        for model in averaged:  # BatchNorm's running statistics, of which each process has seen its own batches
+            self.world.average_(model.buffers())
+            if self.averager is not None:
+                self.world.average_(p.data for p in model.parameters())
         self.stopwatch.lap("epoch", begun)
         seconds = self.stopwatch.read()
         self.seconds += seconds["epoch"]
@@ -461,6 +463,7 @@ class Trainer:
             "world_size": self.world.size,
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "accuracy": self.accuracy,
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "data_generator": self.loader.generator.get_state(),
@@ -505,7 +508,7 @@ class Trainer:
         torch.set_rng_state(own["torch"])
         if own["cuda"] is not None:
             torch.cuda.set_rng_state(own["cuda"], self.world.device)
-        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.epoch, self.seconds, self.accuracy = state["epoch"], state["seconds"], state["accuracy"]
 
 
 def _correct(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -77,10 +78,100 @@ def test_train_then_resume_from_the_first_epoch(
     newest = run / "checkpoints" / "epoch_0002.pt"
     whole = torch.load(newest)["model"]
     before = rows(run)
-    assert script.main(["--resume", str(run / "checkpoints" / "epoch_0001.pt")]) == 0
-    assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
+    first = run / "checkpoints" / "epoch_0001.pt"
+    assert script.main(["--resume", str(first)]) == 2
+    assert f"the run went on to {newest}" in capsys.readouterr().err
+    again = tmp_path / "again"
+    assert script.main(["--resume", str(first), "--run-dir", str(again)]) == 0
     timeless = ("epoch", "lr", "train_loss", "validation_loss", "validation_top1")
-    assert [[row[k] for k in timeless] for row in rows(run)] == [[row[k] for k in timeless] for row in before]
+    assert [[row[k] for k in timeless] for row in rows(again)] == [[row[k] for k in timeless] for row in before]
+    assert all(torch.equal(v, whole[k]) for k, v in torch.load(again / "checkpoints" / newest.name)["model"].items())
+    # A newest checkpoint that is damaged stands in nobody's way.
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert script.main(["--resume", str(run)]) == 2
+    assert f"--resume {first}" in capsys.readouterr().err
+    assert script.main(["--resume", str(first)]) == 0
+    assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
+
+
+def test_a_checkpoint_outside_of_a_run_needs_a_folder(
+    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert script.main(["wrn-10-1", "sgd", *arguments(folder, run), "--epochs", "1"]) == 0
+    (tmp_path / "kept").mkdir()
+    kept = (run / "checkpoints" / "epoch_0001.pt").rename(tmp_path / "kept" / "best.pt")
+    capsys.readouterr()
+    assert script.main(["--resume", str(kept), "--epochs", "2"]) == 2
+    assert f"{kept} lies in no run folder: say with --run-dir NEW" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["best.pt"]
+    assert script.main(["--resume", str(kept), "--epochs", "2", "--run-dir", str(tmp_path / "new")]) == 0
+    assert [row["epoch"] for row in rows(tmp_path / "new")] == ["2"]
+
+
+def test_a_run_that_stop_above_ended_stays_ended(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert script.main(["wrn-10-1", "sgd", *arguments(folder, run), "--stop-above", "0"]) == 0
+    before = rows(run)
+    assert len(before) == 1
+    assert script.main(["--resume", str(run)]) == 0
+    assert rows(run) == before
+    assert script.main(["--resume", str(run), "--stop-above", "99.9"]) == 0
+    assert len(rows(run)) == 2
+
+
+@pytest.mark.parametrize("ema", ["0", "0.5"])
+def test_a_trained_model_is_evaluated_as_the_run_did(
+    ema: str,
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.chdir(folder.parent)  # a relative path goes on meaning the same
+    asked = [*arguments(Path(folder.name), run), "--ema", ema, "--threads", "1"]
+    assert script.main(["wrn-10-1", "sgd", *asked]) == 0
+    monkeypatch.chdir(run)
+    capsys.readouterr()
+    spec = importlib.util.spec_from_file_location("evaluate_cifar", SCRIPT.parent / "evaluate_cifar.py")
+    assert spec
+    assert spec.loader
+    evaluate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluate)
+    assert evaluate.main([str(run), "--device", "cpu"]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"top-1 {summary['test_top1']:.2f}" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: ten", "epochs must be a whole number; got 'ten'"),
+        ("epochs: 1.5", "epochs must be a whole number; got 1.5"),
+        ("augment: 1", "augment must be true or false; got 1"),
+        ("mean: 0.5", "mean must be a list of numbers; got 0.5"),
+        ("std: [a, b, c]", "std must be a list of numbers"),
+        ("optimizers: [sgd]", "must have, under optimizers, a mapping"),
+    ],
+)
+def test_presets_with_values_of_another_kind_are_refused(
+    text: str, message: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(text)
+    assert script.main(["wrn-10-1", "sgd", "--preset", str(preset), "--lr", "0.1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_preset_may_leave_the_optimizers_empty(script: ModuleType, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("epochs: 3\noptimizers:\n")
+    config, _ = script.configure({"model": "wrn-10-1", "optimizer": "sgd", "preset": str(preset), "lr": 0.1})
+    assert (config.epochs, config.optimizer_options) == (3, {"lr": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -93,6 +184,10 @@ def test_train_then_resume_from_the_first_epoch(
         (["wrn-10-1", "sgd", "--preset", "rapport"], "no preset is called 'rapport'; there are report, tuned"),
         (["wrn-10-1", "sgd", "--set", "rank"], "--set takes KEY=VALUE, such as rank=40; got 'rank'"),
         (["wrn-10-1", "sgd", "--set", "rank=3"], "sgd has no option 'rank'"),
+        (["wrn-10-1", "sgd", "--set", "lr={"], "--set has a value that is not YAML: '{'"),
+        (["wrn-10-1", "sgd", "--device", "gpu"], "device 'gpu' is none: choose cpu, cuda"),
+        (["wrn-10-1", "sgd", "--threads", "0"], "threads must be at least 1"),
+        (["wrn-10-1", "sgd", "--preset", "report", "--resume", "nowhere"], "--preset cannot go with --resume"),
         (["wrn-10-1", "sgd", "--batch-size", "1000"], "batch_size must be between 1 and the 32 training images"),
         (["wrn-10-1", "sgd", "--data", "nowhere"], "no data at nowhere: expected CIFAR-10's Python archive"),
         (["wrn-10-1", "sgd", "--resume", "nowhere"], "there is no checkpoint at nowhere"),

@@ -52,6 +52,7 @@ def trainer(
     *,
     epochs: int = 1,
     norm: bool = False,
+    ema: float = 0.0,
     checkpoint: Path | None = None,
 ) -> Trainer:
     """Five steps an epoch of eight images, in float64."""
@@ -63,6 +64,7 @@ def trainer(
         batch_size=8,
         validation_size=8,
         average_every=average_every,
+        ema=ema,
     )
     return Trainer(config, images(), run_dir, world, model=network(norm), checkpoint=checkpoint)
 
@@ -99,6 +101,13 @@ def work(out: Path) -> None:
         norm = trainer(Spy(**vars(world)), out / "norm", norm=True)
         norm.run()
         results["statistics"] = SEEN[0], [buffer.clone() for buffer in norm.model.buffers()]
+
+        averaged = trainer(world, out / "ema", norm=True, ema=0.5, epochs=2)
+        averaged.run()
+        first = out / "ema" / "checkpoints" / "epoch_0001.pt"
+        again = trainer(world, out / "ema again", norm=True, ema=0.5, epochs=2, checkpoint=first)
+        again.run()
+        results["ema"] = [[t.clone() for t in one.ema.state_dict().values()] for one in (averaged, again)]
 
         whole = trainer(world, out / "whole", average_every=3, epochs=2)
         whole.run()
@@ -207,6 +216,13 @@ def test_running_statistics_are_averaged(ranks: list[dict[str, Any]]) -> None:
     assert_close([mean_a, variance_a], [(x + y) / 2 for x, y in zip(a[:2], b[:2], strict=True)])
     assert_close([mean_b, variance_b], [mean_a, variance_a])
     assert a[2] == b[2] == 5
+
+
+def test_averaged_weights_and_their_statistics_are_the_same_everywhere(ranks: list[dict[str, Any]]) -> None:
+    (mine, mine_again), (theirs, theirs_again) = (rank["ema"] for rank in ranks)
+    for other in (theirs, mine_again, theirs_again):
+        assert all(torch.equal(x, y) for x, y in zip(mine, other, strict=True))
+    assert any(x.ndim == 1 and x.std() > 0 for x in mine)
 
 
 def test_processes_that_train_alone_resume_bit_for_bit(ranks: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ def count(model: nn.Module) -> int:
         ("densenet-19", 44_410),
         ("densenet-19-10", 31_170),
         ("densenet-bc-100-12", 769_162),
-        ("densenet-basic-40-12", 1_059_298),
+        ("densenet-basic-40-12", 1_019_722),
         ("wrn-16-4", 2_748_890),
         ("wrn-40-4", 8_949_210),
         ("wrn-16-8", 10_961_370),

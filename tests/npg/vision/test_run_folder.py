@@ -49,9 +49,13 @@ def test_an_existing_folder_is_not_touched(run_dir: Path) -> None:
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
 
 
-def test_going_on_in_the_same_folder_drops_what_came_after(run_dir: Path) -> None:
+def test_going_on_in_the_same_folder_loses_no_checkpoint(run_dir: Path) -> None:
     filled(run_dir)
-    folder = RunFolder(run_dir, CONFIG, run_dir / "checkpoints" / "epoch_0002.pt")
+    second, third = (run_dir / "checkpoints" / f"epoch_000{i}.pt" for i in (2, 3))
+    with pytest.raises(ValueError, match=r"the run went on to .*epoch_0003.pt, which would be lost"):
+        RunFolder(run_dir, CONFIG, second, 2)
+    third.write_bytes(third.read_bytes()[:-50])
+    folder = RunFolder(run_dir, CONFIG, second, 2)
     folder.write_epoch({"epoch": 3, "train_loss": 7.0})
     folder.close()
     assert [float(row["train_loss"]) for row in rows(run_dir)] == [1.0, 0.5, 7.0]
@@ -60,14 +64,14 @@ def test_going_on_in_the_same_folder_drops_what_came_after(run_dir: Path) -> Non
 
 def test_going_on_elsewhere_leaves_the_old_run_alone(run_dir: Path, tmp_path: Path) -> None:
     filled(run_dir)
-    folder = RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt")
+    folder = RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt", 2)
     folder.write_epoch({"epoch": 3, "train_loss": 7.0})
     folder.close()
     assert [float(row["train_loss"]) for row in rows(tmp_path / "new")] == [1.0, 0.5, 7.0]
     assert [float(row["train_loss"]) for row in rows(run_dir)] == [1.0, 0.5, 1 / 3]
     assert len(list((run_dir / "checkpoints").iterdir())) == 2
     with pytest.raises(ValueError, match="exists"):
-        RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt")
+        RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt", 2)
 
 
 def test_finding_and_reading_checkpoints(run_dir: Path, tmp_path: Path) -> None:

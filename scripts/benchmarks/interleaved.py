@@ -61,11 +61,20 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, unit: str) -> tuple
 
 
 def machine(device: torch.device | str = "cpu") -> str:
-    """What ran: the GPU's name, or the number of CPU cores and their architecture."""
+    """What ran: the GPU's name, or the number of CPU cores, their name and their vector units."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} core{'s' if cores > 1 else ''} {platform.machine()}"
+    return f"{cores} core{'s' if cores > 1 else ''} {_processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

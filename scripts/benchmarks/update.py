@@ -102,6 +102,7 @@ def main() -> None:
     resets = {name: reset_of(agent, weights, seen, collected) for name, agent in agents.items()}
     updates = {name: agent.train for name, agent in agents.items()}
     seconds = measure(updates, rounds=options.rounds, turn=1, warm_up=2, before=resets)
+    components = venv.action_space.shape[0]
     rows = []
     print(f"{'update':<27}{'ms':>8}{'times faster':>14}{'explained variance':>20}{'unseen':>8}{'KL':>8}")
     for name, update in updates.items():
@@ -119,7 +120,8 @@ def main() -> None:
             "times_faster_quartile_3": f"{high:.2f}",
             "explained_variance": f"{held_out(agent, seen):.4f}",
             "explained_variance_unseen": f"{held_out(agent, unseen):.4f}",
-            "kl": f"{logged.get('train/kl', logged.get('train/kl_divergence_loss', np.nan)):.5f}",
+            # sb3-contrib's is the mean over the components of an action
+            "kl": f"{logged.get('train/kl', components * logged.get('train/kl_divergence_loss', np.nan)):.5f}",
             "cg_max_steps": settings["cg_max_steps"],
             "steps": seen.buffer_size * seen.n_envs,
             "seed": options.seed,

@@ -434,8 +434,7 @@ def main() -> None:
         print(f"{name}: {perf_counter() - started:.1f} s")
         for key, (value, meaning) in numbers.items():
             print(f"  {key} = {value:.6g}  ({meaning})")
-    if set(options.only) == set(DRAW):
-        style.write_csv(options.out / "kakade_numbers.csv", rows)
+    style.update_csv(options.out / "kakade_numbers.csv", rows, "name")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,15 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def update_csv(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Write rows in the place of those that a file has with the same ``key``, after its others."""
+    new, kept = {row[key] for row in rows}, []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row[key] not in new]
+    write_csv(path, [*kept, *rows])
+
+
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """The exponent k of y ∝ xᵏ, by least squares in logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])

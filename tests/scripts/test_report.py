@@ -158,8 +158,14 @@ def test_the_page_quotes_the_published_numbers():
 
 
 def test_one_picture_can_be_drawn_alone(tmp_path):
+    others = "picture,quantity,value,unit\nnormals,old,1,nats\nplateau,kept,2,steps\n"
+    (tmp_path / "numbers.csv").write_text(others)
     subprocess.run([sys.executable, SCRIPT, "--out", tmp_path, "--quick", "--only", "normals"], check=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"normals.png", "normals.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"normals.png", "normals.csv", "numbers.csv"}
+    rows = read(tmp_path / "numbers.csv")
+    assert {row["picture"] for row in rows} == {"normals", "plateau"}
+    assert "kept" in {row["quantity"] for row in rows}
+    assert "old" not in {row["quantity"] for row in rows}
 
 
 def test_an_unknown_picture_is_refused_with_the_names_there_are(tmp_path):

@@ -1,0 +1,68 @@
+"""Benchmarks run, on next to nothing, and write their tables: some measure private parts, which may move."""
+
+import csv
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+# The script, its arguments, the option that names the CSV, and what must be in it: (column, values).
+RUNS = {
+    "fvp": ("mlp-64@64 --rounds 1 --threads 1", "--csv", "product", {"gradient", "ours", "double backward", "jvp-vjp"}),
+    "collecting": ("--env CartPole-v1 --n-envs 2 --steps 4 --rounds 1 --threads 1", "--csv", "n_envs", {"2"}),
+    "update": (
+        "--env InvertedPendulum-v5 --before 2048 --rounds 1 --threads 1",
+        "--csv",
+        "update",
+        {"sb3-contrib", "ours"},
+    ),
+    "critics": ("--env InvertedPendulum-v5 --before 2048 --rollouts 1", "--csv", "env", {"InvertedPendulum-v5"}),
+    "end_to_end": (
+        "CartPole-v1 --seconds 0.01 --rounds 1 --threads 1",
+        "--csv",
+        "way",
+        {"environments", "ours", "sb3-contrib"},
+    ),
+    "environments": (
+        "CartPole-v1 --n-envs 2 --threads 1 --steps 32 --rounds 1",
+        "--output",
+        "environment",
+        {"CartPole-v1"},
+    ),
+    "optimizer_overhead": (
+        "--models wrn-10-1-s2 --optimizers online-ngd --batch 4 --rounds 2 --steps 4 --threads 1",
+        "--csv",
+        "optimizer",
+        {"online-ngd"},
+    ),
+    "return_over_time": (
+        "CartPole-v1 --agents ours --seeds 0 --timesteps 2048 --evaluations 1 --episodes 1 --threads 1",
+        "--csv",
+        "agent",
+        {"ours"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sb3_contrib")
+    arguments, option, column, expected = RUNS[name]
+    table = tmp_path / "table.csv"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split(), option, str(table)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert expected <= {row[column] for row in rows}
+    measured = [k for k in rows[0] if any(w in k for w in ("median", "us_per", "steps_per_second", "return_mean"))]
+    assert measured
+    assert all(math.isfinite(float(row[k])) for row in rows for k in measured if row[k])

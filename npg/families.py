@@ -205,8 +205,8 @@ class Bernoulli(Family):
         return -binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").sum(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        p = old.sigmoid()
-        return (p * (logsigmoid(old) - logsigmoid(new)) + (1 - p) * (logsigmoid(-old) - logsigmoid(-new))).sum(-1)
+        p, q = old.sigmoid(), (-old).sigmoid()  # 1 − p would lose all digits of q for large logits
+        return (p * (logsigmoid(old) - logsigmoid(new)) + q * (logsigmoid(-old) - logsigmoid(-new))).sum(-1)
 
     def entropy(self, outputs: Tensor) -> Tensor:
         # H = log(1 + e^η) − η σ(η)
@@ -217,8 +217,8 @@ class Bernoulli(Family):
 
     @staticmethod
     def _variance(outputs: Tensor) -> Tensor:
-        p = outputs.detach().sigmoid()
-        return p * (1 - p)
+        outputs = outputs.detach()
+        return outputs.sigmoid() * (-outputs).sigmoid()
 
     def metric(self, outputs: Tensor) -> LinearMap:
         variance = self._variance(outputs)

@@ -136,6 +136,8 @@ class Fisher:
             RuntimeError: if the parameters have changed since construction.
         """
         self.parameters.check(v)
+        if v.ndim == 2 and v.shape[1] == 0:
+            return torch.zeros_like(v, dtype=self.dtype)
         u = self._metric(self.linearization.push_forward(v.to(self.dtype)))
         return mean_(self.linearization.pull_back(u).div_(self.events), self.process_group)
 

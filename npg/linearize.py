@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from npg.parameters import Parameters
 from npg.program import Maps, Program
 
-__all__ = ["Linearization", "Model", "by_slot", "frozen_statistics", "replayed_randomness"]
+__all__ = ["Buffers", "Linearization", "Model", "by_slot", "frozen_statistics", "replayed_randomness", "uncompiled"]
 
 
 class FunctionalModel(Protocol):
@@ -45,14 +45,38 @@ Model = nn.Module | FunctionalModel
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
+class Buffers:
+    """The buffers of a model, running statistics among them, as they are now."""
+
+    def __init__(self, model: Model) -> None:
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self._copies = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self, keep: Tensor | None = None) -> None:
+        """Put them back as they were, bit for bit; all but where ``keep``, (), is true."""
+        for module, name, buffer, copy in self._copies:
+            now = module._buffers[name]
+            if keep is not None and now is not None and now.shape == copy.shape:
+                copy = torch.where(keep, now, copy)
+            module._buffers[name] = buffer
+            buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
+
+
 @contextmanager
 def frozen_statistics(model: Model) -> Iterator[None]:
-    """Normalise with the batch's own statistics, as in training, without moving the running ones.
+    """Normalise with the batch's own statistics, as in training, without moving the running ones or any other buffer.
 
     Dropping ``track_running_stats`` is the one switch that BatchNorm looks at in training mode; InstanceNorm looks at
     none, and so has its running statistics taken away meanwhile.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
+    buffers = Buffers(model)
     moved = [
         m for m in modules if m.training and getattr(m, "track_running_stats", False) and hasattr(m, "running_mean")
     ]
@@ -68,6 +92,7 @@ def frozen_statistics(model: Model) -> Iterator[None]:
             m.track_running_stats = True  # type: ignore[assignment]
         for norm, mean, variance in hidden:
             norm.running_mean, norm.running_var = mean, variance
+        buffers.restore()
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +128,11 @@ def _at_least_float(outputs: Any) -> Tensor:
             f"got {kind}"
         )
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def uncompiled(model: Model) -> Model:
+    """The module behind one of ``torch.compile``, through which no forward mode passes."""
+    return cast(Model, getattr(model, "_orig_mod", model))
 
 
 def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,10 +175,15 @@ class Linearization:
         *,
         move_statistics: bool = False,
     ) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode() records no derivatives: linearise a model outside of it")
+        model = uncompiled(model)
         self._model = model
         self._inputs = _as_tuple(inputs)
         if isinstance(model, nn.Module):
             own = dict(model.named_parameters())
+            if unknown := [name for name in parameters or () if name not in own]:
+                raise ValueError(f"parameters has {unknown}, which the model has not: it has {list(own)}")
             self.parameters = Parameters(model if parameters is None else parameters)
             direct = all(own.get(name) is p and p.requires_grad for name, p in self.parameters.named().items())
         elif parameters is None:
@@ -169,7 +204,7 @@ class Linearization:
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
         self._maps: Maps | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None  # (u, ⟨Jᵀu, v⟩) of the first pull back, see _agrees
+        self._seen: tuple[Tensor, Tensor] | None = None  # (u, ⟨Jᵀu, v⟩) of the first pull back, see _difference
 
     def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
         """η at the given values of the parameters, by default at the present ones; (…, D)."""
@@ -184,8 +219,8 @@ class Linearization:
             return functional_call(self._model, by_slot(self._model, parameters), inputs, tie_weights=False)
         return self._model(parameters, *inputs)
 
-    def _present_versions(self) -> list[int]:
-        return [p._version for p in self.parameters.tensors]
+    def _present_versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self.parameters.tensors]
 
     def _check(self) -> None:
         if self._versions != self._present_versions():
@@ -296,16 +331,17 @@ class Linearization:
                 fresh = True
             with replayed_randomness(self.random_state, self.parameters.device):
                 outputs, maps = programs[key].linearize(arguments)
-            if self._agrees(outputs, maps):
+            difference = self._difference(outputs, maps)
+            if not difference:
                 self._graph = None  # the program has its own residuals
                 return maps
             if fresh:
                 break
-        _say_once(self._model, RuntimeError("a second forward pass gives other outputs than the first"))
+        _say_once(self._model, RuntimeError(difference))
         return None
 
-    def _agrees(self, outputs: Tensor, maps: Maps) -> bool:
-        """Whether a program gives η and the recorded pull back: ⟨u, J v⟩ = ⟨Jᵀu, v⟩, for both of its maps.
+    def _difference(self, outputs: Tensor, maps: Maps) -> str:
+        """In what a program differs from η and the recorded pull back, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, for both of its maps.
 
         The second notices what leaves the outputs as they are, such as a ``detach`` that came or went. v is generic,
         and u the first that was pulled back (the gradient of a step is there already), so it costs one product.
@@ -314,19 +350,22 @@ class Linearization:
         plain = not torch.is_autocast_enabled(p.device.type) and (p.device.type == "cpu" or p.dtype is torch.float64)
         epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
         tolerance = epsilon**0.5 if plain else 1e-2  # TF32 and autocast round in their own way from kernel to kernel
+        other_outputs = "a second forward pass gives other outputs than the first"
         if outputs.shape != self.outputs.shape:
-            return False
+            return other_outputs
         scale = self.outputs.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
         if bool((outputs - self.outputs).abs().amax() > tolerance * scale):
-            return False
-        if self._seen is None:
+            return other_outputs
+        if self._seen is None or bool((self._seen[0] == 0).any()):  # zeros would leave something unchecked
+            self._seen = None
             self.pull_back(_generic(self.outputs))
         assert self._seen is not None
         u, expected = self._seen
         v = _generic(torch.empty(p.numel, dtype=p.dtype, device=p.device))
         moved, pulled = maps.push(p.unflatten(v)), p.flatten(maps.pull(u))
         errors = torch.stack([(u * moved).sum() - expected, torch.dot(pulled, v) - expected]).abs()
-        return not bool((errors > tolerance * u.norm() * moved.norm()).any())
+        agree = not bool((errors > tolerance * u.norm() * moved.norm()).any())
+        return "" if agree else "its traced derivatives are not those of autograd"
 
     @contextmanager
     def _tracing(self) -> Iterator[None]:

@@ -608,6 +608,8 @@ def trust_region_step(potential: Potential, theta: Tensor, gradient: Tensor, rad
         )
     while divergence(low) > radius:
         low, high = low / 2, low
+        if low == 0:
+            raise ValueError(f"radius={radius:g} is below what the divergence can be told from 0 by: take a larger one")
     for _ in range(100):
         middle = 0.5 * (low + high)
         if not low < middle < high:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from math import ceil, inf, nan
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.optim.optimizer import ParamsT
 from npg.curvature.online import OnlinePreconditioner
 from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
-from npg.linearize import Linearization
+from npg.linearize import Buffers, Linearization, uncompiled
 from npg.parallel import mean_
 from npg.solvers import Solver, conjugate_gradient, dense_solve, solve_in_metric
 from npg.step import StepReport, natural_step
@@ -187,8 +187,11 @@ class OnlineNGD(_ExactResume):
         if not active:
             return
         plans = self._plans.get(index, [])
-        if {p for plan in plans for p in plan.params} != set(active):
-            plans = self._plans[index] = self._plan(active, group)
+        options = {name: group[name] for name in ("alpha", "rank", "eta")}
+        if any(plan.options["rank"] != options["rank"] for plan in plans):
+            raise ValueError(f"rank must stay {plans[0].options['rank']}, that of the factors; got {options['rank']}")
+        if {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
+            plans = self._plans[index] = self._plan(active, options)
 
         lr, decay, limit = group["lr"], group["weight_decay"], group["max_change"]
         decoupled = group["decoupled_weight_decay"]
@@ -208,12 +211,11 @@ class OnlineNGD(_ExactResume):
             changes = torch._foreach_mul(changes, limit / norm.clamp_min(limit))
         torch._foreach_add_(params, changes, alpha=-lr)
 
-    def _plan(self, params: list[Tensor], group: dict[str, Any]) -> list[_OnlinePlan]:
+    def _plan(self, params: list[Tensor], options: dict[str, Any]) -> list[_OnlinePlan]:
         """One plan for each number of steps that parameters have behind them: one, unless some were skipped."""
         runs: dict[int, list[Tensor]] = {}
         for p in params:
             runs.setdefault(int(self.state[p].get("step", 0)), []).append(p)
-        options = {name: group[name] for name in ("alpha", "rank", "eta")}
         return [_OnlinePlan(run, [self.state[p] for p in run], step, options) for step, run in runs.items()]
 
 
@@ -223,8 +225,8 @@ class _OnlinePlan:
     def __init__(
         self, params: list[Tensor], states: list[dict[str, Tensor]], step: int, options: dict[str, Any]
     ) -> None:
-        self.params = params
-        self.count, self.step = step, torch.tensor(step)
+        self.params, self.options = params, options
+        self.count, self.step = step, torch.tensor(step, device="cpu")
         self.preconditioner = OnlinePreconditioner(params, states, **options)
         self.momenta = []
         self.buffers = [torch.empty(0)] * len(params)
@@ -269,6 +271,7 @@ class _ModelOptimizer(_ExactResume):
             # Forward mode cannot pass through the wrapper; the reduction is done here, once per product.
             process_group = process_group or model.process_group
             model = model.module
+        model = cast(nn.Module, uncompiled(model))
         _check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
         _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
         _check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
@@ -277,15 +280,36 @@ class _ModelOptimizer(_ExactResume):
         self._factors: _TrackedFactors | None = None
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_factors": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._factors = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise ValueError for a second group: the parameters are those of the model."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} has one parameter group, that of its model: put all into the model"
+            )
+        super().add_param_group(param_group)
+
+    def _trainable(self) -> list[Tensor]:
+        """What the model trains; all of it is in the parameter group."""
+        held = {id(p) for p in self.param_groups[0]["params"]}
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if new := [name for name, p in named.items() if id(p) not in held]:
+            raise ValueError(
+                f"{new} became trainable, or part of the model, after this {type(self).__name__} was made: make it anew"
+            )
+        return list(named.values())
 
     def _online_factors(self) -> _TrackedFactors | None:
         """The factors of the metric C; None if the damping does not use it."""
         if self.damping_metric == "identity":
             return None
-        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        params = self._trainable()
         if self._factors is None or not self._factors.cover(params):
             self._factors = _TrackedFactors(params, self.state, self.alpha)
         return self._factors
@@ -324,7 +348,7 @@ class DiagonalNGD(_ModelOptimizer):
             ``"empirical"`` (the labels of the data: the mean of squared per-event gradients).
         decay: γ, in [0, 1).
         momentum: μ, in [0, 1).
-        weight_decay: decoupled; biases and normalisation parameters are left alone.
+        weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone.
         probes: backward passes per estimate; None computes the diagonal itself, at one backward pass per event (or
             per event and output if ``fisher="exact"``).
         generator: the source of signs and sampled labels, by default torch's global one, which a checkpoint has to
@@ -383,6 +407,15 @@ class DiagonalNGD(_ModelOptimizer):
             targets: in the shape that ``family.log_likelihood`` takes.
         """
         group = self.param_groups[0]
+        self._trainable()
+        buffers = Buffers(self.model)
+        try:
+            return self._step(inputs, targets, group, buffers)
+        except BaseException:
+            buffers.restore()
+            raise
+
+    def _step(self, inputs: Any, targets: Tensor, group: dict[str, Any], buffers: Buffers) -> Tensor:
         linearization = Linearization(self.model, inputs, move_statistics=True)
         fisher = Fisher(
             self.model,
@@ -424,6 +457,8 @@ class DiagonalNGD(_ModelOptimizer):
             factors.update(slope)
         _decay(params, group["lr"] * group["weight_decay"] * taken)
         torch._foreach_add_(params, torch._foreach_mul(momenta, group["lr"] * taken))
+        torch.clear_autocast_cache()
+        buffers.restore(keep=finite)
         return torch.where(finite, loss, nan)
 
     def _weights(self, params: Iterable[Tensor]) -> list[Tensor]:
@@ -451,7 +486,7 @@ class NGD(_ModelOptimizer):
             batch normalisation, for one.
         max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
         momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
-        weight_decay: decoupled; biases and normalisation parameters are left alone.
+        weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone.
         solver: ``"cg"``, or ``"dense"`` for the report's Algorithm 1 as printed: F as a matrix, and its inverse (its
             pseudo-inverse where λ = 0 and F is singular), for up to some thousands of parameters.
         max_iterations: of conjugate gradients, each about the cost of one gradient.
@@ -534,7 +569,7 @@ class NGD(_ModelOptimizer):
             targets: in the shape that ``family.log_likelihood`` takes.
         """
         group = self.param_groups[0]
-        params: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        params = self._trainable()
         part = slice(ceil(self.curvature_fraction * len(targets)))
         curvature_inputs = None
         if self.curvature_fraction < 1:
@@ -573,6 +608,7 @@ class NGD(_ModelOptimizer):
             if factors is not None:
                 factors.update(report.gradient)
             _decay(params, group["lr"] * group["weight_decay"])
+            torch.clear_autocast_cache()
         if self.damping_control is not None:
             group["damping"] = self.damping_control.update(
                 group["damping"], report.predicted_gain, report.actual_gain, report.accepted
@@ -590,7 +626,7 @@ class _TrackedFactors:
         self.params = [p for p in params if p.numel() > 0]
         own = [states[p] for p in self.params]
         self.count = int(own[0].get("step", 0))
-        self.step = torch.tensor(self.count)
+        self.step = torch.tensor(self.count, device="cpu")
         self.preconditioner = OnlinePreconditioner(self.params, own, alpha=alpha)
         for state in own:
             state["step"] = self.step

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from time import sleep
 from typing import Any, TypeVar
 
@@ -66,13 +67,17 @@ def moments(x: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor,
 
 
 def equal(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> bool:
-    """Whether the tensors are finite and the same in all processes of the group, judged by their sum in float64."""
+    """Whether the tensors are finite and the same in all processes of the group, judged by their sum in float64.
+
+    Without a group nothing is looked at.
+    """
     if process_group is None:
         return True
     total = torch.stack([tensor.detach().sum(dtype=torch.float64) for tensor in tensors]).sum()
-    extremes = torch.stack([total, -total])
+    # Gloo's minimum may lose a NaN: −∞ in its place it cannot.
+    extremes = torch.where(total.isfinite(), torch.stack([total, -total]), -inf)
     dist.all_reduce(extremes, dist.ReduceOp.MIN, group=process_group)
-    return bool(extremes[0] == -extremes[1])
+    return bool(extremes.isfinite().all()) and bool(extremes[0] == -extremes[1])
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,11 @@ class Parameters:
         """Put the values of `copy` back, bit for bit."""
         for p, value in zip(self.tensors, copies, strict=True):
             p.copy_(value)
+        torch.clear_autocast_cache()  # which holds the former values in low precision
 
     @torch.no_grad()
     def move(self, origin: Sequence[Tensor], step: Tensor, scale: float | Tensor = 1.0) -> None:
         """θ ← origin + scale·step, in place."""
         for p, value, change in zip(self.tensors, origin, self.unflatten(step), strict=True):
             p.copy_(value + change * scale)
+        torch.clear_autocast_cache()

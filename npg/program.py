@@ -365,6 +365,8 @@ def _is_zero(node: Node) -> bool:
 
 
 def _drop_sums_with(graph: Graph, zeros: set[Node]) -> None:
+    if any(_mutates(node) for node in _calls(graph)):
+        return  # a sum is new memory; what it would be replaced by may be written to
     for node in _calls(graph):
         if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, Node) for a in node.args):
             continue

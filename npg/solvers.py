@@ -89,8 +89,12 @@ _DRIFT = 0.1  # the true residual and the recurrence differ by more than this pa
 def _check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
     if b.ndim not in (1, 2) or not b.is_floating_point():
         raise ValueError(f"b must be a floating-point tensor of shape (P,) or (P, K), got {b.dtype} {tuple(b.shape)}")
+    if b.ndim == 2 and b.shape[1] == 0:
+        raise ValueError(f"b must have at least one column, got {tuple(b.shape)}")
     if x0 is not None and x0.shape != b.shape:
         raise ValueError(f"x0 must have the shape {tuple(b.shape)} of b, got {tuple(x0.shape)}")
+    if x0 is not None and x0.dtype != b.dtype:
+        raise ValueError(f"x0 must have the dtype {b.dtype} of b, got {x0.dtype}")
     if not 0 <= damping < inf:
         raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 

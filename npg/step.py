@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npg.families import Family, Geometry
 from npg.fisher import Fisher
-from npg.linearize import Linearization, Model, frozen_statistics, replayed_randomness
+from npg.linearize import Buffers, Linearization, Model, frozen_statistics, replayed_randomness, uncompiled
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient
 from npg.trust_region import Trial, TrustRegion
@@ -32,7 +32,7 @@ class StepReport:
     """What one natural step did.
 
     Attributes:
-        accepted: whether the parameters moved; if not, they are bit for bit what they were.
+        accepted: whether the step was taken; if not, parameters and buffers are bit for bit what they were.
         objective: the objective before the step.
         predicted_gain: gᵀd − ½c dᵀFd for the step d, with c the ``objective_curvature`` of `natural_step`.
         actual_gain: the gain in the objective at the last point tried (NaN where none was evaluated).
@@ -133,105 +133,115 @@ def natural_step(
     if not 0 <= damping < inf:
         raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 
-    started = perf_counter()
-    # 1. Outputs and gradient: one forward pass serves the objective, its gradient and the Fisher.
-    linearization = Linearization(model, inputs, parameters, move_statistics=True)
-    theta = linearization.parameters
-    old = linearization.outputs
-    with torch.enable_grad():
-        outputs = old.clone().requires_grad_()
-        value = objective(outputs)
-        if value.ndim != 0:
-            raise ValueError(f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}")
-        (slope_outputs,) = torch.autograd.grad(value, outputs)
-    before = mean_(value.detach().double(), process_group)
-    g = mean_(linearization.pull_back(slope_outputs), process_group)
-
-    # 2. Curvature, and 3. solve.
-    shared = None if curvature_inputs is not None else linearization
-    F = fisher(
-        model,
-        inputs if curvature_inputs is None else curvature_inputs,
-        family,
-        parameters=parameters,
-        process_group=process_group,
-        linearization=shared,
-        **({} if metric is None else {"metric": metric}),
-    )
-    options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
-    solution = solver(F, g, x0=x0, damping=damping, **options)
-    s = solution.x
-    slope, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
-        [
-            torch.dot(g, s).double(),
-            s.norm().double(),
-            g.norm().double(),
-            solution.curvature,
-            solution.residual_norm,
-            before,
-        ]
-    ).tolist()
-    solve_seconds = perf_counter() - started
-
-    # 4. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
-    origin = theta.copy()
-    forward = "old_new" if trust_region is None else trust_region.kl_direction
-    divergence = family.kl if metric is None else metric.divergence
-
-    @torch.no_grad()
-    def trial(scale: float) -> Trial:
-        theta.move(origin, s, scale)
-        with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
-            new = linearization.forward()
-        try:
-            kl = divergence(old, new) if forward == "old_new" else divergence(new, old)
-            local = torch.stack([objective(new).double(), kl.double().mean()])
-        except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
-            local = old.new_full((2,), nan, dtype=torch.float64)
-        value, kl_mean = mean_(local, process_group).tolist()
-        return Trial(value - objective_before, kl_mean)
-
-    scale = trust_region.scale(curvature) if trust_region is not None else float(learning_rate or 0.0)
-    if learning_rate is not None:
-        scale = min(scale, learning_rate)
-    outcome, backtracks = Trial(float("nan"), float("nan")), 0
-    accepted = isfinite(scale * s_norm) and solution.status is not Status.NON_FINITE
+    model = uncompiled(model)
+    buffers = Buffers(model)
     try:
-        if accepted and trust_region is not None and trust_region.backtrack:
-            if slope > 0 and scale > 0:
-                accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
-            else:
-                accepted = False
-        elif accepted and evaluate:
-            outcome = trial(scale)
-            accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
-        elif accepted:
+        started = perf_counter()
+        # 1. Outputs and gradient: one forward pass serves the objective, its gradient and the Fisher.
+        linearization = Linearization(model, inputs, parameters, move_statistics=True)
+        theta = linearization.parameters
+        old = linearization.outputs
+        with torch.enable_grad():
+            outputs = old.clone().requires_grad_()
+            value = objective(outputs)
+            if value.ndim != 0:
+                raise ValueError(f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}")
+            (slope_outputs,) = torch.autograd.grad(value, outputs)
+        before = mean_(value.detach().double(), process_group)
+        g = mean_(linearization.pull_back(slope_outputs), process_group)
+
+        # 2. Curvature, and 3. solve.
+        shared = None if curvature_inputs is not None else linearization
+        F = fisher(
+            model,
+            inputs if curvature_inputs is None else curvature_inputs,
+            family,
+            parameters=parameters,
+            process_group=process_group,
+            linearization=shared,
+            **({} if metric is None else {"metric": metric}),
+        )
+        options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
+        solution = solver(F, g, x0=x0, damping=damping, **options)
+        s = solution.x
+        slope, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
+            [
+                torch.dot(g, s).double(),
+                s.norm().double(),
+                g.norm().double(),
+                solution.curvature,
+                solution.residual_norm,
+                before,
+            ]
+        ).tolist()
+        solve_seconds = perf_counter() - started
+
+        # 4. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
+        origin = theta.copy()
+        forward = "old_new" if trust_region is None else trust_region.kl_direction
+        divergence = family.kl if metric is None else metric.divergence
+
+        @torch.no_grad()
+        def trial(scale: float) -> Trial:
             theta.move(origin, s, scale)
-    except BaseException:  # an interrupt, or an error of the model: nothing is lost
-        theta.restore(origin)
+            with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
+                buffers.restore()  # the forward pass at θ began with these
+                new = linearization.forward()
+            try:
+                kl = divergence(old, new) if forward == "old_new" else divergence(new, old)
+                local = torch.stack([objective(new).double(), kl.double().mean()])
+            except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
+                local = old.new_full((2,), nan, dtype=torch.float64)
+            value, kl_mean = mean_(local, process_group).tolist()
+            return Trial(value - objective_before, kl_mean)
+
+        scale = trust_region.scale(curvature) if trust_region is not None else float(learning_rate or 0.0)
+        if learning_rate is not None:
+            scale = min(scale, learning_rate)
+        outcome, backtracks = Trial(float("nan"), float("nan")), 0
+        accepted = isfinite(scale * s_norm) and solution.status is not Status.NON_FINITE
+        try:
+            if accepted and trust_region is not None and trust_region.backtrack:
+                if slope > 0 and scale > 0:
+                    accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
+                else:
+                    accepted = False
+            elif accepted and evaluate:
+                outcome = trial(scale)
+                accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
+            elif accepted:
+                theta.move(origin, s, scale)
+        except BaseException:  # an interrupt, or an error of the model: nothing is lost
+            theta.restore(origin)
+            raise
+        if not accepted:
+            theta.restore(origin)
+            scale = 0.0
+        predicted_kl = max(0.0, 0.5 * scale**2 * (curvature - damping * s_norm**2)) if accepted else 0.0
+        report = StepReport(
+            accepted=accepted,
+            objective=objective_before,
+            predicted_gain=scale * slope - objective_curvature * predicted_kl if accepted else 0.0,
+            actual_gain=outcome.gain,
+            predicted_kl=predicted_kl,
+            kl=outcome.kl,
+            status=solution.status,
+            iterations=solution.iterations,
+            residual=residual,
+            backtracks=backtracks,
+            scale=scale,
+            gradient_norm=g_norm,
+            step_norm=scale * s_norm if accepted else 0.0,
+            damping=damping,
+            gradient=g,
+            solution=s,
+            step=s * scale if accepted else torch.zeros_like(s),
+            solve_seconds=solve_seconds,
+            search_seconds=perf_counter() - started - solve_seconds,
+        )
+    except BaseException:  # an interrupt, or an error of the model or of the objective
+        buffers.restore()
         raise
-    if not accepted:
-        theta.restore(origin)
-        scale = 0.0
-    predicted_kl = 0.5 * scale**2 * (curvature - damping * s_norm**2) if accepted else 0.0
-    return StepReport(
-        accepted=accepted,
-        objective=objective_before,
-        predicted_gain=scale * slope - objective_curvature * predicted_kl if accepted else 0.0,
-        actual_gain=outcome.gain,
-        predicted_kl=predicted_kl,
-        kl=outcome.kl,
-        status=solution.status,
-        iterations=solution.iterations,
-        residual=residual,
-        backtracks=backtracks,
-        scale=scale,
-        gradient_norm=g_norm,
-        step_norm=scale * s_norm if accepted else 0.0,
-        damping=damping,
-        gradient=g,
-        solution=s,
-        step=s * scale if accepted else torch.zeros_like(s),
-        solve_seconds=solve_seconds,
-        search_seconds=perf_counter() - started - solve_seconds,
-    )
+    if not report.accepted:
+        buffers.restore()
+    return report

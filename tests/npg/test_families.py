@@ -321,3 +321,17 @@ def test_names():
     assert repr(families.Categorical()) == "Categorical()"
     assert repr(families.MultiCategorical([2, 3])) == "MultiCategorical([2, 3])"
     assert repr(families.Gaussian(2.0)) == "Gaussian(variance=2.0)"
+
+
+def test_large_logits_keep_their_digits_on_both_sides():
+    bits = families.Bernoulli()
+    large = torch.tensor([20.0], dtype=torch.float32)
+    exact = large.double()
+    one = torch.ones(1, dtype=torch.float32)
+    for sign in (1.0, -1.0):
+        torch.testing.assert_close(
+            bits.metric(sign * large)(one), bits.metric(exact)(one.double()).float(), rtol=1e-5, atol=0
+        )
+        kl = bits.kl(sign * large, sign * (large + 4))
+        assert float(kl) == pytest.approx(float(bits.kl(sign * exact, sign * (exact + 4))), rel=1e-4)
+        assert float(kl) > 0

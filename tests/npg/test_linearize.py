@@ -373,3 +373,63 @@ def test_random_numbers_are_given_back_after_an_error():
     with pytest.raises(RuntimeError, match="mine"), replayed_randomness(past, torch.device("cpu")):
         raise RuntimeError("mine")
     assert torch.equal(torch.get_rng_state(), now)
+
+
+class Detaching(nn.Module):
+    """Two outputs, the second of which may or may not pass derivatives on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.stop = nn.Linear(3, 8).double(), True
+
+    def forward(self, x):
+        h = self.layer(x).tanh()
+        return torch.stack([h.mean(-1), (h.detach() if self.stop else h).std(-1)], -1)
+
+
+@pytest.mark.parametrize("slope", ["of the first output alone", "zero"])
+def test_a_program_is_checked_where_the_first_cotangent_is_zero(slope):
+    model, x = Detaching(), torch.randn(16, 3, dtype=torch.float64)
+    u = torch.zeros(16, 2, dtype=torch.float64)
+    if slope != "zero":
+        u[:, 0] = 1.0
+    v = torch.randn(32, dtype=torch.float64)
+    for stop in (True, False):
+        model.stop = stop
+        linearization = Linearization(model, x)
+        linearization.pull_back(u)
+        _, expected = torch.func.jvp(
+            lambda p: torch.func.functional_call(model, p, (x,)),
+            ({k: p.detach() for k, p in model.named_parameters()},),
+            (linearization.parameters.named(linearization.parameters.unflatten(v)),),
+        )
+        torch.testing.assert_close(linearization.push_forward(v), expected)
+
+
+def test_a_sum_with_zeros_that_is_written_to_is_kept():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            h = self.a(x)
+            out = x.new_zeros(len(x), 4)
+            out += h
+            out[:, 0] *= 2
+            return self.b(out) + h.sum(1, keepdim=True)
+
+    model, x = Writing(), torch.randn(5, 3, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fall back to double backward
+        linearization = Linearization(model, x)
+        v = torch.randn(linearization.parameters.numel, dtype=torch.float64)
+        moved = linearization.push_forward(v)
+    _, expected = torch.func.jvp(
+        lambda p: torch.func.functional_call(model, p, (x,)),
+        ({k: p.detach() for k, p in model.named_parameters()},),
+        (linearization.parameters.named(linearization.parameters.unflatten(v)),),
+    )
+    torch.testing.assert_close(moved, expected)

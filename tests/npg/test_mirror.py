@@ -376,6 +376,8 @@ def test_other_bad_arguments():
         mirror_step(NegativeEntropy(), theta, torch.full((3,), float("nan")), 0.1)
     with pytest.raises(ValueError, match="radius"):
         trust_region_step(NegativeEntropy(), theta, torch.ones(3), -1.0)
+    with pytest.raises(ValueError, match="radius=1e-18 is below what the divergence can be told from 0 by"):
+        trust_region_step(NegativeEntropy(), torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1.0, 2.0, -1.0]), 1e-18)
     with pytest.raises(ValueError, match="gradient must not be zero"):
         trust_region_step(SquaredNorm(), theta, torch.zeros(3), 0.1)
     # the farthest point of the simplex, a vertex, is log 3 away

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from npg import Fisher, LevenbergMarquardt, TrustRegion, conjugate_gradient, families, natural_step
-from npg.parallel import average_, mean_, moments, open_world, size
+from npg.parallel import average_, equal, mean_, moments, open_world, size
 
 STEPS = 3
 OPTIONS = {
@@ -98,6 +98,12 @@ def work(folder: Path) -> None:
         average_(several, world.group)
         found["average"] = torch.cat([several[0].flatten(), several[2]])
         found["size"] = torch.tensor(size(world.group))
+        verdicts = {}
+        for bad in (torch.nan, torch.inf, 4.0):
+            for who in (0, 1, None):  # who has it, or both
+                value = torch.tensor([1.0, bad if who in (world.rank, None) else 3.0])
+                verdicts[bad, who] = equal([value, torch.ones(2)], world.group)
+        found["equal"] = torch.tensor(list(verdicts.values()))
         torch.save(found, folder / f"rank{world.rank}.pt")
 
 
@@ -114,7 +120,7 @@ def alone(double) -> dict[str, object]:
 
 def test_two_processes_equal_one(ranks, alone):
     both = ranks[0]
-    assert set(both) == {*alone, "mean", "moments", "average", "size"}
+    assert set(both) == {*alone, "mean", "moments", "average", "size", "equal"}
     for name, expected in alone.items():
         torch.testing.assert_close(
             both[name], expected, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
@@ -136,6 +142,11 @@ def test_mean(ranks):
     assert ranks[0]["mean"].tolist() == [0.5, 5.0]
     assert ranks[0]["average"].tolist() == [0.5] * 6 + [2.0]
     assert int(ranks[0]["size"]) == 2
+
+
+def test_equality_is_of_finite_numbers(ranks):
+    for rank in ranks:
+        assert rank["equal"].tolist() == [False] * 8 + [True]
 
 
 def test_moments(ranks):

@@ -353,3 +353,27 @@ def test_sparse_and_complex_are_refused_before_anything_moves():
     assert_equal(weights(dense), before)
     with pytest.raises(ValueError, match="complex64"):
         OnlineNGD([torch.zeros(3, dtype=torch.complex64, requires_grad=True)], 0.1)
+
+
+def test_options_that_change_on_the_way_count_at_once_and_after_a_resumption():
+    def run(resume: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+        x, y = torch.randn(8, 5), torch.randn(8, 2)
+        optimizer = OnlineNGD(model.parameters(), lr=0.1, rank=2)
+        for step in range(6):
+            if step == 3:
+                optimizer.param_groups[0].update(alpha=100.0, eta=0.5)
+                if resume:
+                    state = optimizer.state_dict()
+                    optimizer = OnlineNGD(model.parameters(), lr=0.1, rank=2)
+                    optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        optimizer.param_groups[0]["rank"] = 3
+        with pytest.raises(ValueError, match="rank must stay 2"):
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(p, q) for p, q in zip(run(False), run(True), strict=True))

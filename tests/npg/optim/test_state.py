@@ -1,0 +1,180 @@
+"""What an optimizer of a model must leave alone, keep and refuse: buffers, copies, parameter groups, autocast."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from npg import Fisher, TrustRegion, families, natural_step
+from npg.optim import NGD, DiagonalNGD
+from npg.trust_region import LevenbergMarquardt
+
+FAMILY = families.Categorical()
+MAKE = {
+    "ngd": lambda model, **options: NGD(model, FAMILY, lr=0.3, damping=0.1, **options),
+    "diagonal-ngd": lambda model, **options: DiagonalNGD(model, FAMILY, lr=0.1, probes=None, **options),
+}
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(16, 3, generator=generator), torch.randint(3, (16,), generator=generator)
+
+
+def network(*middle):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), *middle, nn.Tanh(), nn.Linear(4, 3))
+
+
+class Normalised(nn.Module):
+    """A running normaliser that is none of PyTorch's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.count = self.count + 1
+            self.mean = self.mean + (x.mean(0) - self.mean) / self.count
+        return self.linear(x - self.mean)
+
+
+def likelihood(targets):
+    return lambda outputs: FAMILY.log_likelihood(outputs, targets).mean()
+
+
+@pytest.mark.filterwarnings("ignore:no forward mode")
+def test_any_buffer_moves_once_in_a_step_and_a_step_of_zero_changes_nothing(data):
+    x, y = data
+    model = Normalised()
+    natural_step(model, x, FAMILY, likelihood(y), learning_rate=0.1, damping=0.1)
+    report = natural_step(model, x + 3, FAMILY, likelihood(y), learning_rate=0.0)
+    assert (report.kl, report.actual_gain) == (0.0, 0.0)
+    assert model.count == 2
+    NGD(model, FAMILY, 1.0, damping=0.1, max_kl=1e-3, curvature_fraction=0.5).step(x, y)
+    assert model.count == 3
+    torch.testing.assert_close(model.mean, (2 * x.mean(0) + (x + 3).mean(0)) / 3)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_refused_or_failed_step_leaves_statistics_as_they_were(name, data):
+    x, y = data
+    model = network(nn.BatchNorm1d(4))
+    optimizer = MAKE[name](model)
+    optimizer.step(x, y)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step(x * float("nan"), y)
+    with pytest.raises(ValueError, match="targets"):
+        optimizer.step(x, y[:5])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    optimizer.step(x, y)
+    assert model[1].num_batches_tracked == 2
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+def test_trials_under_autocast_are_of_the_weights_tried(data):
+    x, y = data
+    optimizer = NGD(network(), FAMILY, 1.0, damping=1e-2, max_kl=0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = optimizer.step(x, y)
+    assert report.accepted
+    assert 0.001 < report.kl <= 0.01
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_steps_within_one_autocast_block_go_on(name, data):
+    x, y = data
+    optimizer = MAKE[name](network(), momentum=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [optimizer.step(x, y) for _ in range(4)]
+    losses = [-r.objective if name == "ngd" else float(r) for r in results]
+    assert losses == sorted(set(losses), reverse=True)
+
+
+def test_damping_control_sees_the_gain_under_autocast(data):
+    x, y = data
+    optimizer = NGD(network(), FAMILY, 0.5, damping=0.1, damping_control=LevenbergMarquardt())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert optimizer.step(x, y).actual_gain > 0
+
+
+@pytest.mark.parametrize("metric", ["identity", "online"])
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_as_the_original(how, name, metric, data):
+    model = network()
+    optimizer = MAKE[name](model, momentum=0.9, damping_metric=metric)
+    optimizer.step(*data)
+    other_model, other = how((model, optimizer))
+    for each in (optimizer, other):
+        each.step(*data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other_model.parameters(), strict=True))
+    before = model[0].weight.clone()
+    other.step(*data)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_parameters_beside_those_of_the_model_are_refused(name, data):
+    model = network()
+    model[0].bias.requires_grad = False
+    optimizer = MAKE[name](model)
+    with pytest.raises(ValueError, match="one parameter group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer.step(*data)
+    before = copy.deepcopy(model.state_dict())
+    model[0].bias.requires_grad = True
+    with pytest.raises(ValueError, match=r"'0\.bias'.* became trainable.*make it anew"):
+        optimizer.step(*data)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_compiled_model_is_optimised(name, data, monkeypatch):
+    # torch.compile turns the checks of torch.distributions off, for good
+    validate = torch.distributions.Distribution._validate_args
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", validate)
+    model, twin = network(), network()
+    MAKE[name](torch.compile(model, backend="aot_eager")).step(*data)
+    MAKE[name](twin).step(*data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert not torch.equal(model[0].weight, network()[0].weight)
+
+
+def test_the_kl_is_that_of_the_direction_asked_for(data):
+    x, y = data
+    kls = []
+    for direction in ("old_new", "new_old"):
+        model = network()
+        with torch.no_grad():
+            old = model(x)
+        region = TrustRegion(0.05, kl_direction=direction)
+        report = natural_step(model, x, FAMILY, likelihood(y), trust_region=region, damping=0.1)
+        with torch.no_grad():
+            pair = (old, model(x)) if direction == "old_new" else (model(x), old)
+        kls.append(report.kl)
+        assert report.kl == pytest.approx(float(FAMILY.kl(*pair).mean()), rel=1e-4)
+    assert kls[0] != kls[1]
+
+
+def test_what_a_fisher_refuses(data):
+    x, _ = data
+    model = network()
+    fisher = Fisher(model, x, FAMILY)
+    v = torch.randn(fisher.shape[0])
+    fisher @ v
+    assert (fisher @ torch.zeros(len(v), 0)).shape == (len(v), 0)
+    nn.utils.vector_to_parameters(torch.zeros_like(v), model.parameters())
+    with pytest.raises(RuntimeError, match="have changed"):
+        fisher @ v
+    with pytest.raises(ValueError, match=r"\['0\.wieght'\], which the model has not"):
+        Fisher(model, x, FAMILY, parameters={"0.wieght": model[0].weight})
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        Fisher(model, x, FAMILY)

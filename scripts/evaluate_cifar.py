@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from npg.parallel import open_world
 from npg.vision import data, load_model
 from npg.vision.loader import Normalization
-from npg.vision.training import EVALUATION_BATCH
+from npg.vision.training import EVALUATION_BATCH, hits
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,11 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     labels = torch.from_numpy(images.test_labels).to(device)
     loss = F.cross_entropy(logits.double(), labels)
-    hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+    top1, top5 = (100 * hits(logits, labels) / len(labels)).tolist()
     print(
         f"{config.model} trained by {config.optimizer}, seed {config.seed}: {options.run}\n"
-        f"test images {len(labels):,}  loss {float(loss):.4f}  top-1 {100 * float(hits[:, 0].double().mean()):.2f}  "
-        f"top-5 {100 * float(hits.any(1).double().mean()):.2f}"
+        f"test images {len(labels):,}  loss {float(loss):.4f}  top-1 {top1:.2f}  top-5 {top5:.2f}"
     )
     return 0
 

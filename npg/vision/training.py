@@ -32,7 +32,7 @@ from npg.vision.optimizers import make_optimizer, takes_batches
 from npg.vision.run_folder import CheckpointError, RunFolder, load_checkpoint
 from npg.vision.timing import Mark, Stopwatch
 
-__all__ = ["THRESHOLDS", "Trainer", "TrainingStopped", "learning_rate_factor"]
+__all__ = ["EVALUATION_BATCH", "THRESHOLDS", "Trainer", "TrainingStopped", "hits", "learning_rate_factor"]
 
 #: Accuracies, in percent, to which epochs and seconds are counted in a run's summary.
 THRESHOLDS = (60, 70, 75, 80, 85, 90, 92, 94)
@@ -260,7 +260,7 @@ class Trainer:
                 losses[step] = self._natural_step(inputs, targets, reports)
             else:
                 losses[step], logits = self._train_step(inputs, targets)
-                correct += _correct(logits, targets)
+                correct += hits(logits, targets)
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
             if (step + 1) % look_every == 0 or step + 1 == steps:
@@ -389,7 +389,7 @@ class Trainer:
                 with self._autocast():
                     logits = model(self.normalize(pixels))
                 totals[0] += F.cross_entropy(logits.double(), targets, reduction="sum")
-                totals[1:] += _correct(logits, targets)
+                totals[1:] += hits(logits, targets)
         loss, top1, top5 = (self.world.sum_(totals) / len(labels)).tolist()
         return loss, 100.0 * top1, 100.0 * top5
 
@@ -511,7 +511,7 @@ class Trainer:
         self.epoch, self.seconds, self.accuracy = state["epoch"], state["seconds"], state["accuracy"]
 
 
-def _correct(logits: Tensor, targets: Tensor) -> Tensor:
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
     """How many targets are the largest, and among the five largest, of their logits, (2,)."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     return torch.stack((ranked[:, 0].sum(), ranked.sum())).double()

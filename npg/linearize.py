@@ -67,6 +67,15 @@ class Buffers:
             module._buffers[name] = buffer
             buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
 
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put them back if an error, or an interrupt, leaves the block."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
 
 @contextmanager
 def frozen_statistics(model: Model) -> Iterator[None]:

@@ -409,11 +409,8 @@ class DiagonalNGD(_ModelOptimizer):
         group = self.param_groups[0]
         self._trainable()
         buffers = Buffers(self.model)
-        try:
+        with buffers.restored_on_error():
             return self._step(inputs, targets, group, buffers)
-        except BaseException:
-            buffers.restore()
-            raise
 
     def _step(self, inputs: Any, targets: Tensor, group: dict[str, Any], buffers: Buffers) -> Tensor:
         linearization = Linearization(self.model, inputs, move_statistics=True)

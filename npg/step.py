@@ -135,7 +135,7 @@ def natural_step(
 
     model = uncompiled(model)
     buffers = Buffers(model)
-    try:
+    with buffers.restored_on_error():
         started = perf_counter()
         # 1. Outputs and gradient: one forward pass serves the objective, its gradient and the Fisher.
         linearization = Linearization(model, inputs, parameters, move_statistics=True)
@@ -239,9 +239,6 @@ def natural_step(
             solve_seconds=solve_seconds,
             search_seconds=perf_counter() - started - solve_seconds,
         )
-    except BaseException:  # an interrupt, or an error of the model or of the objective
-        buffers.restore()
-        raise
     if not report.accepted:
         buffers.restore()
     return report

@@ -222,25 +222,48 @@ class Fisher:
                 index = torch.arange(columns.shape[1], device=self.device)
                 total[start : start + len(index)] = columns[start + index, index]
             return total
-        if probes < 1:
-            raise ValueError(f"probes must be at least 1, got {probes}")
         total = torch.zeros(self.parameters.numel, dtype=self.dtype, device=self.device)
-        for _ in range(probes):
-            row = self.linearization.pull_back(self._random_factor(generator))
+        for u in self.factor_vectors(probes, generator):
+            row = self.linearization.pull_back(u)
             total += rooted(row.unsqueeze(0)).squeeze(0).square()
-        return mean_(total.div_(probes * self.events), self.process_group)
+        return mean_(total.div_(self.events), self.process_group)
 
-    def _random_factor(self, generator: Generator | None) -> Tensor:
-        """L ε for fresh random signs ε, (…, D)."""
+    def factor_vectors(self, probes: int | None = 1, generator: Generator | None = None) -> Iterator[Tensor]:
+        """Vectors u of outputs, (…, D), whose Σ uuᵀ is the metric of all events in expectation: N F = E[Σ (Jᵀu)(Jᵀu)ᵀ].
+
+        Each has random signs of its own for every event. With ``probes``, they are so many u = Lε for M = LLᵀ, with
+        signs ε over all outputs, or over all labels; with None one for each column of L, so that Σ uuᵀ is M within
+        every event, and only what is between two events is random.
+
+        Raises:
+            ValueError: for ``probes`` below 1, or with another metric than the family's own, of which no factor is
+                known.
+        """
+        if not self._own_metric:
+            raise ValueError("a factor of the metric is known for the family's own metric only: leave metric out")
+        if probes is not None and probes < 1:
+            raise ValueError(f"probes must be at least 1, or None, got {probes}")
+        outputs = self.outputs
 
         def signs(*shape: int) -> Tensor:
-            like = {"dtype": self.outputs.dtype, "device": self.outputs.device}
+            like = {"dtype": outputs.dtype, "device": outputs.device}
             return torch.randint(0, 2, shape, generator=generator, **like).mul_(2).sub_(1)  # type: ignore[call-overload]
 
         if self._scores is None:
-            return self.family.metric_factor(self.outputs)(signs(*self.outputs.shape))
-        epsilon = signs(*self._scores.shape[:-1], 1)
-        return (self._scores * epsilon).sum(0) / len(self._scores) ** 0.5
+            factor = self.family.metric_factor(outputs)
+            if probes is None:
+                for unit in torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device):
+                    yield factor(signs(*outputs.shape[:-1], 1) * unit)
+            else:
+                for _ in range(probes):
+                    yield factor(signs(*outputs.shape)) / probes**0.5
+        elif probes is None:
+            for scores in self._scores:
+                yield scores * signs(*scores.shape[:-1], 1) / len(self._scores) ** 0.5
+        else:
+            for _ in range(probes):
+                epsilon = signs(*self._scores.shape[:-1], 1)
+                yield (self._scores * epsilon).sum(0) / (probes * len(self._scores)) ** 0.5
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` over float64 NumPy vectors, for SciPy's solvers on small models."""

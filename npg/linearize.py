@@ -170,6 +170,8 @@ class Linearization:
         move_statistics: let this forward pass move running statistics, as one training step does.
 
     Attributes:
+        model: the model; what is behind a compiled one.
+        leaves: the tensors that its graph is differentiated at, one for each parameter.
         outputs: η, (…, D), detached, at least float32.
         parameters: the `Parameters` whose vector the maps take and return.
         random_state: of the generators before the forward pass, so that it can be repeated (see
@@ -187,7 +189,7 @@ class Linearization:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() records no derivatives: linearise a model outside of it")
         model = uncompiled(model)
-        self._model = model
+        self.model = model
         self._inputs = _as_tuple(inputs)
         if isinstance(model, nn.Module):
             own = dict(model.named_parameters())
@@ -201,14 +203,14 @@ class Linearization:
             self.parameters = Parameters(parameters)
             direct = False
         # A module's own parameters are differentiated in place, other tensors at detached stand-ins for them.
-        self._leaves: list[Tensor] = (
+        self.leaves: list[Tensor] = (
             self.parameters.tensors if direct else [p.detach().requires_grad_() for p in self.parameters.tensors]
         )
         self._direct = direct
         self.random_state = _random_state(self.parameters.device)
         self._versions = self._present_versions()
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
-            self._graph: Tensor | None = self.forward(self._leaves)
+            self._graph: Tensor | None = self.forward(self.leaves)
         self.outputs = self._graph.detach()
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
@@ -219,14 +221,24 @@ class Linearization:
         """η at the given values of the parameters, by default at the present ones; (…, D)."""
         values = self.parameters.tensors if values is None else values
         if self._direct and values is self.parameters.tensors:
-            return _at_least_float(cast(nn.Module, self._model)(*self._inputs))
+            return _at_least_float(cast(nn.Module, self.model)(*self._inputs))
         return _at_least_float(self._call(self.parameters.named(values)))
+
+    def record(self) -> Tensor:
+        """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing."""
+        self._check()
+        with (
+            torch.enable_grad(),
+            frozen_statistics(self.model),
+            replayed_randomness(self.random_state, self.parameters.device),
+        ):
+            return self.forward(self.leaves)
 
     def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
         inputs = inputs or self._inputs
-        if isinstance(self._model, nn.Module):
-            return functional_call(self._model, by_slot(self._model, parameters), inputs, tie_weights=False)
-        return self._model(parameters, *inputs)
+        if isinstance(self.model, nn.Module):
+            return functional_call(self.model, by_slot(self.model, parameters), inputs, tie_weights=False)
+        return self.model(parameters, *inputs)
 
     def _present_versions(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self.parameters.tensors]
@@ -259,7 +271,7 @@ class Linearization:
         """Jᵀ u over the recorded forward pass."""
         assert self._graph is not None
         return torch.autograd.grad(
-            self._graph, self._leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
+            self._graph, self.leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
         )
 
     @torch.no_grad()
@@ -279,17 +291,17 @@ class Linearization:
     def _trace(self) -> Maps | None:
         """The two maps by the traced program; None if this network has none."""
         flat, spec = pytree.tree_flatten(self._inputs)
-        with frozen_statistics(self._model):
-            buffers = dict(self._model.named_buffers()) if isinstance(self._model, nn.Module) else {}
+        with frozen_statistics(self.model):
+            buffers = dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}
         frozen = (
-            {n: p for n, p in self._model.named_parameters() if n not in set(self.parameters.names)}
-            if isinstance(self._model, nn.Module)
+            {n: p for n, p in self.model.named_parameters() if n not in set(self.parameters.names)}
+            if isinstance(self.model, nn.Module)
             else {}
         )
         constants = [*buffers.values(), *frozen.values()]
         names = [*buffers, *frozen]
         is_tensor = [isinstance(x, Tensor) for x in flat]
-        primals = [p.detach() for p in self._leaves]
+        primals = [p.detach() for p in self.leaves]
         arguments = [
             *primals,
             *(c.detach() for c in constants),
@@ -317,13 +329,13 @@ class Linearization:
             tuple(self.parameters.names),
             tuple(x for x, t in zip(flat, is_tensor) if not t and isinstance(x, (int, float, str, bool))),
             str(spec),
-            tuple(m.training for m in self._model.modules()) if isinstance(self._model, nn.Module) else (),
+            tuple(m.training for m in self.model.modules()) if isinstance(self.model, nn.Module) else (),
             torch.is_autocast_enabled(self.parameters.device.type)
             and torch.get_autocast_dtype(self.parameters.device.type),
             torch.backends.mkldnn.enabled,
         )
         try:
-            programs = _programs.setdefault(self._model, {})
+            programs = _programs.setdefault(self.model, {})
         except TypeError:  # a callable that cannot be hashed or weakly referenced: nothing is kept of it
             programs = {}
         for fresh in (False, True):
@@ -333,7 +345,7 @@ class Linearization:
                         tangents = [torch.zeros_like(p) for p in primals]
                         programs[key] = Program(first_order, arguments, tangents, torch.zeros_like(self.outputs))
                 except Exception as error:  # whatever an exotic operation raises, the other mode is exact too
-                    _say_once(self._model, error)
+                    _say_once(self.model, error)
                     return None
                 while len(programs) > _PROGRAMS_PER_MODEL:
                     programs.pop(next(iter(programs)))
@@ -346,7 +358,7 @@ class Linearization:
                 return maps
             if fresh:
                 break
-        _say_once(self._model, RuntimeError(difference))
+        _say_once(self.model, RuntimeError(difference))
         return None
 
     def _difference(self, outputs: Tensor, maps: Maps) -> str:
@@ -384,7 +396,7 @@ class Linearization:
         try:
             with (
                 sdpa_kernel(SDPBackend.MATH),
-                frozen_statistics(self._model),
+                frozen_statistics(self.model),
                 replayed_randomness(self.random_state, self.parameters.device),
                 warnings.catch_warnings(),
             ):
@@ -399,7 +411,7 @@ class Linearization:
         with torch.enable_grad():
             u = torch.zeros_like(self._graph, requires_grad=True)
             pulled = torch.autograd.grad(
-                self._graph, self._leaves, u, create_graph=True, allow_unused=True, materialize_grads=True
+                self._graph, self.leaves, u, create_graph=True, allow_unused=True, materialize_grads=True
             )
         used = [i for i, c in enumerate(pulled) if c.requires_grad]
 

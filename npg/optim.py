@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.curvature.online import OnlinePreconditioner
 from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
 from npg.linearize import Buffers, Linearization, uncompiled
 from npg.parallel import mean_
-from npg.solvers import Solver, conjugate_gradient, dense_solve, solve_in_metric
+from npg.solvers import Solver, apply_preconditioner, conjugate_gradient, dense_solve, solve_in_metric
 from npg.step import StepReport, natural_step
 from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
@@ -76,7 +77,8 @@ class _ExactResume(Optimizer):
         for i, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[p][key] = value.to("cpu" if key == "step" else p.device, copy=True)
+                    # counts are for the host
+                    self.state[p][key] = value.to(p.device if value.is_floating_point() else "cpu", copy=True)
 
 
 class OnlineNGD(_ExactResume):
@@ -484,10 +486,18 @@ class NGD(_ModelOptimizer):
         max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
         momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
         weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone.
-        solver: ``"cg"``, or ``"dense"`` for the report's Algorithm 1 as printed: F as a matrix, and its inverse (its
-            pseudo-inverse where λ = 0 and F is singular), for up to some thousands of parameters.
+        solver: ``"cg"``; ``"kfac"`` or ``"ekfac"``, which take the Kronecker-factored F̂ + λI for F + λI and its inverse
+            for the solution (`npg.curvature.kronecker`); or ``"dense"`` for the report's Algorithm 1 as printed: F as a
+            matrix, and its inverse (its pseudo-inverse where λ = 0 and F is singular), for up to some thousands of
+            parameters.
+        preconditioner: None, ``"kfac"`` or ``"ekfac"``, for conjugate gradients. One iteration is K-FAC's direction at
+            the length that is best for F; more of them lead from there to the solution.
         max_iterations: of conjugate gradients, each about the cost of one gradient.
         rtol: conjugate gradients stop where the residual is below ``rtol`` · ‖g‖.
+        factor_decay: γ, in [0, 1): F̂ is an average over mini-batches, that of k updates ago with the weight γᵏ.
+        update_period: F̂ is updated on each of the first 10 steps and on every ``update_period``-th step after them.
+        probes: backward passes per update of F̂; None takes one for each output.
+        generator: the source of their signs, by default torch's global one, which a checkpoint has to hold anyway.
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
         damping_metric: ``"identity"``, or ``"online"``: solve (F + λC) s = g with the metric C that the gradients so
             far define (`npg.curvature.online`), which also preconditions the solver then. Not with ``"dense"`` or a
@@ -520,9 +530,14 @@ class NGD(_ModelOptimizer):
         max_kl: float | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        solver: Literal["cg", "dense"] = "cg",
+        solver: Literal["cg", "kfac", "ekfac", "dense"] = "cg",
+        preconditioner: Literal["kfac", "ekfac"] | None = None,
         max_iterations: int = 10,
         rtol: float = 1e-3,
+        factor_decay: float = 0.95,
+        update_period: int = 10,
+        probes: int | None = 1,
+        generator: Generator | None = None,
         warm_start: float = 0.0,
         damping_metric: DampingMetric = "identity",
         alpha: float = 4.0,
@@ -538,24 +553,36 @@ class NGD(_ModelOptimizer):
         _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         _check(not (momentum and max_kl), "momentum", momentum, "0 with max_kl, whose radius it would break")
         _check(weight_decay >= 0, "weight_decay", weight_decay, "0 or above")
-        _check(solver in ("cg", "dense"), "solver", solver, "'cg' or 'dense'")
+        _check(solver in ("cg", "kfac", "ekfac", "dense"), "solver", solver, "'cg', 'kfac', 'ekfac' or 'dense'")
+        _check(preconditioner in (None, "kfac", "ekfac"), "preconditioner", preconditioner, "None, 'kfac' or 'ekfac'")
+        _check(preconditioner is None or solver == "cg", "preconditioner", preconditioner, "None without solver='cg'")
         _check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         _check(rtol >= 0, "rtol", rtol, "0 or above")
         _check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
+        _check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
+        _check(update_period >= 1, "update_period", update_period, "at least 1")
+        _check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
+        approximation = solver if solver in ("kfac", "ekfac") else preconditioner
         if damping_metric == "online":
             _check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
+            _check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
             _check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
         _check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
         self.metric = geometry(metric, family)
         _check(fisher == "exact" or self.metric is None, "fisher", fisher, "'exact' with another metric")
+        _check(approximation is None or self.metric is None, "metric", metric, f"'fisher' with {approximation}")
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
         self.trust_region = None if max_kl is None else TrustRegion(max_kl)
         self.damping_control = damping_control
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
-        self._solver: Solver = partial(dense_solve, method="eigh")
-        if solver == "cg":
-            self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
+        self.solver, self.preconditioner, self.probes, self.generator = solver, preconditioner, probes, generator
+        self.factor_decay, self.update_period = factor_decay, update_period
+        solvers: dict[str, Solver] = {
+            "cg": partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol),
+            "dense": partial(dense_solve, method="eigh"),
+        }
+        self._solver = solvers.get(solver, apply_preconditioner)
 
     @torch.no_grad()
     def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]
@@ -571,7 +598,9 @@ class NGD(_ModelOptimizer):
         curvature_inputs = None
         if self.curvature_fraction < 1:
             curvature_inputs = tuple(x[part] for x in inputs) if isinstance(inputs, tuple) else inputs[part]
-        solver, x0 = self._solver, None
+        solver, x0, approximation = self._solver, None, None
+        if {self.solver, self.preconditioner} & {"kfac", "ekfac"}:
+            approximation = _Kronecker(self, params)
         if (factors := self._online_factors()) is not None:
             solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
         if self.warm_start:
@@ -588,6 +617,7 @@ class NGD(_ModelOptimizer):
             fisher=partial(Fisher, kind=self.fisher, targets=targets[part] if self.fisher == "empirical" else None),
             metric=self.metric,
             curvature_inputs=curvature_inputs,
+            preconditioner=approximation,
             x0=x0,
             # the Hessian of the loss is about the Fisher information, and about no other metric
             objective_curvature=1.0 if self.metric is None else 0.0,
@@ -604,6 +634,8 @@ class NGD(_ModelOptimizer):
                 torch._foreach_copy_(self._states("solution", params), _split(report.solution, params))
             if factors is not None:
                 factors.update(report.gradient)
+            if approximation is not None:
+                approximation.keep()
             _decay(params, group["lr"] * group["weight_decay"])
             torch.clear_autocast_cache()
         if self.damping_control is not None:
@@ -638,6 +670,45 @@ class _TrackedFactors:
             self.preconditioner(_split(gradient, self.params), update=True, first=self.count == 0)
         self.count += 1
         self.step.fill_(self.count)
+
+
+class _Kronecker:
+    """The preconditioner of one step of `NGD`: F̂, updated where it is due, and kept if the step is taken."""
+
+    def __init__(self, optimizer: NGD, params: list[Tensor]) -> None:
+        self.optimizer, self.params = optimizer, params
+        self.step = int(optimizer.state[params[0]].get("step", 0))
+        self.blocks: dict[tuple[int, ...], Block | Multiple] = {}
+        for state in (optimizer.state[p] for p in params):
+            if "kfac_key" in state:
+                kind = Block if "kfac_inputs" in state else Multiple
+                fields = {name: state[f"kfac_{name}"] for name in kind._fields}
+                self.blocks[tuple(state["kfac_key"].tolist())] = kind(**fields)
+
+    def __call__(self, fisher: Fisher, damping: float) -> Callable[[Tensor], Tensor]:
+        """R ↦ (F̂ + λI)⁻¹ r."""
+        optimizer = self.optimizer
+        if self.blocks and self.step >= BURN_IN and self.step % optimizer.update_period:
+            return KroneckerFisher.of(fisher.parameters, self.blocks).inverse(damping)
+        approximation = KroneckerFisher(
+            fisher,
+            corrected="ekfac" in (optimizer.solver, optimizer.preconditioner),
+            probes=optimizer.probes,
+            generator=optimizer.generator,
+            previous=self.blocks,
+            decay=optimizer.factor_decay,
+        )
+        self.blocks = approximation.blocks
+        return approximation.inverse(damping)
+
+    def keep(self) -> None:
+        """Count the step, and put F̂ into the optimizer's state."""
+        states = [self.optimizer.state[p] for p in self.params]
+        for key, block in self.blocks.items():
+            fields = {f"kfac_{name}": value for name, value in block._asdict().items()}
+            states[key[0]].update({"kfac_key": torch.tensor(key), **fields})
+        for state in states:
+            state["step"] = torch.tensor(self.step + 1)
 
 
 def _split(vector: Tensor, like: _Tensors) -> list[Tensor]:

@@ -214,6 +214,12 @@ class OnlinePreconditioner:
 
         With ``update`` the factors then take the gradients in; with ``first`` they do so three times before as well.
         """
+        if not self.blocks:
+            return []
+        with torch.autocast(self.blocks[0].device.type, enabled=False):
+            return self._precondition(gradients, update, first)
+
+    def _precondition(self, gradients: Sequence[Tensor], update: bool, first: bool) -> list[Tensor]:
         statistics: dict[_Key, list[tuple[Tensor, ...]]] = defaultdict(list)
         out = []
         for block in self.blocks:
@@ -281,6 +287,10 @@ class InverseRoot:
 
     def __call__(self, v: Tensor) -> Tensor:
         """L v; (P,) → (P,), in the order of the tensors."""
+        with torch.autocast(v.device.type, enabled=False):
+            return self._apply(v)
+
+    def _apply(self, v: Tensor) -> Tensor:
         parts = v.split(self._sizes)
         out = list(parts)
         for block, axes, scale in self._blocks:

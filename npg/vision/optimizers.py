@@ -32,6 +32,7 @@ _OF_GRADIENTS: Mapping[str, Callable[..., Optimizer]] = {
 #: Optimizers of a model and its predictive distribution: ``step(inputs, targets)`` does the whole step.
 _OF_BATCHES: Mapping[str, Callable[..., Optimizer]] = {
     "diagonal-ngd": optim.DiagonalNGD,
+    "kfac": partial(optim.NGD, solver="kfac"),
     "ngd": optim.NGD,
 }
 OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {**_OF_GRADIENTS, **_OF_BATCHES}

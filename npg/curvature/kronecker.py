@@ -1,0 +1,358 @@
+r"""Kronecker-factored Fisher information: K-FAC, and EKFAC with corrected eigenvalues.
+
+A layer computes y = W a + b, once for every event (a linear layer) or at many positions of it (a convolution, a layer
+over a sequence). With ā = [a, 1] and the gradients g = Jᵀu at y of vectors u with E[uuᵀ] = M, the metric of the
+outputs, the layer's block of F is E[(Σ g āᵀ)(Σ g āᵀ)ᵀ], with the sum over the positions of one event. It is taken for
+
+    F̂ = G ⊗ A,     A = (1/R) Σᵣ āᵣ āᵣᵀ,     G = (1/N) Σᵣ gᵣ gᵣᵀ
+
+over all R positions of all N events: as if gradients had nothing to do with inputs, nor with those of other positions.
+In the basis of its eigenvectors F̂ is diagonal, so that the inverse of F̂ + λI is exact for every λ:
+
+    A = U S Uᵀ,  G = V T Vᵀ:     (F̂ + λI)⁻¹ X = V [(Vᵀ X U) / (t sᵀ + λ)] Uᵀ      for X shaped like [W, b]
+
+EKFAC keeps the basis and puts the second moments E[(Vᵀ (Σ g āᵀ) U)²] in the place of t sᵀ: of all matrices that are
+diagonal in this basis, the nearest to the block of F in the Frobenius norm.
+
+Sources: Martens and Grosse (2015), arXiv 1503.05671; for convolutions Grosse and Martens (2016), arXiv 1602.01407; for
+EKFAC George et al. (2018), arXiv 1806.03884; for layers at several positions Eschenhagen et al. (2023), arXiv
+2311.00636, who call this "expand".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import inf, nan
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+
+from npg.fisher import Fisher
+from npg.linearize import Linearization, Model
+from npg.parallel import average_
+from npg.parameters import Parameters
+
+__all__ = ["Block", "KroneckerFisher", "Multiple"]
+
+_ELEMENTS = 2**24  # of patches, or of gradients event by event, that are in memory at once
+_Key = tuple[int, ...]
+
+
+class Block(NamedTuple):
+    """F̂ = G ⊗ A of one layer, in its eigenvectors."""
+
+    inputs: Tensor  #: A, (I, I)
+    outputs: Tensor  #: G, (O, O)
+    input_basis: Tensor  #: U, (I, I)
+    output_basis: Tensor  #: V, (O, O)
+    values: Tensor  #: t sᵀ, or what corrects it, (O, I)
+    updates: Tensor  #: of how many batches A and G are the average, () on the CPU
+
+    def apply(self, x: Tensor) -> Tensor:
+        """F̂ x, (…, O, I)."""
+        return self.output_basis @ (self.values * (self.output_basis.T @ x @ self.input_basis)) @ self.input_basis.T
+
+
+class Multiple(NamedTuple):
+    """F̂ of a parameter outside of such layers: a multiple of the identity."""
+
+    values: Tensor  #: the mean of its diagonal of F, ()
+    updates: Tensor  #: as above
+
+    def apply(self, x: Tensor) -> Tensor:
+        """F̂ x."""
+        return self.values * x
+
+
+class KroneckerFisher:
+    """F̂ ≈ F, block by block, as a linear operator with an inverse.
+
+    Linear layers and one- and two-dimensional convolutions without groups have a block G ⊗ A each, for weight and bias
+    together. Every other parameter (of a normalisation, of an embedding, a free log standard deviation) has a multiple
+    of the identity, the mean of its diagonal of F as the probes estimate it. It costs a forward pass, the backward
+    passes of the probes, and the eigenvectors of two matrices for each layer.
+
+    Args:
+        fisher: F, of a module, at the present parameters. Its kind and its process group are those of F̂ too.
+        corrected: EKFAC in place of K-FAC.
+        probes: backward passes, each with random signs over outputs (or labels); with None one for each output (or
+            label), after which A and G have no randomness but the data's.
+        generator: the source of signs, by default torch's global one.
+        previous: the ``blocks`` of earlier batches, to average with.
+        decay: γ, in [0, 1): in the average an estimate of k updates ago has the weight γᵏ. Corrected values are of this
+            batch alone, since the basis is new.
+
+    Attributes:
+        blocks: by the indices of the parameters that they are of: (weight,), (weight, bias), or any single one. Where
+            the gradients were not finite, neither are their values.
+
+    Raises:
+        ValueError: if an argument is out of its range, or ``fisher`` is of a function or of another metric.
+        RuntimeError: if the parameters have changed since ``fisher`` was made.
+    """
+
+    def __init__(
+        self,
+        fisher: Fisher,
+        *,
+        corrected: bool = False,
+        probes: int | None = 1,
+        generator: Generator | None = None,
+        previous: Mapping[_Key, Block | Multiple] | None = None,
+        decay: float = 0.0,
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        self.parameters = fisher.parameters
+        outputs, calls = _record(fisher.linearization)
+        past = dict(previous or {})
+        kept = {key: block for key, block in past.items() if isinstance(block, Block)}  # also if not in use today
+        inside = {index for key in (*calls, *kept) for index in key}
+        rest = [index for index in range(len(self.parameters.tensors)) if index not in inside]
+        self.blocks: dict[_Key, Block | Multiple] = dict(kept)
+        with torch.autocast(outputs.device.type, enabled=False):
+            factors, means, pulled = _moments(fisher, outputs, calls, rest, probes, generator)
+            for key, pair in factors.items():
+                updates, newest = _count(kept.get(key), decay)
+                if key in kept:
+                    pair = kept[key].inputs.lerp(pair[0], newest), kept[key].outputs.lerp(pair[1], newest)
+                (s, input_basis), (t, output_basis) = (_eigenvectors(matrix) for matrix in pair)
+                self.blocks[key] = Block(*pair, input_basis, output_basis, torch.outer(t, s), updates)
+            for index, mean in means.items():
+                before = past.get((index,))
+                updates, newest = _count(before, decay)
+                self.blocks[index,] = Multiple(mean if before is None else before.values.lerp(mean, newest), updates)
+            if corrected:
+                self._correct(pulled, fisher.events, fisher.process_group)
+
+    def _correct(self, pulled: list[tuple[_Key, _Call, Tensor]], events: int, group: dist.ProcessGroup | None) -> None:
+        """Second moments of the gradients, event by event, in the place of the products of eigenvalues."""
+        moments = {key: torch.zeros_like(self.blocks[key].values) for key in dict.fromkeys(key for key, *_ in pulled)}
+        for key, call, gradient in pulled:
+            block = self.blocks[key]
+            assert isinstance(block, Block)
+            size = max(call.patch_elements, block.values.numel())
+            for x, g in zip(call.inputs.split(_events(size)), gradient.split(_events(size))):
+                a = _patches(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis
+                g = g @ block.output_basis
+                if g.shape[1] == 1:
+                    moments[key] += g[:, 0].square().T @ a[:, 0].square() / events
+                else:
+                    moments[key] += (g.transpose(1, 2) @ a).square().sum(0) / events
+        average_(moments.values(), group)
+        for key, moment in moments.items():
+            self.blocks[key] = self.blocks[key]._replace(values=moment)
+
+    @classmethod
+    def of(cls, parameters: Parameters, blocks: Mapping[_Key, Block | Multiple]) -> Self:
+        """F̂ with the given ``blocks``."""
+        self = cls.__new__(cls)
+        self.parameters, self.blocks = parameters, dict(blocks)
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self.parameters.numel, self.parameters.numel
+
+    def __repr__(self) -> str:
+        layers = sum(isinstance(block, Block) for block in self.blocks.values())
+        return f"KroneckerFisher({self.parameters.numel} parameters, {layers} layers with factors)"
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """F̂ v; (P,) → (P,), or (P, K) → (P, K)."""
+        return self._apply(self.blocks, v)
+
+    def dense(self) -> Tensor:
+        """F̂ as a matrix (P, P)."""
+        return self @ torch.eye(self.parameters.numel, dtype=self.parameters.dtype, device=self.parameters.device)
+
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The map v ↦ (F̂ + λI)⁻¹ v, of (P,) or (P, K); where F̂ + λI has an eigenvalue of zero, the pseudo-inverse.
+
+        Raises:
+            ValueError: if λ is negative or not finite.
+        """
+        if not 0 <= damping < inf:
+            raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
+        blocks: dict[_Key, Block | Multiple] = {}
+        for key, block in self.blocks.items():
+            damped = block.values + damping
+            blocks[key] = block._replace(values=torch.where(damped == 0, 0.0, 1 / damped))
+        return lambda v: self._apply(blocks, v)
+
+    def _apply(self, blocks: Mapping[_Key, Block | Multiple], v: Tensor) -> Tensor:
+        self.parameters.check(v)
+        columns = v.T if v.ndim == 2 else v.unsqueeze(0)
+        parts = list(columns.to(self.parameters.dtype).split(self.parameters.sizes, 1))
+        for key, block in blocks.items():
+            if isinstance(block, Block):
+                x = torch.cat([parts[index].reshape(len(columns), len(block.outputs), -1) for index in key], -1)
+                widths = [parts[index].shape[1] // len(block.outputs) for index in key]
+                y = [part.flatten(1) for part in block.apply(x).split(widths, -1)]
+            else:
+                y = [block.apply(parts[index]) for index in key]
+            for index, part in zip(key, y):
+                parts[index] = part
+        w = torch.cat(parts, 1)
+        return w.T if v.ndim == 2 else w.squeeze(0)
+
+
+def _count(before: Block | Multiple | None, decay: float) -> tuple[Tensor, float]:
+    """The number t of batches, with this one, and the weight of this one among 1, γ, γ², …: (1 − γ) / (1 − γᵗ)."""
+    updates = torch.ones((), dtype=torch.int64) if before is None else before.updates + 1
+    return updates, (1 - decay) / (1 - decay ** int(updates))
+
+
+def _moments(
+    fisher: Fisher,
+    outputs: Tensor,
+    calls: Mapping[_Key, list[_Call]],
+    rest: list[int],
+    probes: int | None,
+    generator: Generator | None,
+) -> tuple[dict[_Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[tuple[_Key, _Call, Tensor]]]:
+    """A and G of each layer, the mean diagonal of every other parameter, and the gradients that they are of."""
+    dtype, leaves = fisher.dtype, fisher.linearization.leaves
+    inputs = {key: _input_factor(made, len(key) > 1, dtype) for key, made in calls.items()}
+    factors = {key: inputs[key].new_zeros(made[0].width, made[0].width) for key, made in calls.items()}
+    means = {index: torch.zeros((), dtype=dtype, device=outputs.device) for index in rest}
+    uses = [(key, call) for key, made in calls.items() for call in made]
+    targets: list[Any] = [*(call.output for _, call in uses), *(leaves[index] for index in rest)]
+    pulled: list[tuple[_Key, _Call, Tensor]] = []
+    for u in fisher.factor_vectors(probes, generator):
+        gradients = torch.autograd.grad(outputs, targets, u, retain_graph=True, allow_unused=True)
+        for (key, call), gradient in zip(uses, gradients):
+            if gradient is not None:
+                g = _positions(call.module, gradient).to(dtype)
+                factors[key] += g.flatten(0, 1).T @ g.flatten(0, 1) / fisher.events
+                pulled.append((key, call, g))
+        for index, gradient in zip(rest, gradients[len(uses) :]):
+            if gradient is not None and gradient.numel():
+                means[index] += gradient.to(dtype).square().mean() / fisher.events
+    average_([*inputs.values(), *factors.values(), *means.values()], fisher.process_group)
+    return {key: (inputs[key], factors[key]) for key in calls}, means, pulled
+
+
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below zero, and eigenvectors; NaN where the matrix is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.full_like(matrix[0], nan), torch.full_like(matrix, nan)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:  # single precision may not converge where eigenvalues are many and near zero
+        values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
+    return values.clamp(min=0), vectors
+
+
+# --------------------------------------------------------------------------------------------------------- the layers
+
+
+class _Call(NamedTuple):
+    """One use of a layer in the recorded forward pass."""
+
+    module: nn.Module
+    inputs: Tensor  #: (events, …)
+    output: GradientEdge  #: its place in the graph, which no later operation in place can move
+    width: int  #: O
+    patch_elements: int  #: of the patches of one event
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, _Key]:
+    """The modules that have factors, with the indices of their weight and bias.
+
+    A weight in several modules is one layer, unless these have several biases.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError("fisher must be of a module: a function has no layers to factor")
+    names = {id(p): name for name, p in model.named_parameters()}
+    index = {name: i for i, name in enumerate(parameters.names)}
+    found: dict[nn.Module, _Key] = {}
+    for module in model.modules():
+        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        convolution = any(isinstance(module, c) and type(module).forward is c.forward for c in _CONVOLUTIONS)
+        if linear or (convolution and module.groups == 1):
+            own = [module._parameters.get(name) for name in ("weight", "bias")]
+            key = tuple(index[names[id(p)]] for p in own if p is not None and names[id(p)] in index)
+            if own[0] is not None and names[id(own[0])] in index:
+                found[module] = key
+    keys = set(found.values())
+    alone = {key for key in keys if not any(other != key and set(other) & set(key) for other in keys)}
+    return {module: key for module, key in found.items() if key in alone}
+
+
+def _record(linearization: Linearization) -> tuple[Tensor, dict[_Key, list[_Call]]]:
+    """The forward pass as a graph, and every use of a layer in it."""
+    calls: dict[_Key, list[_Call]] = {}
+    layers = _layers(linearization.model, linearization.parameters)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if output.requires_grad:
+            x = _batched(module, (args[0] if args else kwargs["input"]).detach())
+            y = _batched(module, output)
+            width = y.shape[-1] if isinstance(module, nn.Linear) else y.shape[1]
+            weight = cast(Tensor, module.weight)
+            patch_elements = y[0].numel() // width * (weight.numel() // width + 1) if len(y) else 0
+            calls.setdefault(layers[module], []).append(
+                _Call(module, x, get_gradient_edge(output), width, patch_elements)
+            )
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
+    try:
+        outputs = linearization.record()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, calls
+
+
+def _batched(module: nn.Module, x: Tensor) -> Tensor:
+    """With an axis of events, also where the module was given a single one."""
+    axes = 2 if isinstance(module, nn.Linear) else len(cast(nn.Conv2d, module).kernel_size) + 2
+    return x.unsqueeze(0) if x.ndim < axes else x
+
+
+def _positions(module: nn.Module, y: Tensor) -> Tensor:
+    """What has the shape of a layer's outputs → (events, positions, O)."""
+    y = _batched(module, y)
+    return y.reshape(len(y), -1, y.shape[-1]) if isinstance(module, nn.Linear) else y.flatten(2).transpose(1, 2)
+
+
+def _patches(module: nn.Module, x: Tensor, biased: bool) -> Tensor:
+    """A layer's inputs (events, …) → what [W, b], or W alone, is multiplied by, (events, positions, I)."""
+    if isinstance(module, nn.Linear):
+        x = x.reshape(len(x), -1, x.shape[-1])
+    else:
+        module = cast(nn.Conv2d, module)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = functional.pad(x, module._reversed_padding_repeated_twice, mode)
+        lines = (1,) * (2 - len(module.kernel_size))  # one dimension is two, of height 1
+        x = functional.unfold(
+            x.unsqueeze(-2) if lines else x,
+            kernel_size=(*lines, *module.kernel_size),
+            dilation=(*lines, *module.dilation),
+            stride=(*lines, *module.stride),
+        ).transpose(1, 2)
+    return functional.pad(x, (0, 1), value=1.0) if biased else x
+
+
+def _events(elements: int) -> int:
+    """How many events, each of so many elements, are treated at once."""
+    return max(1, _ELEMENTS // max(elements, 1))
+
+
+def _input_factor(calls: list[_Call], biased: bool, dtype: torch.dtype) -> Tensor:
+    """A, the mean of āāᵀ over all positions."""
+    total, rows = torch.zeros(()), 0
+    for call in calls:
+        for x in call.inputs.split(_events(call.patch_elements)):
+            a = _patches(call.module, x, biased).flatten(0, 1).to(dtype)
+            total, rows = total.to(a) + a.T @ a, rows + len(a)
+    return total / rows

@@ -1,0 +1,446 @@
+"""KroneckerFisher against blocks of the dense Fisher, factors written out position by position, and theorems."""
+
+import math
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from npg import Fisher, conjugate_gradient, families
+from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
+from npg.transport import wasserstein
+
+pytestmark = pytest.mark.usefixtures("double")
+FAMILY = families.Categorical()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(build, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build()
+
+
+def spans(model: nn.Module) -> list[slice]:
+    """Where each parameter stands in the vector of all."""
+    ends = torch.tensor([0, *(p.numel() for p in model.parameters())]).cumsum(0).tolist()
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def inside(model: nn.Module, block: Block, key: tuple[int, ...]) -> Tensor:
+    """The positions in the vector of all parameters of [W, b], row by row."""
+    ranges = [torch.arange(s.start, s.stop) for s in spans(model)]
+    return torch.cat([ranges[i].reshape(len(block.outputs), -1) for i in key], 1).flatten()
+
+
+# ------------------------------------------------------------------------------------------------------------ theorems
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_exact_for_a_deep_linear_network(corrected, assert_close):
+    """Gradients of a linear network do not depend on its inputs (Bernacchia, Lengyel and Hennequin 2018)."""
+    model = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 2)))
+    fisher = Fisher(model, torch.randn(20, 3, generator=generator()), families.Gaussian(0.5))
+    approximation = KroneckerFisher(fisher, probes=None, corrected=corrected)
+    exact = fisher.dense()
+    expected = torch.zeros_like(exact)
+    for block in (slice(0, 16), slice(16, 36), slice(36, 48)):
+        expected[block, block] = exact[block, block]
+    assert_close(approximation.dense(), expected)
+
+
+NETWORKS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), (5,)),
+    "conv2d": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), nn.Tanh(),
+            nn.Conv2d(3, 4, 2, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3),
+        ),
+        (2, 5, 4),
+    ),
+    "circular": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular"), nn.Flatten(), nn.Linear(48, 3)
+        ),
+        (2, 4, 4),
+    ),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)),
+        (2, 7),
+    ),
+    "sequence": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), (3, 5)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    build, shape = NETWORKS[request.param]
+    model = made(build)
+    x = torch.randn(6, *shape, generator=generator())
+    with torch.no_grad():
+        model(x)  # what is lazy knows its size then
+    return model, x
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_corrected_values_are_the_diagonal_of_the_block_in_its_basis(network, kind, assert_close):
+    """George et al. (2018), which makes them the nearest; it also says that patches are in the order of the weights."""
+    model, x = network
+    targets = torch.arange(6) % 3
+    fisher = Fisher(model, x, FAMILY, kind=kind, targets=targets if kind == "empirical" else None)
+    exact = fisher.dense()
+    plain, corrected = (KroneckerFisher(fisher, probes=None, corrected=c) for c in (False, True))
+    for key, block in corrected.blocks.items():
+        assert isinstance(block, Block)
+        here = inside(model, block, key)
+        dense = exact[here][:, here]
+        basis = torch.kron(block.output_basis, block.input_basis)
+        assert_close(block.values.flatten(), torch.diagonal(basis.T @ dense @ basis))
+        far, near = (torch.linalg.norm(f.dense()[here][:, here] - dense) for f in (plain, corrected))
+        assert near <= far * (1 + 1e-12)
+
+
+def test_steps_do_not_depend_on_how_layers_are_parameterised(assert_close):
+    """Martens and Grosse (2015), theorem 1: invertible affine maps of a layer's inputs and outputs change nothing."""
+    model, twin = (made(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))) for _ in range(2))
+    x, y = torch.randn(30, 3, generator=generator()), torch.arange(30) % 2
+    mix, shift = torch.randn(3, 3, generator=generator(1)), torch.randn(3, generator=generator(2))
+    seen = x @ mix.T + shift
+    with torch.no_grad():  # W' x' + b' = W x + b
+        twin[0].weight.copy_(model[0].weight @ mix.inverse())
+        twin[0].bias.copy_(model[0].bias - twin[0].weight @ shift)
+    for network, inputs in ((model, x), (twin, seen)):
+        loss = functional.cross_entropy(network(inputs), y)
+        g = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(network.parameters())))
+        step = KroneckerFisher(Fisher(network, inputs, families.Gaussian()), probes=None).inverse(0.0)(g)
+        theta = nn.utils.parameters_to_vector(network.parameters())
+        nn.utils.vector_to_parameters(theta - 0.3 * step, network.parameters())
+    assert_close(model(x), twin(seen), scale=1e4)
+    assert (model(x) - made(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))(x)).abs().max() > 0.01
+
+
+# --------------------------------------------------------------------------------------------------------- the factors
+
+
+def dense_factors(model: nn.Module, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A and G of a layer, event by event and position by position, with the metric diag(p) − ppᵀ."""
+    kept = []
+
+    def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        kept.append((args[0], output))
+        return output.clone()  # which may then be changed in place
+
+    handle = layer.register_forward_hook(hook)
+    total_a, total_g, positions = 0.0, 0.0, 0
+    for event in x:
+        logits = model(event.unsqueeze(0)).squeeze(0)
+        ((seen, output),) = kept
+        kept.clear()
+        jacobian = torch.stack([torch.autograd.grad(o, output, retain_graph=True)[0][0] for o in logits])
+        p = logits.softmax(-1).detach()
+        metric = torch.diag(p) - torch.outer(p, p)
+        if isinstance(layer, nn.Conv2d):
+            (height, width), (top, left) = layer.kernel_size, layer.padding
+            padded = functional.pad(seen[0], (left, left, top, top))
+            places = product(*(range(n) for n in output.shape[2:]))
+            at = [
+                (
+                    padded[
+                        :,
+                        r * layer.stride[0] : r * layer.stride[0] + height * layer.dilation[0] : layer.dilation[0],
+                        c * layer.stride[1] : c * layer.stride[1] + width * layer.dilation[1] : layer.dilation[1],
+                    ].flatten(),
+                    jacobian[:, :, r, c],
+                )
+                for r, c in places
+            ]
+        else:
+            at = list(
+                zip(
+                    seen[0].reshape(-1, seen.shape[-1]),
+                    jacobian.flatten(1, -2).unbind(1) if jacobian.ndim > 2 else [jacobian],
+                )
+            )
+        for a, j in at:
+            a = a.detach() if layer.bias is None else torch.cat([a.detach(), torch.ones(1)])
+            total_a, total_g, positions = total_a + torch.outer(a, a), total_g + j.T @ metric @ j, positions + 1
+    handle.remove()
+    return total_a / positions, total_g / len(x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "sequence"])
+def test_factors_are_second_moments_over_all_positions(name, assert_close):
+    build, shape = NETWORKS[name]
+    model, x = made(build), torch.randn(6, *shape, generator=generator())
+    model(x)
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+    layers = [m for m in model if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for layer, block in zip(layers, approximation.blocks.values(), strict=True):
+        a, g = dense_factors(model, layer, x)
+        assert_close(block.inputs, a)
+        assert_close(block.outputs, g)
+        here = inside(model, block, next(k for k, b in approximation.blocks.items() if b is block))
+        assert_close(approximation.dense()[here][:, here], torch.kron(g, a))
+
+
+@pytest.mark.parametrize("kind", ["exact", "sampled", "empirical"])
+def test_probes_are_unbiased(kind):
+    model = made(NETWORKS["mlp"][0])
+    x = torch.randn(12, 5, generator=generator())
+    targets = torch.arange(12) % 3 if kind == "empirical" else None
+    fisher = Fisher(
+        model, x, FAMILY, kind=kind, targets=targets, generator=generator(), samples=1 if targets is not None else 3
+    )
+    whole = KroneckerFisher(fisher, probes=None, generator=generator())
+    draws = [KroneckerFisher(fisher, probes=1, generator=generator(seed)) for seed in range(600)]
+    for key, block in whole.blocks.items():
+        mean = torch.stack([draw.blocks[key].outputs for draw in draws]).mean(0)
+        spread = torch.stack([draw.blocks[key].outputs for draw in draws]).std(0) / math.sqrt(len(draws))
+        assert ((mean - block.outputs).abs() <= 5 * spread + 1e-12).all()
+        assert torch.equal(draws[0].blocks[key].inputs, block.inputs)
+
+
+def test_more_probes_have_less_noise():
+    model, x = made(NETWORKS["mlp"][0]), torch.randn(12, 5, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    exact = KroneckerFisher(fisher, probes=None).blocks[0, 1].outputs
+
+    def error(probes: int, seed: int) -> float:
+        draw = KroneckerFisher(fisher, probes=probes, generator=generator(seed)).blocks[0, 1].outputs
+        return float((draw - exact).square().sum())
+
+    errors = [sum(error(probes, seed) for seed in range(60)) for probes in (1, 8)]
+    assert 4 < errors[0] / errors[1] < 16
+
+
+def test_an_average_weighs_earlier_batches_less(assert_close):
+    model = made(NETWORKS["mlp"][0])
+    fishers = [Fisher(model, torch.randn(9, 5, generator=generator(s)), FAMILY) for s in range(3)]
+    alone = [KroneckerFisher(fisher, probes=None) for fisher in fishers]
+    blocks = None
+    for fisher in fishers:
+        blocks = KroneckerFisher(fisher, probes=None, previous=blocks, decay=0.8).blocks
+    weights = torch.tensor([0.8**2, 0.8, 1.0]) / (0.8**2 + 0.8 + 1)
+    for key, block in blocks.items():
+        for name in ("inputs", "outputs"):
+            expected = sum(w * getattr(a.blocks[key], name) for w, a in zip(weights, alone))
+            assert_close(getattr(block, name), expected)
+        assert int(block.updates) == 3
+    newest = KroneckerFisher(fishers[2], probes=None, previous=alone[0].blocks, decay=0.0)
+    assert_close(newest.dense(), alone[2].dense())
+
+
+def test_what_no_layer_holds_has_the_mean_of_its_diagonal():
+    model = made(lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)))
+    fisher = Fisher(model, torch.randn(40, 4, generator=generator()), FAMILY)
+    exact = torch.diagonal(fisher.dense())[spans(model)[1]].mean()
+    draws = [KroneckerFisher(fisher, generator=generator(s)).blocks[(1,)] for s in range(400)]
+    values = torch.stack([draw.values for draw in draws])
+    assert isinstance(draws[0], Multiple)
+    assert abs(values.mean() - exact) < 5 * values.std() / 20
+    assert values.std() / 20 < 0.05 * exact
+
+
+# --------------------------------------------------------------------------------------------------------- the inverse
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_inverse_is_that_of_the_damped_matrix(network, corrected, assert_close):
+    model, x = network
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), corrected=corrected, generator=generator())
+    dense = approximation.dense()
+    assert_close(dense, dense.T)
+    assert torch.linalg.eigvalsh(dense).min() > -1e-12
+    v = torch.randn(len(dense), 3, generator=generator())
+    assert_close(approximation @ v, dense @ v)
+    expected = torch.linalg.solve(dense + 0.01 * torch.eye(len(dense)), v)
+    assert_close(approximation.inverse(0.01)(v), expected)
+    assert_close(approximation.inverse(0.01)(v[:, 1]), expected[:, 1])
+
+
+def test_without_damping_it_is_the_pseudo_inverse(assert_close):
+    model = made(lambda: nn.Linear(2, 2))
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # the second input is never there
+    approximation = KroneckerFisher(Fisher(model, x, families.Gaussian()), probes=None)
+    assert_close(approximation.inverse(0.0)(torch.ones(6)), torch.linalg.pinv(approximation.dense()) @ torch.ones(6))
+
+
+def test_it_preconditions_conjugate_gradients():
+    """On inputs of very different sizes, whose scale is all in A."""
+    model = made(lambda: nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3)))
+    x = torch.randn(300, 20, generator=generator()) * torch.logspace(-2, 1, 20)
+    fisher = Fisher(model, x, FAMILY)
+    b = fisher @ torch.randn(fisher.shape[0], generator=generator())
+    plain = conjugate_gradient(fisher, b, damping=1e-5, rtol=1e-4, max_iterations=2000)
+    inverse = KroneckerFisher(fisher, probes=None).inverse(1e-5)
+    helped = conjugate_gradient(fisher, b, damping=1e-5, rtol=1e-4, max_iterations=2000, preconditioner=inverse)
+    assert helped.residual_norm <= 1e-4
+    assert helped.iterations < 0.5 * plain.iterations
+
+
+# ------------------------------------------------------------------------------------------ which layers have factors
+
+
+class Shared(nn.Module):
+    """One layer used twice, one weight in two modules with one bias, one weight with two biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Linear(4, 4)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.c, self.d = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.d.weight = self.c.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(x).tanh()).tanh()
+        x = self.b(self.a(x).tanh()).tanh()
+        return self.head(self.d(input=self.c(x).tanh()).tanh())
+
+
+def test_shared_weights(assert_close):
+    model, x = made(Shared), torch.randn(9, 4, generator=generator())
+    names = [name for name, _ in model.named_parameters()]
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+    factored = {names[i] for key, block in approximation.blocks.items() if isinstance(block, Block) for i in key}
+    assert factored == {"twice.weight", "twice.bias", "a.weight", "a.bias", "head.weight", "head.bias"}
+    assert {i for key in approximation.blocks for i in key} == set(range(len(names)))
+    first = torch.cat([x, torch.ones(9, 1)], 1)
+    second = torch.cat([model.twice(x).tanh(), torch.ones(9, 1)], 1).detach()
+    assert_close(approximation.blocks[0, 1].inputs, (first.T @ first + second.T @ second) / 18)
+
+
+class Odd(nn.Module):
+    """Attention that uses a layer's weight without calling it, groups, a norm, a subclass, and a layer left unused."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.groups = nn.Conv1d(4, 4, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(4)
+        self.doubled = self.Doubled(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.unused = nn.Linear(4, 4)
+        self.use = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = self.doubled(self.groups(x.transpose(1, 2)).transpose(1, 2))
+        x = self.unused(x) if self.use else x
+        return self.head(x)
+
+
+def test_other_modules_have_no_factors_and_layers_may_come_into_use():
+    model, x = made(Odd), torch.randn(5, 6, 4, generator=generator())
+    names = [name for name, _ in model.named_parameters()]
+
+    def factored(approximation):
+        return {names[i] for key, block in approximation.blocks.items() if isinstance(block, Block) for i in key}
+
+    first = KroneckerFisher(Fisher(model, x, FAMILY))
+    assert factored(first) == {"head.weight", "head.bias"}
+    v = torch.randn(first.shape[0], generator=generator())
+    assert torch.isfinite(first.inverse(0.1)(v)).all()
+    model.use = True
+    second = KroneckerFisher(Fisher(model, x, FAMILY), previous=first.blocks, decay=0.5)
+    assert factored(second) == {"head.weight", "head.bias", "unused.weight", "unused.bias"}
+    assert sorted(i for key in second.blocks for i in key) == list(range(len(names))), "each parameter once"
+    model.use = False
+    third = KroneckerFisher(Fisher(model, x, FAMILY), previous=second.blocks, decay=0.5)
+    key = next(k for k in second.blocks if names[k[0]] == "unused.weight")
+    assert third.blocks[key] is second.blocks[key], "a layer that is not in use keeps its factors"
+
+
+def test_frozen_parameters_are_left_out(assert_close):
+    model = made(NETWORKS["mlp"][0])
+    model[0].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    x = torch.randn(9, 5, generator=generator())
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+    assert {key: type(block) for key, block in approximation.blocks.items()} == {(0,): Block, (1,): Multiple}
+    assert_close(approximation.blocks[(0,)].inputs, x.T @ x / 9)
+
+
+def test_one_event_without_an_axis_for_it(assert_close):
+    model, x = made(NETWORKS["mlp"][0]), torch.randn(5, generator=generator())
+    alone, batch = (KroneckerFisher(Fisher(model, i, FAMILY), probes=None) for i in (x, x.unsqueeze(0)))
+    assert_close(alone.dense(), batch.dense())
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_order_of_memory_is_no_matter(corrected, monkeypatch, assert_close):
+    """A few events at a time, and channels last."""
+    build, shape = NETWORKS["conv2d"]
+    model, x = made(build), torch.randn(6, *shape, generator=generator())
+    model(x)
+    whole = KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected).dense()
+    monkeypatch.setattr("npg.curvature.kronecker._ELEMENTS", 400)
+    assert_close(KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected).dense(), whole)
+    model.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    assert_close(KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected).dense(), whole)
+
+
+def test_it_leaves_no_trace():
+    """Hooks, running statistics, dropout's random numbers and gradients are as before."""
+    model = made(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)))
+    fisher = Fisher(model, torch.randn(8, 4, generator=generator()), FAMILY)
+    state, buffers = torch.get_rng_state(), [b.clone() for b in model.buffers()]
+    first = KroneckerFisher(fisher, generator=generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers))
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    torch.rand(3)
+    assert torch.equal(KroneckerFisher(fisher, generator=generator()).dense(), first.dense()), "the same dropout"
+
+
+def test_gradients_that_are_not_finite_give_nan_and_no_error():
+    model = made(NETWORKS["mlp"][0])
+    fisher = Fisher(model, torch.full((4, 5), math.nan), families.Gaussian())
+    for corrected in (False, True):
+        inverse = KroneckerFisher(fisher, corrected=corrected).inverse(0.1)
+        assert torch.isnan(inverse(torch.ones(fisher.shape[0]))).any()
+
+
+def test_single_precision_and_autocast_keep_factors_in_float32():
+    model = made(NETWORKS["mlp"][0]).float()
+    x = torch.randn(64, 5, generator=generator(), dtype=torch.float32)
+    plain = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+    for key, block in plain.blocks.items():
+        assert block.values.dtype == low.blocks[key].values.dtype == torch.float32
+        torch.testing.assert_close(
+            low.blocks[key].outputs, block.outputs, rtol=0, atol=0.03 * float(block.outputs.abs().max())
+        )
+
+
+def test_bad_arguments_are_refused():
+    model, x = made(NETWORKS["mlp"][0]), torch.randn(6, 5, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
+        KroneckerFisher(fisher, decay=1.0)
+    with pytest.raises(ValueError, match="probes must be at least 1, or None, got 0"):
+        KroneckerFisher(fisher, probes=0)
+    with pytest.raises(ValueError, match="damping must be a finite number ≥ 0, got -1"):
+        KroneckerFisher(fisher).inverse(-1.0)
+    with pytest.raises(ValueError, match="fisher must be of a module"):
+        KroneckerFisher(Fisher(lambda p, x: x @ p["w"], x, FAMILY, parameters={"w": torch.ones(5, 3)}))
+    with pytest.raises(ValueError, match="leave metric out"):
+        KroneckerFisher(Fisher(model, x, FAMILY, metric=wasserstein(FAMILY)))
+    with pytest.raises(ValueError, match="one row per trainable parameter"):
+        KroneckerFisher(fisher) @ torch.ones(3)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="make a new Fisher"):
+        KroneckerFisher(fisher)

@@ -497,7 +497,8 @@ class NGD(_ModelOptimizer):
         factor_decay: γ, in [0, 1): F̂ is an average over mini-batches, that of k updates ago with the weight γᵏ.
         update_period: F̂ is updated on each of the first 10 steps and on every ``update_period``-th step after them.
         probes: backward passes per update of F̂; None takes one for each output.
-        generator: the source of their signs, by default torch's global one, which a checkpoint has to hold anyway.
+        generator: the source of their signs, and of sampled labels, by default torch's global one, which a checkpoint
+            has to hold anyway.
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
         damping_metric: ``"identity"``, or ``"online"``: solve (F + λC) s = g with the metric C that the gradients so
             far define (`npg.curvature.online`), which also preconditions the solver then. Not with ``"dense"`` or a
@@ -559,6 +560,7 @@ class NGD(_ModelOptimizer):
         _check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         _check(rtol >= 0, "rtol", rtol, "0 or above")
         _check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
+        _check(not warm_start or solver == "cg", "warm_start", warm_start, f"0 with solver={solver!r}")
         _check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
         _check(update_period >= 1, "update_period", update_period, "at least 1")
         _check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
@@ -614,7 +616,12 @@ class NGD(_ModelOptimizer):
             learning_rate=group["lr"],
             damping=group["damping"],
             solver=solver,
-            fisher=partial(Fisher, kind=self.fisher, targets=targets[part] if self.fisher == "empirical" else None),
+            fisher=partial(
+                Fisher,
+                kind=self.fisher,
+                targets=targets[part] if self.fisher == "empirical" else None,
+                generator=self.generator,
+            ),
             metric=self.metric,
             curvature_inputs=curvature_inputs,
             preconditioner=approximation,

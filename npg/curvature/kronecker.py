@@ -189,15 +189,16 @@ class KroneckerFisher:
         self.parameters.check(v)
         columns = v.T if v.ndim == 2 else v.unsqueeze(0)
         parts = list(columns.to(self.parameters.dtype).split(self.parameters.sizes, 1))
-        for key, block in blocks.items():
-            if isinstance(block, Block):
-                x = torch.cat([parts[index].reshape(len(columns), len(block.outputs), -1) for index in key], -1)
-                widths = [parts[index].shape[1] // len(block.outputs) for index in key]
-                y = [part.flatten(1) for part in block.apply(x).split(widths, -1)]
-            else:
-                y = [block.apply(parts[index]) for index in key]
-            for index, part in zip(key, y):
-                parts[index] = part
+        with torch.autocast(v.device.type, enabled=False):
+            for key, block in blocks.items():
+                if isinstance(block, Block):
+                    x = torch.cat([parts[index].reshape(len(columns), len(block.outputs), -1) for index in key], -1)
+                    widths = [parts[index].shape[1] // len(block.outputs) for index in key]
+                    y = [part.flatten(1) for part in block.apply(x).split(widths, -1)]
+                else:
+                    y = [block.apply(parts[index]) for index in key]
+                for index, part in zip(key, y):
+                    parts[index] = part
         w = torch.cat(parts, 1)
         return w.T if v.ndim == 2 else w.squeeze(0)
 

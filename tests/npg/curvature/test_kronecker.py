@@ -418,6 +418,9 @@ def test_single_precision_and_autocast_keep_factors_in_float32():
     plain = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
     with torch.autocast("cpu", torch.bfloat16):
         low = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+        v = torch.ones(low.shape[0], dtype=torch.float32)
+        inverted = low.inverse(0.1)(v)
+    assert torch.equal(inverted, low.inverse(0.1)(v))
     for key, block in plain.blocks.items():
         assert block.values.dtype == low.blocks[key].values.dtype == torch.float32
         torch.testing.assert_close(

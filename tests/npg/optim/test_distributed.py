@@ -42,6 +42,9 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         "ngd-max-kl": {"max_kl": 0.02, "damping": 0.01},
         "ngd-lm": {"damping": 0.1, "damping_control": LevenbergMarquardt(), "warm_start": 0.9},
         "ngd-online": {"lr": 0.5, "damping": 0.1, "damping_metric": "online"},
+        "kfac": {"lr": 0.5, "damping": 0.1, "solver": "kfac", "probes": None},
+        "ekfac": {"lr": 0.5, "damping": 0.1, "solver": "ekfac", "probes": None, "update_period": 2},
+        "ngd-kfac": {"lr": 0.5, "damping": 0.1, "preconditioner": "kfac", "probes": None},
         "ngd-dense": {"lr": 0.5, "damping": 0.1, "solver": "dense"},
     }[name]
     return NGD(model, families.Categorical(), **changes)
@@ -56,6 +59,9 @@ NAMES = [
     "ngd-max-kl",
     "ngd-lm",
     "ngd-online",
+    "kfac",
+    "ekfac",
+    "ngd-kfac",
     "ngd-dense",
 ]
 

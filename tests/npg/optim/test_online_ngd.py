@@ -377,3 +377,17 @@ def test_options_that_change_on_the_way_count_at_once_and_after_a_resumption():
         return [p.detach() for p in model.parameters()]
 
     assert all(torch.equal(p, q) for p, q in zip(run(False), run(True), strict=True))
+
+
+def test_it_preconditions_in_full_precision_under_autocast():
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(12, 8))
+        optimizer = OnlineNGD([p], 0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(3):
+                p.grad = torch.randn(12, 8)
+                optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)

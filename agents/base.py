@@ -38,7 +38,7 @@ from torch import Tensor
 from agents.afterstate import AfterstatePolicy
 from agents.buffer import RolloutBuffer
 from agents.heads import ActorHead, CriticHead
-from npg.curvature.preconditioners import diagonal_preconditioner
+from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.families import Gaussian, Geometry
 from npg.parallel import average_, equal, mean_, moments, size
 from npg.solvers import conjugate_gradient
@@ -49,7 +49,10 @@ from npg.trust_region import LevenbergMarquardt, TrustRegion
 __all__ = ["Batch", "NaturalPolicyAlgorithm", "saved_values"]
 
 Critic = Literal["adam", "natural"]
+Preconditioner = Literal["diagonal", "kfac"]
 Metric = Literal["fisher", "wasserstein"] | Geometry
+
+_PRECONDITIONERS = {"diagonal": diagonal_preconditioner, "kfac": kronecker_preconditioner}
 
 # The critic's natural step is Gauss–Newton's, cut where the values would move by more than the returns' own spread.
 # Its damping does not fall below where it would begin to fit the noise of one rollout.
@@ -140,7 +143,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     Args:
         fisher_fraction: the part of the batch, in (0, 1], on which the Fisher is taken; gradient, KL and search use
             all of it. It holds for the natural steps of the critic as well.
-        preconditioner: None or ``"diagonal"``, for conjugate gradients.
+        preconditioner: None, ``"diagonal"`` or ``"kfac"``, for conjugate gradients (`npg.curvature.preconditioners`).
         critic: ``"adam"``: ``n_critic_updates`` epochs of mini-batch Adam; ``"natural"``: as many Gauss–Newton steps
             on the whole batch, the natural gradient of a Gaussian likelihood.
         train_shared_features: let the critic also train a feature extractor that it shares with the actor. That
@@ -191,7 +194,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         seed: int | None,
         device: torch.device | str,
         fisher_fraction: float,
-        preconditioner: Literal["diagonal"] | None,
+        preconditioner: Preconditioner | None,
         critic: Critic,
         train_shared_features: bool,
         _init_setup_model: bool,
@@ -206,8 +209,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         _in_range("sub_sampling_factor", sub_sampling_factor, 1, inf)
         _in_range("stats_window_size", stats_window_size, 1, inf)
         _in_range("fisher_fraction", fisher_fraction, 0, 1, open_low=True)
-        if preconditioner not in (None, "diagonal"):
-            raise ValueError(f"preconditioner must be None or 'diagonal', got {preconditioner!r}")
+        if preconditioner not in (None, *_PRECONDITIONERS):
+            raise ValueError(f"preconditioner must be None, 'diagonal' or 'kfac', got {preconditioner!r}")
         if critic not in ("adam", "natural"):
             raise ValueError(f"critic must be 'adam' or 'natural', got {critic!r}")
         super().__init__(
@@ -270,7 +273,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._critic = CriticHead(self.policy)
         self._geometry = geometry(self.metric, self._actor.family)
         if self._geometry is not None and self.preconditioner is not None:
-            raise ValueError(f"preconditioner={self.preconditioner!r} needs metric='fisher', whose diagonal it is")
+            raise ValueError(f"preconditioner={self.preconditioner!r} needs metric='fisher', which it approximates")
         self._known = self._parameters()
         self.policy.set_training_mode(False)
         sample = self.observation_space.sample()
@@ -542,7 +545,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             solver=partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
             metric=self._geometry,
             curvature_inputs=batch.curvature_inputs,
-            preconditioner=diagonal_preconditioner if self.preconditioner == "diagonal" else None,
+            preconditioner=None if self.preconditioner is None else _PRECONDITIONERS[self.preconditioner],
             parameters=self._actor_parameters,
             process_group=self.process_group,
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm
+from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm, Preconditioner
 from npg.step import StepReport
 from npg.trust_region import TrustRegion
 
@@ -49,7 +49,7 @@ class NPG(NaturalPolicyAlgorithm):
         seed: of all random numbers.
         device: where the networks live.
         fisher_fraction: the part of the batch on which the Fisher is taken.
-        preconditioner: None or ``"diagonal"``.
+        preconditioner: None, ``"diagonal"`` or ``"kfac"``.
         metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with
             discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one.
             ``target_kl`` is then half the squared distance, in units of the actions (before they are squashed) or of
@@ -90,7 +90,7 @@ class NPG(NaturalPolicyAlgorithm):
         _init_setup_model: bool = True,
         *,
         fisher_fraction: float = 1.0,
-        preconditioner: Literal["diagonal"] | None = None,
+        preconditioner: Preconditioner | None = None,
         metric: Metric = "fisher",
         critic: Critic = "adam",
         train_shared_features: bool = False,

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
-from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm
+from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm, Preconditioner
 from npg.step import StepReport
 from npg.trust_region import KLDirection, TrustRegion
 
@@ -60,7 +60,7 @@ class TRPO(NaturalPolicyAlgorithm):
             action components of a Box or MultiBinary space, which is what ``sb3_contrib`` bounds and damps there
             (for n components its ``target_kl`` and ``cg_damping`` are n times as large in terms of the true KL).
         fisher_fraction: the part of the batch on which the Fisher is taken.
-        preconditioner: None or ``"diagonal"``.
+        preconditioner: None, ``"diagonal"`` or ``"kfac"``.
         metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with
             discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one.
             ``target_kl`` is then half the squared distance, in units of the actions (before they are squashed) or of
@@ -104,7 +104,7 @@ class TRPO(NaturalPolicyAlgorithm):
         kl_direction: KLDirection = "old_new",
         kl_reduction: Literal["sum", "mean"] = "sum",
         fisher_fraction: float = 1.0,
-        preconditioner: Literal["diagonal"] | None = None,
+        preconditioner: Preconditioner | None = None,
         metric: Metric = "fisher",
         critic: Critic = "adam",
         train_shared_features: bool = False,

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from npg.curvature.kronecker import KroneckerFisher
 from npg.fisher import Fisher
 
-__all__ = ["diagonal_preconditioner"]
+__all__ = ["diagonal_preconditioner", "kronecker_preconditioner"]
 
 
 def diagonal_preconditioner(
@@ -36,3 +37,18 @@ def diagonal_preconditioner(
     floor = 1e-3 * diagonal.mean() + torch.finfo(diagonal.dtype).tiny
     inverse = (diagonal.clamp(min=floor) + damping).pow(-exponent)
     return lambda r: inverse * r if r.ndim == 1 else inverse.unsqueeze(1) * r
+
+
+def kronecker_preconditioner(fisher: Fisher, damping: float, *, probes: int = 1) -> Callable[[Tensor], Tensor]:
+    """C = F̂ + λI with the Kronecker-factored F̂ of the same inputs (`npg.curvature.kronecker`).
+
+    The signs of the probes come from a generator of its own with a fixed seed, so a solve stays a function of its
+    arguments.
+
+    Args:
+        fisher: F, of a module.
+        damping: λ ≥ 0.
+        probes: backward passes spent on the factors of the gradients.
+    """
+    generator = torch.Generator(device=fisher.device).manual_seed(0)
+    return KroneckerFisher(fisher, probes=probes, generator=generator).inverse(damping)

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from torch.utils._pytree import tree_map
 
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.curvature.online import OnlinePreconditioner
@@ -596,10 +597,13 @@ class NGD(_ModelOptimizer):
         """
         group = self.param_groups[0]
         params = self._trainable()
+        # A scheduler may have set it since: OneCycleLR does, unless cycle_momentum=False.
+        momentum = group["momentum"]
+        _check(not (momentum and self.trust_region), "momentum", momentum, "0 with max_kl, whose radius it would break")
         part = slice(ceil(self.curvature_fraction * len(targets)))
         curvature_inputs = None
         if self.curvature_fraction < 1:
-            curvature_inputs = tuple(x[part] for x in inputs) if isinstance(inputs, tuple) else inputs[part]
+            curvature_inputs = tree_map(lambda x: x[part] if isinstance(x, Tensor) else x, inputs)
         solver, x0, approximation = self._solver, None, None
         if {self.solver, self.preconditioner} & {"kfac", "ekfac"}:
             approximation = _Kronecker(self, params)
@@ -632,9 +636,9 @@ class NGD(_ModelOptimizer):
             process_group=self.process_group,
         )
         if report.accepted:
-            if group["momentum"]:
+            if momentum:
                 momenta = self._states("momentum_buffer", params)
-                torch._foreach_mul_(momenta, group["momentum"])
+                torch._foreach_mul_(momenta, momentum)
                 torch._foreach_add_(params, momenta)
                 torch._foreach_add_(momenta, _split(report.step, momenta))
             if self.warm_start:

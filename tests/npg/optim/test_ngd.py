@@ -170,6 +170,22 @@ def test_curvature_fraction_takes_the_leading_part():
     torch.testing.assert_close(vector(model), vector(twin) - torch.linalg.solve(f, g), rtol=0, atol=1e-10)
 
 
+def test_curvature_fraction_of_inputs_in_a_mapping():
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = classifier()
+
+        def forward(self, inputs):
+            return self.net(inputs["x"] * inputs["scale"])
+
+    model, twin = Keyed(), classifier()
+    x, y = batches(1)[0]
+    NGD(model, families.Categorical(), damping=0.1, curvature_fraction=0.25).step({"x": x, "scale": 1.0}, y)
+    NGD(twin, families.Categorical(), damping=0.1, curvature_fraction=0.25).step(x, y)
+    torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------ Kronecker factors
 
 
@@ -392,3 +408,13 @@ def test_what_does_not_go_together(name, options):
 def test_momentum_does_not_go_with_a_radius():
     with pytest.raises(ValueError, match=r"momentum=0\.9.*max_kl"):
         NGD(classifier(), families.Categorical(), momentum=0.9, max_kl=0.01)
+
+
+def test_momentum_that_a_scheduler_sets_does_not_go_with_a_radius():
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), damping=0.1, max_kl=0.01)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
+    before = vector(model)
+    with pytest.raises(ValueError, match=r"momentum=0\.95.*max_kl"):
+        optimizer.step(*batches(1)[0])
+    assert torch.equal(vector(model), before)

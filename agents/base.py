@@ -52,7 +52,7 @@ Critic = Literal["adam", "natural"]
 Preconditioner = Literal["diagonal", "kfac"]
 Metric = Literal["fisher", "wasserstein"] | Geometry
 
-_PRECONDITIONERS = {"diagonal": diagonal_preconditioner, "kfac": kronecker_preconditioner}
+_PRECONDITIONERS = {None: None, "diagonal": diagonal_preconditioner, "kfac": kronecker_preconditioner}
 
 # The critic's natural step is Gauss–Newton's, cut where the values would move by more than the returns' own spread.
 # Its damping does not fall below where it would begin to fit the noise of one rollout.
@@ -143,7 +143,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     Args:
         fisher_fraction: the part of the batch, in (0, 1], on which the Fisher is taken; gradient, KL and search use
             all of it. It holds for the natural steps of the critic as well.
-        preconditioner: None, ``"diagonal"`` or ``"kfac"``, for conjugate gradients (`npg.curvature.preconditioners`).
+        preconditioner: None, ``"diagonal"`` or ``"kfac"``, for the actor's conjugate gradients
+            (`npg.curvature.preconditioners`).
         critic: ``"adam"``: ``n_critic_updates`` epochs of mini-batch Adam; ``"natural"``: as many Gauss–Newton steps
             on the whole batch, the natural gradient of a Gaussian likelihood.
         train_shared_features: let the critic also train a feature extractor that it shares with the actor. That
@@ -209,7 +210,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         _in_range("sub_sampling_factor", sub_sampling_factor, 1, inf)
         _in_range("stats_window_size", stats_window_size, 1, inf)
         _in_range("fisher_fraction", fisher_fraction, 0, 1, open_low=True)
-        if preconditioner not in (None, *_PRECONDITIONERS):
+        if preconditioner not in _PRECONDITIONERS:
             raise ValueError(f"preconditioner must be None, 'diagonal' or 'kfac', got {preconditioner!r}")
         if critic not in ("adam", "natural"):
             raise ValueError(f"critic must be 'adam' or 'natural', got {critic!r}")
@@ -545,7 +546,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             solver=partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
             metric=self._geometry,
             curvature_inputs=batch.curvature_inputs,
-            preconditioner=None if self.preconditioner is None else _PRECONDITIONERS[self.preconditioner],
+            preconditioner=_PRECONDITIONERS[self.preconditioner],
             parameters=self._actor_parameters,
             process_group=self.process_group,
         )

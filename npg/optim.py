@@ -26,14 +26,13 @@ from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
 from npg.linearize import Buffers, Linearization, uncompiled
 from npg.parallel import mean_
-from npg.solvers import Solver, apply_preconditioner, conjugate_gradient, dense_solve, solve_in_metric
+from npg.solvers import Solution, Solver, conjugate_gradient, dense_solve, solve_in_metric
 from npg.step import StepReport, natural_step
 from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = ["NGD", "DiagonalNGD", "OnlineNGD"]
 
-DampingMetric: TypeAlias = Literal["identity", "online"]
 _Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 #: Steps at the start on which online factors are always updated.
@@ -267,7 +266,7 @@ class _ModelOptimizer(_ExactResume):
         defaults: dict[str, Any],
         fisher: Kind,
         process_group: dist.ProcessGroup | None,
-        damping_metric: DampingMetric,
+        damping_metric: str,
         alpha: float,
     ) -> None:
         if isinstance(model, DistributedDataParallel):
@@ -276,7 +275,6 @@ class _ModelOptimizer(_ExactResume):
             model = model.module
         model = cast(nn.Module, uncompiled(model))
         _check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
-        _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
         _check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
         self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
         self.damping_metric, self.alpha = damping_metric, alpha
@@ -310,7 +308,7 @@ class _ModelOptimizer(_ExactResume):
 
     def _online_factors(self) -> _TrackedFactors | None:
         """The factors of the metric C; None if the damping does not use it."""
-        if self.damping_metric == "identity":
+        if self.damping_metric != "online":
             return None
         params = self._trainable()
         if self._factors is None or not self._factors.cover(params):
@@ -372,7 +370,7 @@ class DiagonalNGD(_ModelOptimizer):
         lr: float,
         damping: float = 1e-3,
         *,
-        damping_metric: DampingMetric = "identity",
+        damping_metric: Literal["identity", "online"] = "identity",
         alpha: float = 4.0,
         fisher: Kind = "exact",
         decay: float = 0.95,
@@ -388,6 +386,7 @@ class DiagonalNGD(_ModelOptimizer):
         _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         _check(weight_decay >= 0, "weight_decay", weight_decay, "0 or above")
         _check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
+        _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -501,9 +500,10 @@ class NGD(_ModelOptimizer):
         generator: the source of their signs, and of sampled labels, by default torch's global one, which a checkpoint
             has to hold anyway.
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
-        damping_metric: ``"identity"``, or ``"online"``: solve (F + λC) s = g with the metric C that the gradients so
-            far define (`npg.curvature.online`), which also preconditions the solver then. Not with ``"dense"`` or a
-            warm start.
+        damping_metric: ``"identity"``; for ``"cg"`` without a preconditioner or a warm start ``"online"``: solve
+            (F + λC) s = g with the metric C that the gradients so far define (`npg.curvature.online`), which also
+            preconditions the solver then; for ``"kfac"`` and ``"ekfac"`` ``"factors"``: share λ out to the factors of
+            each layer, in proportion to their size (`npg.curvature.kronecker`).
         alpha: smoothing of the online factors, as in `OnlineNGD`.
         curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
         fisher: ``"exact"``, ``"sampled"`` or ``"empirical"``.
@@ -541,7 +541,7 @@ class NGD(_ModelOptimizer):
         probes: int | None = 1,
         generator: Generator | None = None,
         warm_start: float = 0.0,
-        damping_metric: DampingMetric = "identity",
+        damping_metric: Literal["identity", "online", "factors"] = "identity",
         alpha: float = 4.0,
         curvature_fraction: float = 1.0,
         fisher: Kind = "exact",
@@ -566,6 +566,10 @@ class NGD(_ModelOptimizer):
         _check(update_period >= 1, "update_period", update_period, "at least 1")
         _check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
         approximation = solver if solver in ("kfac", "ekfac") else preconditioner
+        metrics = ("identity", "online", "factors")
+        _check(damping_metric in metrics, "damping_metric", damping_metric, "'identity', 'online' or 'factors'")
+        if damping_metric == "factors":
+            _check(solver in ("kfac", "ekfac"), "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")
         if damping_metric == "online":
             _check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
             _check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
@@ -581,11 +585,9 @@ class NGD(_ModelOptimizer):
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
         self.solver, self.preconditioner, self.probes, self.generator = solver, preconditioner, probes, generator
         self.factor_decay, self.update_period = factor_decay, update_period
-        solvers: dict[str, Solver] = {
-            "cg": partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol),
-            "dense": partial(dense_solve, method="eigh"),
-        }
-        self._solver = solvers.get(solver, apply_preconditioner)
+        self._solver: Solver = partial(dense_solve, method="eigh")
+        if solver == "cg":
+            self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
 
     @torch.no_grad()
     def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]
@@ -604,9 +606,10 @@ class NGD(_ModelOptimizer):
         curvature_inputs = None
         if self.curvature_fraction < 1:
             curvature_inputs = tree_map(lambda x: x[part] if isinstance(x, Tensor) else x, inputs)
-        solver, x0, approximation = self._solver, None, None
-        if {self.solver, self.preconditioner} & {"kfac", "ekfac"}:
-            approximation = _Kronecker(self, params)
+        solver, x0 = self._solver, None
+        kronecker = _Kronecker(self, params) if {self.solver, self.preconditioner} & {"kfac", "ekfac"} else None
+        if kronecker is not None and self.preconditioner is None:
+            solver = kronecker.solve
         if (factors := self._online_factors()) is not None:
             solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
         if self.warm_start:
@@ -628,7 +631,7 @@ class NGD(_ModelOptimizer):
             ),
             metric=self.metric,
             curvature_inputs=curvature_inputs,
-            preconditioner=approximation,
+            preconditioner=None if self.preconditioner is None else kronecker,
             x0=x0,
             # the Hessian of the loss is about the Fisher information, and about no other metric
             objective_curvature=1.0 if self.metric is None else 0.0,
@@ -645,8 +648,8 @@ class NGD(_ModelOptimizer):
                 torch._foreach_copy_(self._states("solution", params), _split(report.solution, params))
             if factors is not None:
                 factors.update(report.gradient)
-            if approximation is not None:
-                approximation.keep()
+            if kronecker is not None:
+                kronecker.keep()
             _decay(params, group["lr"] * group["weight_decay"])
             torch.clear_autocast_cache()
         if self.damping_control is not None:
@@ -684,7 +687,7 @@ class _TrackedFactors:
 
 
 class _Kronecker:
-    """The preconditioner of one step of `NGD`: F̂, updated where it is due, and kept if the step is taken."""
+    """F̂ for a step of `NGD`, as its solver or its preconditioner: updated where it is due, kept if the step is taken."""
 
     def __init__(self, optimizer: NGD, params: list[Tensor]) -> None:
         self.optimizer, self.params = optimizer, params
@@ -698,9 +701,17 @@ class _Kronecker:
 
     def __call__(self, fisher: Fisher, damping: float) -> Callable[[Tensor], Tensor]:
         """R ↦ (F̂ + λI)⁻¹ r."""
+        return self._approximation(fisher).inverse(damping)
+
+    def solve(self, A: Fisher, b: Tensor, /, *, x0: Tensor | None = None, damping: float = 0.0) -> Solution:
+        """(F̂ + λI)⁻¹ b."""
+        shared = self.optimizer.damping_metric == "factors"
+        return self._approximation(A).solve(b, damping=damping, shared=shared)
+
+    def _approximation(self, fisher: Fisher) -> KroneckerFisher:
         optimizer = self.optimizer
         if self.blocks and self.step >= BURN_IN and self.step % optimizer.update_period:
-            return KroneckerFisher.of(fisher.parameters, self.blocks).inverse(damping)
+            return KroneckerFisher.of(fisher.parameters, self.blocks)
         approximation = KroneckerFisher(
             fisher,
             corrected="ekfac" in (optimizer.solver, optimizer.preconditioner),
@@ -710,7 +721,7 @@ class _Kronecker:
             decay=optimizer.factor_decay,
         )
         self.blocks = approximation.blocks
-        return approximation.inverse(damping)
+        return approximation
 
     def keep(self) -> None:
         """Count the step, and put F̂ into the optimizer's state."""

@@ -21,7 +21,6 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
-    "apply_preconditioner",
     "conjugate_gradient",
     "dense_solve",
     "solve",
@@ -415,34 +414,6 @@ def solve_in_metric(
     x = root(solution.x)
     extra = damping * (_dot(x, x) - _dot(solution.x, solution.x))
     return replace(solution, x=x, curvature=solution.curvature + extra)
-
-
-@torch.no_grad()
-def apply_preconditioner(
-    A: LinearOperator,
-    b: Tensor,
-    *,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
-    x0: Tensor | None = None,
-    damping: float = 0.0,
-) -> Solution:
-    """Take x = C⁻¹b for the solution of (A + λI) x = b, without a product with A: K-FAC's step, for one.
-
-    Args:
-        A: unused; there for the common signature.
-        b: right-hand side, (P,).
-        preconditioner: r ↦ C⁻¹r, with C for A + λI; None for the identity, which makes it steepest descent.
-        x0: unused.
-        damping: unused; C has it.
-
-    Returns:
-        A `Solution` whose curvature and model value are those of C, and whose residual is not known, NaN.
-    """
-    _check_system(b, x0, damping)
-    x = preconditioner(b) if preconditioner else b
-    curvature = torch.dot(b.double(), x.double())
-    status = Status.CONVERGED if bool(torch.isfinite(curvature)) else Status.NON_FINITE
-    return Solution(x, status, (status,), 0, torch.full_like(curvature, torch.nan), curvature, -0.5 * curvature)
 
 
 def solve(A: Any, b: Tensor, *, method: Literal["cg", "cholesky", "eigh"] = "cg", **options: Any) -> Solution:

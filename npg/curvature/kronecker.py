@@ -14,6 +14,12 @@ In the basis of its eigenvectors F̂ is diagonal, so that the inverse of F̂ + �
 EKFAC keeps the basis and puts the second moments E[(Vᵀ (Σ g āᵀ) U)²] in the place of t sᵀ: of all matrices that are
 diagonal in this basis, the nearest to the block of F in the Frobenius norm.
 
+Damping may be shared out to the factors, each at its own scale: with π² = (tr A / I) / (tr G / O),
+
+    (G + √λ/π I) ⊗ (A + π√λ I) = G ⊗ A + √λ (π G ⊗ I + I ⊗ A / π) + λI
+
+which is more than λI wherever one of the factors is large: products of a large and a small eigenvalue are trusted less.
+
 Sources: Martens and Grosse (2015), arXiv 1503.05671; for convolutions Grosse and Martens (2016), arXiv 1602.01407; for
 EKFAC George et al. (2018), arXiv 1806.03884; for layers at several positions Eschenhagen et al. (2023), arXiv
 2311.00636, who call this "expand".
@@ -35,6 +41,7 @@ from npg.fisher import Fisher
 from npg.linearize import Linearization, Model
 from npg.parallel import average_
 from npg.parameters import Parameters
+from npg.solvers import Solution, Status
 
 __all__ = ["Block", "KroneckerFisher", "Multiple"]
 
@@ -52,6 +59,18 @@ class Block(NamedTuple):
     values: Tensor  #: t sᵀ, or what corrects it, (O, I)
     updates: Tensor  #: of how many batches A and G are the average, () on the CPU
 
+    def damped(self, damping: float, *, shared: bool) -> Tensor:
+        """The eigenvalues with λ, or with λ shared out to the factors, (O, I)."""
+        if not shared:
+            return self.values + damping
+        s, t = (
+            (basis * (matrix @ basis)).sum(0).clamp(min=0)
+            for matrix, basis in ((self.inputs, self.input_basis), (self.outputs, self.output_basis))
+        )
+        ratio = torch.where(t.sum() > 0, s.mean() / t.mean(), 1.0).sqrt()  # π
+        root = damping**0.5
+        return self.values + root * (ratio * t.unsqueeze(1) + s / ratio) + damping
+
     def apply(self, x: Tensor) -> Tensor:
         """F̂ x, (…, O, I)."""
         return self.output_basis @ (self.values * (self.output_basis.T @ x @ self.input_basis)) @ self.input_basis.T
@@ -62,6 +81,10 @@ class Multiple(NamedTuple):
 
     values: Tensor  #: the mean of its diagonal of F, ()
     updates: Tensor  #: as above
+
+    def damped(self, damping: float, *, shared: bool) -> Tensor:
+        """The value with λ, ()."""
+        return self.values + damping
 
     def apply(self, x: Tensor) -> Tensor:
         """F̂ x."""
@@ -171,8 +194,10 @@ class KroneckerFisher:
         """F̂ as a matrix (P, P)."""
         return self @ torch.eye(self.parameters.numel, dtype=self.parameters.dtype, device=self.parameters.device)
 
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+    def inverse(self, damping: float, *, shared: bool = False) -> Callable[[Tensor], Tensor]:
         """The map v ↦ (F̂ + λI)⁻¹ v, of (P,) or (P, K); where F̂ + λI has an eigenvalue of zero, the pseudo-inverse.
+
+        With ``shared``, λ is shared out to the factors of each layer (Martens and Grosse 2015, section 6.3).
 
         Raises:
             ValueError: if λ is negative or not finite.
@@ -181,9 +206,22 @@ class KroneckerFisher:
             raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
         blocks: dict[_Key, Block | Multiple] = {}
         for key, block in self.blocks.items():
-            damped = block.values + damping
+            damped = block.damped(damping, shared=shared)
             blocks[key] = block._replace(values=torch.where(damped == 0, 0.0, 1 / damped))
         return lambda v: self._apply(blocks, v)
+
+    def solve(self, b: Tensor, *, damping: float = 0.0, shared: bool = False) -> Solution:
+        """Take (F̂ + λI)⁻¹ b, or that with λ ``shared`` out to the factors, for the solution; (P,).
+
+        Returns:
+            A `Solution` whose curvature and model value are those of F̂ + λI, and whose residual is NaN: it would be of
+            F, which is not looked at.
+        """
+        x = self.inverse(damping, shared=shared)(b)
+        curvature = torch.dot(x.double(), (self @ x).double()) + damping * torch.dot(x.double(), x.double())
+        value = 0.5 * curvature - torch.dot(b.double(), x.double())
+        status = Status.CONVERGED if bool(torch.isfinite(value)) else Status.NON_FINITE
+        return Solution(x, status, (status,), 0, torch.full_like(curvature, nan), curvature, value)
 
     def _apply(self, blocks: Mapping[_Key, Block | Multiple], v: Tensor) -> Tensor:
         self.parameters.check(v)

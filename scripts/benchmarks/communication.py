@@ -22,12 +22,14 @@ from envs import make_vec_env
 from npg.parallel import World, open_world
 from npg.vision.config import Config
 from npg.vision.data import ImageData
+from npg.vision.optimizers import takes_batches
 from npg.vision.training import Trainer
 
 CASES = {
     "sgd": ("sgd", {"lr": 0.1}, 0),
     "online-ngd": ("online-ngd", {"lr": 0.1}, 0),
     "diagonal-ngd, 1 probe": ("diagonal-ngd", {"lr": 0.001}, 0),
+    "kfac": ("kfac", {"lr": 0.1, "damping": 0.01, "update_period": 1}, 0),
     "ngd, 5 iterations": ("ngd", {"lr": 0.1, "damping": 0.01, "max_iterations": 5, "rtol": 0.0}, 0),
     "ngd, 10 iterations": ("ngd", {"lr": 0.1, "damping": 0.01, "max_iterations": 10, "rtol": 0.0}, 0),
     "sgd, averaged every 4 steps": ("sgd", {"lr": 0.1}, 4),
@@ -112,7 +114,7 @@ def measure(model: str, case: tuple[str, dict[str, Any], int], world: World) -> 
         trainer = Trainer(config, data, Path(folder) / "run", world)
         with counting() as counter:
             for inputs, targets in trainer.loader:
-                if optimizer in ("ngd", "diagonal-ngd"):
+                if takes_batches(optimizer):
                     trainer._natural_step(inputs, targets, {})
                 else:
                     trainer._train_step(inputs, targets)

@@ -33,6 +33,7 @@ GRADIENT = {
 }
 MODEL = {
     "diagonal-ngd": lambda m: DiagonalNGD(m, families.Categorical(), LR, weight_decay=1e-4),
+    "kfac": lambda m: NGD(m, families.Categorical(), LR, damping=0.1, solver="kfac", curvature_fraction=0.125),
     "ngd": lambda m: NGD(m, families.Categorical(), LR, damping=0.1, max_iterations=10, rtol=0.0),
 }
 

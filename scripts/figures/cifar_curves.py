@@ -26,6 +26,7 @@ STYLES = {
     "ngd": (VERMILION, "-"),
     "online-ngd": (BLUE, "-"),
     "diagonal-ngd": (GREEN, "-"),
+    "kfac": (VERMILION, "--"),
     "sgd": (BLACK, "-"),
     "adam": (ORANGE, "-"),
     "adamw": (ORANGE, "--"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npg import Fisher, conjugate_gradient, families
+from npg import Fisher, Status, conjugate_gradient, families
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.transport import wasserstein
 
@@ -260,6 +260,38 @@ def test_the_inverse_is_that_of_the_damped_matrix(network, corrected, assert_clo
     expected = torch.linalg.solve(dense + 0.01 * torch.eye(len(dense)), v)
     assert_close(approximation.inverse(0.01)(v), expected)
     assert_close(approximation.inverse(0.01)(v[:, 1]), expected[:, 1])
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_damping_shared_out_to_the_factors(network, corrected, assert_close):
+    """(G + √λ/π I) ⊗ (A + π√λ I), and with corrected values as much more than those."""
+    model, x = network
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected)
+    dense = approximation.dense()
+    expected = torch.eye(len(dense)) * 0.04
+    for key, block in approximation.blocks.items():
+        (n, a), (m, g) = ((len(f), f) for f in (block.inputs, block.outputs))
+        pi = ((a.trace() / n) / (g.trace() / m)).sqrt()
+        here = inside(model, block, key)
+        both = torch.kron(g + 0.2 / pi * torch.eye(m), a + 0.2 * pi * torch.eye(n))
+        expected[here.unsqueeze(1), here] = dense[here][:, here] + both - torch.kron(g, a)
+    v = torch.randn(len(dense), generator=generator())
+    assert_close(approximation.inverse(0.04, shared=True)(v), torch.linalg.solve(expected, v))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_solution_knows_its_model(network, shared, assert_close):
+    model, x = network
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), generator=generator())
+    b = torch.randn(approximation.shape[0], generator=generator())
+    solution = approximation.solve(b, damping=0.1, shared=shared)
+    damped = approximation.dense() + 0.1 * torch.eye(len(b))
+    assert_close(solution.x, approximation.inverse(0.1, shared=shared)(b))
+    assert_close(solution.curvature, solution.x @ damped @ solution.x)
+    assert_close(solution.model_value, 0.5 * solution.x @ damped @ solution.x - b @ solution.x)
+    assert (solution.status, solution.iterations) == (Status.CONVERGED, 0)
+    assert math.isnan(solution.residual_norm)
+    assert approximation.solve(b * math.inf, damping=0.1).status is Status.NON_FINITE
 
 
 def test_without_damping_it_is_the_pseudo_inverse(assert_close):

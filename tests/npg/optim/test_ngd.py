@@ -191,10 +191,11 @@ def test_curvature_fraction_of_inputs_in_a_mapping():
 
 @pytest.mark.parametrize("solver", ["kfac", "ekfac"])
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
-def test_kfac_takes_its_own_matrix_for_the_fisher(solver, kind):
+@pytest.mark.parametrize("metric", ["identity", "factors"])
+def test_kfac_takes_its_own_matrix_for_the_fisher(solver, kind, metric):
     model, twin = classifier(), classifier()
     optimizer = NGD(model, families.Categorical(), lr=0.3, damping=0.1, solver=solver, fisher=kind, probes=None,
-                    factor_decay=0.5, curvature_fraction=0.5)  # fmt: skip
+                    factor_decay=0.5, curvature_fraction=0.5, damping_metric=metric)  # fmt: skip
     blocks = None
     for x, y in batches(4):
         g = gradient(twin, x, y)
@@ -204,6 +205,8 @@ def test_kfac_takes_its_own_matrix_for_the_fisher(solver, kind):
         f = KroneckerFisher(fisher, corrected=solver == "ekfac", probes=None, previous=blocks, decay=0.5)
         blocks = f.blocks
         step = torch.linalg.solve(f.dense() + 0.1 * torch.eye(len(g)).double(), -g)
+        if metric == "factors":
+            step = -f.inverse(0.1, shared=True)(g)
         report = optimizer.step(x, y)
         nn.utils.vector_to_parameters(vector(twin) + 0.3 * step, twin.parameters())
         torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-10)
@@ -396,6 +399,8 @@ def test_what_does_not_go_with_online_damping(name, value):
         ("preconditioner", {"preconditioner": "kfac", "solver": "dense"}),
         ("preconditioner", {"preconditioner": "kfac", "solver": "ekfac"}),
         ("warm_start", {"warm_start": 0.5, "solver": "kfac"}),
+        ("solver", {"damping_metric": "factors"}),
+        ("solver", {"damping_metric": "factors", "preconditioner": "kfac"}),
         ("metric", {"metric": "wasserstein", "solver": "kfac"}),
         ("metric", {"metric": "wasserstein", "preconditioner": "kfac"}),
     ],

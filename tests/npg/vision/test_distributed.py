@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "online-ngd": ("online-ngd", {"lr": 0.1, "weight_decay": 0.01}, 0),
     "ngd": ("ngd", {"lr": 0.5, "damping": 1.0, "momentum": 0.5}, 0),
     "diagonal-ngd": ("diagonal-ngd", {"lr": 0.01, "damping": 0.1, "probes": None}, 0),
+    "kfac": ("kfac", {"lr": 0.5, "damping": 1.0, "momentum": 0.5, "probes": None}, 0),
     "averaged sgd": ("sgd", {"lr": 0.1, "momentum": 0.9}, 2),
     "averaged ngd": ("ngd", {"lr": 0.5, "damping": 1.0}, 2),
 }

@@ -34,6 +34,8 @@ def test_names_mean_what_they_say() -> None:
     assert not built["adam"].defaults["amsgrad"]
     assert isinstance(built["ngd"], optim.NGD)
     assert isinstance(built["diagonal-ngd"], optim.DiagonalNGD)
+    assert built["kfac"].solver == "kfac"
+    assert make_optimizer("kfac", model(), {"solver": "ekfac"}).solver == "ekfac"
     assert isinstance(built["online-ngd"], optim.OnlineNGD)
 
 

@@ -23,7 +23,7 @@ MakeImages = Callable[..., ImageData]
 
 
 def config(optimizer: str = "sgd", **changes: Any) -> Config:
-    options = {"lr": 0.05} | ({"damping": 0.1} if optimizer in ("ngd", "diagonal-ngd") else {})
+    options = {"lr": 0.05} | ({"damping": 0.1} if optimizer in ("ngd", "kfac", "diagonal-ngd") else {})
     values = {
         "optimizer_options": options,
         "epochs": 3,
@@ -56,7 +56,7 @@ def assert_equal(a: Any, b: Any) -> None:
         assert a == b
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "online-ngd", "diagonal-ngd", "ngd"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "online-ngd", "diagonal-ngd", "kfac", "ngd"])
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     optimizer: str, epoch: int, make_images: MakeImages, tmp_path: Path

@@ -687,7 +687,7 @@ class _TrackedFactors:
 
 
 class _Kronecker:
-    """F̂ for a step of `NGD`, as its solver or its preconditioner: updated where it is due, kept if the step is taken."""
+    """F̂ of a step of `NGD`, its solver or preconditioner: updated where that is due, kept if the step is taken."""
 
     def __init__(self, optimizer: NGD, params: list[Tensor]) -> None:
         self.optimizer, self.params = optimizer, params

@@ -1,6 +1,7 @@
 """Natural gradients: one exact Fisher, one conjugate gradient, one trust region, for classifiers and for policies."""
 
 from npg import families
+from npg.curvature.kronecker import KroneckerFisher
 from npg.fisher import Fisher
 from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve
 from npg.step import StepReport, natural_step
@@ -8,6 +9,7 @@ from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = [
     "Fisher",
+    "KroneckerFisher",
     "LevenbergMarquardt",
     "Solution",
     "Status",

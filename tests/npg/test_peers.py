@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from npg import Fisher, families
+from npg import Fisher, KroneckerFisher, families
 
 curvlinops = pytest.importorskip("curvlinops")
 pytestmark = pytest.mark.usefixtures("double")
@@ -93,3 +93,29 @@ def test_sampled_agrees_in_expectation(loss):
     for draws in (torch.stack(mine), torch.stack(peers)):
         error = draws.std(0) / math.sqrt(len(draws))
         assert ((draws.mean(0) - exact @ v).abs() <= 5 * error + 1e-12).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["mlp", "convolution"])
+def test_kronecker_factors(name, loss, corrected, assert_close):
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    model, x = build(), torch.randn(shape)
+    if name == "convolution":  # a normalisation has no factors there
+        model[1] = nn.Identity()
+    family, theirs, labels = LOSSES[loss]
+    mine = KroneckerFisher(Fisher(model, x, family), probes=None, corrected=corrected)
+    make = curvlinops.EKFACLinearOperator if corrected else curvlinops.KFACLinearOperator
+    peer = make(
+        model,
+        theirs,
+        list(model.parameters()),
+        [(x, labels())],
+        fisher_type="type-2",
+        kfac_approx="expand",
+        separate_weight_and_bias=False,
+    )
+    V = torch.randn(mine.shape[0], 3)
+    assert_close(mine @ V, peer @ V / 6)

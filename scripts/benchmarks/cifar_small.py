@@ -46,6 +46,7 @@ CENTRES = {
     "adagrad": 0.03,
     "online-ngd": 0.6,
     "diagonal-ngd": 0.05,
+    "kfac": 0.02,
     "ngd": 0.3,
 }
 FACTOR = 3.0

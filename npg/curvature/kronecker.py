@@ -54,7 +54,9 @@ class Block(NamedTuple):
 
     inputs: Tensor  #: A, (I, I)
     outputs: Tensor  #: G, (O, O)
+    input_values: Tensor  #: s, (I,)
     input_basis: Tensor  #: U, (I, I)
+    output_values: Tensor  #: t, (O,)
     output_basis: Tensor  #: V, (O, O)
     values: Tensor  #: t sᵀ, or what corrects it, (O, I)
     updates: Tensor  #: of how many batches A and G are the average, () on the CPU
@@ -63,10 +65,7 @@ class Block(NamedTuple):
         """The eigenvalues with λ, or with λ shared out to the factors, (O, I)."""
         if not shared:
             return self.values + damping
-        s, t = (
-            (basis * (matrix @ basis)).sum(0).clamp(min=0)
-            for matrix, basis in ((self.inputs, self.input_basis), (self.outputs, self.output_basis))
-        )
+        s, t = self.input_values, self.output_values
         ratio = torch.where(t.sum() > 0, s.mean() / t.mean(), 1.0).sqrt()  # π
         root = damping**0.5
         return self.values + root * (ratio * t.unsqueeze(1) + s / ratio) + damping
@@ -138,13 +137,13 @@ class KroneckerFisher:
         rest = [index for index in range(len(self.parameters.tensors)) if index not in inside]
         self.blocks: dict[_Key, Block | Multiple] = dict(kept)
         with torch.autocast(outputs.device.type, enabled=False):
-            factors, means, pulled = _moments(fisher, outputs, calls, rest, probes, generator)
+            factors, means, pulled = _moments(fisher, outputs, calls, rest, probes, generator, keep=corrected)
             for key, pair in factors.items():
                 updates, newest = _count(kept.get(key), decay)
                 if key in kept:
                     pair = kept[key].inputs.lerp(pair[0], newest), kept[key].outputs.lerp(pair[1], newest)
-                (s, input_basis), (t, output_basis) = (_eigenvectors(matrix) for matrix in pair)
-                self.blocks[key] = Block(*pair, input_basis, output_basis, torch.outer(t, s), updates)
+                (s, u), (t, v) = (_eigenvectors(matrix) for matrix in pair)
+                self.blocks[key] = Block(*pair, s, u, t, v, torch.outer(t, s), updates)
             for index, mean in means.items():
                 before = past.get((index,))
                 updates, newest = _count(before, decay)
@@ -254,8 +253,10 @@ def _moments(
     rest: list[int],
     probes: int | None,
     generator: Generator | None,
+    *,
+    keep: bool,
 ) -> tuple[dict[_Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[tuple[_Key, _Call, Tensor]]]:
-    """A and G of each layer, the mean diagonal of every other parameter, and the gradients that they are of."""
+    """A and G of each layer, the mean diagonal of every other parameter, and to ``keep`` the gradients they are of."""
     dtype, leaves = fisher.dtype, fisher.linearization.leaves
     inputs = {key: _input_factor(made, len(key) > 1, dtype) for key, made in calls.items()}
     factors = {key: inputs[key].new_zeros(made[0].width, made[0].width) for key, made in calls.items()}
@@ -269,7 +270,8 @@ def _moments(
             if gradient is not None:
                 g = _positions(call.module, gradient).to(dtype)
                 factors[key] += g.flatten(0, 1).T @ g.flatten(0, 1) / fisher.events
-                pulled.append((key, call, g))
+                if keep:
+                    pulled.append((key, call, g))
         for index, gradient in zip(rest, gradients[len(uses) :]):
             if gradient is not None and gradient.numel():
                 means[index] += gradient.to(dtype).square().mean() / fisher.events

@@ -602,14 +602,15 @@ class NGD(_ModelOptimizer):
         # A scheduler may have set it since: OneCycleLR does, unless cycle_momentum=False.
         momentum = group["momentum"]
         _check(not (momentum and self.trust_region), "momentum", momentum, "0 with max_kl, whose radius it would break")
-        part = slice(ceil(self.curvature_fraction * len(targets)))
-        curvature_inputs = None
-        if self.curvature_fraction < 1:
-            curvature_inputs = tree_map(lambda x: x[part] if isinstance(x, Tensor) else x, inputs)
-        solver, x0 = self._solver, None
+        solver, x0, fraction = self._solver, None, self.curvature_fraction
         kronecker = _Kronecker(self, params) if {self.solver, self.preconditioner} & {"kfac", "ekfac"} else None
         if kronecker is not None and self.preconditioner is None:
             solver = kronecker.solve
+            fraction = fraction if kronecker.due else 1.0  # no F is looked at, so that none is linearised for itself
+        part = slice(ceil(fraction * len(targets)))
+        curvature_inputs = None
+        if fraction < 1:
+            curvature_inputs = tree_map(lambda x: x[part] if isinstance(x, Tensor) else x, inputs)
         if (factors := self._online_factors()) is not None:
             solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
         if self.warm_start:
@@ -708,9 +709,14 @@ class _Kronecker:
         shared = self.optimizer.damping_metric == "factors"
         return self._approximation(A).solve(b, damping=damping, shared=shared)
 
+    @property
+    def due(self) -> bool:
+        """Whether this step updates F̂."""
+        return not self.blocks or self.step < BURN_IN or self.step % self.optimizer.update_period == 0
+
     def _approximation(self, fisher: Fisher) -> KroneckerFisher:
         optimizer = self.optimizer
-        if self.blocks and self.step >= BURN_IN and self.step % optimizer.update_period:
+        if not self.due:
             return KroneckerFisher.of(fisher.parameters, self.blocks)
         approximation = KroneckerFisher(
             fisher,

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from npg import families
-from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.optim import NGD, UPDATE_PERIOD, DiagonalNGD, OnlineNGD
 from npg.vision import model_from_name
 
 LR = 1e-3
@@ -33,7 +33,10 @@ GRADIENT = {
 }
 MODEL = {
     "diagonal-ngd": lambda m: DiagonalNGD(m, families.Categorical(), LR, weight_decay=1e-4),
-    "kfac": lambda m: NGD(m, families.Categorical(), LR, damping=0.1, solver="kfac", curvature_fraction=0.125),
+    # its update period is one that OnlineNGD has too, so that a turn of so many steps holds one update of each
+    "kfac": lambda m: NGD(
+        m, families.Categorical(), LR, damping=0.1, solver="kfac", curvature_fraction=0.125, update_period=UPDATE_PERIOD
+    ),
     "ngd": lambda m: NGD(m, families.Categorical(), LR, damping=0.1, max_iterations=10, rtol=0.0),
 }
 

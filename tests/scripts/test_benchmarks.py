@@ -20,6 +20,12 @@ RUNS = {
         "update",
         {"sb3-contrib", "ours"},
     ),
+    "preconditioning": (
+        "--systems policy --env InvertedPendulum-v5 --before 2048 --rounds 1 --threads 1",
+        "--csv",
+        "preconditioner",
+        {"none", "diagonal", "kfac", "ekfac"},
+    ),
     "critics": ("--env InvertedPendulum-v5 --before 2048 --rollouts 1", "--csv", "env", {"InvertedPendulum-v5"}),
     "end_to_end": (
         "CartPole-v1 --seconds 0.01 --rounds 1 --threads 1",

@@ -45,6 +45,8 @@ from npg.solvers import Solution, Status
 
 __all__ = ["Block", "KroneckerFisher", "Multiple"]
 
+#: A layer of more inputs or outputs has no factors: memory would grow with the square, time with the cube.
+MAX_SIZE = 8192
 _ELEMENTS = 2**24  # of patches, or of gradients event by event, that are in memory at once
 _Key = tuple[int, ...]
 
@@ -94,9 +96,10 @@ class KroneckerFisher:
     """F̂ ≈ F, block by block, as a linear operator with an inverse.
 
     Linear layers and one- and two-dimensional convolutions without groups have a block G ⊗ A each, for weight and bias
-    together. Every other parameter (of a normalisation, of an embedding, a free log standard deviation) has a multiple
-    of the identity, the mean of its diagonal of F as the probes estimate it. It costs a forward pass, the backward
-    passes of the probes, and the eigenvectors of two matrices for each layer.
+    together, unless they have more than `MAX_SIZE` inputs or outputs. Every other parameter (of such a layer, of a
+    normalisation or embedding, a free log standard deviation) has a multiple of the identity, the mean of its diagonal
+    of F as the probes estimate it. It costs a forward pass, the backward passes of the probes, and the eigenvectors of
+    two matrices for each layer.
 
     Args:
         fisher: F, of a module, at the present parameters. Its kind and its process group are those of F̂ too.
@@ -323,7 +326,9 @@ def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, _Key]:
             own = [module._parameters.get(name) for name in ("weight", "bias")]
             key = tuple(index[names[id(p)]] for p in own if p is not None and names[id(p)] in index)
             if own[0] is not None and names[id(own[0])] in index:
-                found[module] = key
+                outputs = own[0].shape[0]
+                if max(outputs, own[0].numel() // max(outputs, 1)) <= MAX_SIZE:
+                    found[module] = key
     keys = set(found.values())
     alone = {key for key in keys if not any(other != key and set(other) & set(key) for other in keys)}
     return {module: key for module, key in found.items() if key in alone}

@@ -402,6 +402,13 @@ def test_frozen_parameters_are_left_out(assert_close):
     assert_close(approximation.blocks[(0,)].inputs, x.T @ x / 9)
 
 
+def test_layers_that_are_too_large_have_no_factors(monkeypatch):
+    model, x = made(NETWORKS["mlp"][0]), torch.randn(9, 5, generator=generator())
+    monkeypatch.setattr("npg.curvature.kronecker.MAX_SIZE", 4)
+    blocks = KroneckerFisher(Fisher(model, x, FAMILY)).blocks
+    assert {key: type(block) for key, block in blocks.items()} == {(0,): Multiple, (1,): Multiple, (2, 3): Block}
+
+
 def test_one_event_without_an_axis_for_it(assert_close):
     model, x = made(NETWORKS["mlp"][0]), torch.randn(5, generator=generator())
     alone, batch = (KroneckerFisher(Fisher(model, i, FAMILY), probes=None) for i in (x, x.unsqueeze(0)))

@@ -41,6 +41,11 @@ BURN_IN = 10
 UPDATE_PERIOD = 4
 
 
+def _is_due(step: int, period: int) -> bool:
+    """Whether factors are updated on this step, counted from 0."""
+    return step < BURN_IN or step % period == 0
+
+
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} is not usable: it must be {wanted}")
@@ -245,7 +250,7 @@ class _OnlinePlan:
 
     def accumulate(self, gradients: Sequence[Tensor], momentum: float, update_period: int) -> None:
         """Precondition the gradients and add them to the momentum buffers; count the step."""
-        update = self.count < BURN_IN or self.count % update_period == 0
+        update = _is_due(self.count, update_period)
         directions = self.preconditioner(gradients, update=update, first=self.count == 0)
         for buffer, direction in zip(self.momenta, directions, strict=True):
             if momentum:
@@ -681,7 +686,7 @@ class _TrackedFactors:
 
     def update(self, gradient: Tensor) -> None:
         """Count a step, and take its gradient in where it is due, (P,)."""
-        if self.count < BURN_IN or self.count % UPDATE_PERIOD == 0:
+        if _is_due(self.count, UPDATE_PERIOD):
             self.preconditioner(_split(gradient, self.params), update=True, first=self.count == 0)
         self.count += 1
         self.step.fill_(self.count)
@@ -693,12 +698,17 @@ class _Kronecker:
     def __init__(self, optimizer: NGD, params: list[Tensor]) -> None:
         self.optimizer, self.params = optimizer, params
         self.step = int(optimizer.state[params[0]].get("step", 0))
+        # The state names parameters by their places in the group, which do not change when some are frozen.
+        places = {id(p): place for place, p in enumerate(optimizer.param_groups[0]["params"])}
+        self.places = [places[id(p)] for p in params]
+        index = {place: i for i, place in enumerate(self.places)}
         self.blocks: dict[tuple[int, ...], Block | Multiple] = {}
-        for state in (optimizer.state[p] for p in params):
-            if "kfac_key" in state:
+        for state in (optimizer.state[p] for p in params if "kfac_key" in optimizer.state[p]):
+            key = state["kfac_key"].tolist()
+            if all(place in index for place in key):
                 kind = Block if "kfac_inputs" in state else Multiple
                 fields = {name: state[f"kfac_{name}"] for name in kind._fields}
-                self.blocks[tuple(state["kfac_key"].tolist())] = kind(**fields)
+                self.blocks[tuple(index[place] for place in key)] = kind(**fields)
 
     def __call__(self, fisher: Fisher, damping: float) -> Callable[[Tensor], Tensor]:
         """R ↦ (F̂ + λI)⁻¹ r."""
@@ -711,8 +721,9 @@ class _Kronecker:
 
     @property
     def due(self) -> bool:
-        """Whether this step updates F̂."""
-        return not self.blocks or self.step < BURN_IN or self.step % self.optimizer.update_period == 0
+        """Whether this step updates F̂; it does where F̂ does not have each parameter once."""
+        covered = sorted(i for key in self.blocks for i in key)
+        return covered != list(range(len(self.params))) or _is_due(self.step, self.optimizer.update_period)
 
     def _approximation(self, fisher: Fisher) -> KroneckerFisher:
         optimizer = self.optimizer
@@ -732,11 +743,13 @@ class _Kronecker:
     def keep(self) -> None:
         """Count the step, and put F̂ into the optimizer's state."""
         states = [self.optimizer.state[p] for p in self.params]
+        for state in states:
+            for name in [name for name in state if name.startswith("kfac_")]:
+                del state[name]
+            state["step"] = torch.tensor(self.step + 1)
         for key, block in self.blocks.items():
             fields = {f"kfac_{name}": value for name, value in block._asdict().items()}
-            states[key[0]].update({"kfac_key": torch.tensor(key), **fields})
-        for state in states:
-            state["step"] = torch.tensor(self.step + 1)
+            states[key[0]].update({"kfac_key": torch.tensor([self.places[i] for i in key]), **fields})
 
 
 def _split(vector: Tensor, like: _Tensors) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from npg import Fisher, LevenbergMarquardt, Status, families
-from npg.curvature.kronecker import KroneckerFisher
+from npg.curvature.kronecker import Block, KroneckerFisher
 from npg.curvature.online import OnlinePreconditioner
 from npg.optim import NGD
 
@@ -222,6 +222,43 @@ def test_factors_are_updated_in_the_first_ten_steps_and_then_periodically():
         optimizer.step(x, y)
         updates.append(int(optimizer.state[weight]["kfac_updates"]))
     assert updates == [*range(1, 11), 10, 10, 11, 11, 11, 11, 12]
+
+
+def test_kfac_goes_on_when_parameters_are_frozen_and_thawed():
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), lr=0.01, damping=0.1, solver="kfac", update_period=100)
+    data = batches(20)
+    for x, y in data[:12]:
+        optimizer.step(x, y)
+    factor = optimizer.state[model[2].weight]["kfac_inputs"].clone()
+
+    def step_is_that_of(blocks: dict, x: Tensor, y: Tensor) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = nn.utils.parameters_to_vector(trained).detach().clone()
+        loss = functional.cross_entropy(model(x), y)
+        g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, trained)])
+        fisher = Fisher(model, x, families.Categorical())
+        step = KroneckerFisher.of(fisher.parameters, blocks).inverse(0.1)(g)
+        optimizer.step(x, y)
+        after = nn.utils.parameters_to_vector(trained).detach()
+        torch.testing.assert_close(after, before - 0.01 * step, rtol=0, atol=1e-12)
+
+    def block(layer: nn.Linear) -> Block:
+        state = optimizer.state[layer.weight]
+        return Block(**{name: state[f"kfac_{name}"] for name in Block._fields})
+
+    first, second = block(model[0]), block(model[2])
+    model[0].requires_grad_(False)  # what is left is no longer at the places where it was
+    step_is_that_of({(0, 1): second}, *data[12])
+    assert torch.equal(optimizer.state[model[2].weight]["kfac_inputs"], factor), "not due, and not begun anew"
+    model[0].requires_grad_(True)
+    step_is_that_of({(0, 1): first, (2, 3): second}, *data[13])
+    model[2].bias.requires_grad_(False)  # its block is of weight and bias together: it has to be begun anew
+    optimizer.step(*data[14])
+    assert int(optimizer.state[model[2].weight]["kfac_updates"]) == 1
+    assert len(optimizer.state[model[2].weight]["kfac_inputs"]) == len(factor) - 1
+    model[2].bias.requires_grad_(True)
+    assert all(optimizer.step(x, y).accepted for x, y in data[15:])
 
 
 def test_one_iteration_from_kfac_is_its_direction_at_the_best_length_for_the_fisher():

@@ -210,7 +210,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         _in_range("sub_sampling_factor", sub_sampling_factor, 1, inf)
         _in_range("stats_window_size", stats_window_size, 1, inf)
         _in_range("fisher_fraction", fisher_fraction, 0, 1, open_low=True)
-        if preconditioner not in _PRECONDITIONERS:
+        if preconditioner not in list(_PRECONDITIONERS):  # also what has no hash is refused by name
             raise ValueError(f"preconditioner must be None, 'diagonal' or 'kfac', got {preconditioner!r}")
         if critic not in ("adam", "natural"):
             raise ValueError(f"critic must be 'adam' or 'natural', got {critic!r}")

@@ -39,7 +39,9 @@ def diagonal_preconditioner(
     return lambda r: inverse * r if r.ndim == 1 else inverse.unsqueeze(1) * r
 
 
-def kronecker_preconditioner(fisher: Fisher, damping: float, *, probes: int = 1) -> Callable[[Tensor], Tensor]:
+def kronecker_preconditioner(
+    fisher: Fisher, damping: float, *, probes: int = 1, corrected: bool = False
+) -> Callable[[Tensor], Tensor]:
     """C = F̂ + λI with the Kronecker-factored F̂ of the same inputs (`npg.curvature.kronecker`).
 
     The signs of the probes come from a generator of its own with a fixed seed, so a solve stays a function of its
@@ -49,6 +51,7 @@ def kronecker_preconditioner(fisher: Fisher, damping: float, *, probes: int = 1)
         fisher: F, of a module.
         damping: λ ≥ 0.
         probes: backward passes spent on the factors of the gradients.
+        corrected: EKFAC in place of K-FAC.
     """
     generator = torch.Generator(device=fisher.device).manual_seed(0)
-    return KroneckerFisher(fisher, probes=probes, generator=generator).inverse(damping)
+    return KroneckerFisher(fisher, corrected=corrected, probes=probes, generator=generator).inverse(damping)

@@ -30,8 +30,7 @@ from agents import TRPO
 from agents.config import resolve
 from envs import VecNormalize, make_vec_env
 from npg import Fisher, conjugate_gradient, families
-from npg.curvature.kronecker import KroneckerFisher
-from npg.curvature.preconditioners import diagonal_preconditioner
+from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.linearize import Linearization
 from npg.vision import data, model_from_name
 from npg.vision.config import load_config
@@ -42,17 +41,11 @@ PRODUCTS = (1, 2, 3, 4, 6, 8, 10, 15, 20, 30)
 Preconditioner = Callable[[Fisher, float], Callable[[Tensor], Tensor]]
 
 
-def kronecker(fisher: Fisher, damping: float, corrected: bool = False) -> Callable[[Tensor], Tensor]:
-    """F̂ from one probe, as in training."""
-    generator = torch.Generator().manual_seed(0)
-    return KroneckerFisher(fisher, corrected=corrected, generator=generator).inverse(damping)
-
-
 PRECONDITIONERS: dict[str, Preconditioner | None] = {
     "none": None,
     "diagonal": diagonal_preconditioner,
-    "kfac": kronecker,
-    "ekfac": partial(kronecker, corrected=True),
+    "kfac": kronecker_preconditioner,
+    "ekfac": partial(kronecker_preconditioner, corrected=True),
 }
 
 
@@ -112,7 +105,7 @@ def main() -> None:
             else image(options.data, options.batches, options.seed)
         )
         solve = partial(conjugate_gradient, fisher, g, damping=damping)
-        best = solve(preconditioner=kronecker(fisher, damping), max_iterations=3000, rtol=1e-6)
+        best = solve(preconditioner=kronecker_preconditioner(fisher, damping), max_iterations=3000, rtol=1e-6)
         setups = {name: partial(make, fisher, damping) for name, make in PRECONDITIONERS.items() if make is not None}
         seconds = measure({"product": partial(fisher.__matmul__, g), **setups}, rounds=options.rounds, turn=1)
         print(f"{system}: {fisher}, λ = {damping:g}; the whole gain by {best.iterations} products, {best.status.value}")

@@ -15,6 +15,7 @@ from torch import nn
 from npg.parallel import World
 from npg.vision.config import Config
 from npg.vision.data import ImageData
+from npg.vision.optimizers import takes_batches
 from npg.vision.run_folder import CheckpointError
 from npg.vision.training import Trainer, TrainingStopped, learning_rate_factor
 
@@ -23,7 +24,7 @@ MakeImages = Callable[..., ImageData]
 
 
 def config(optimizer: str = "sgd", **changes: Any) -> Config:
-    options = {"lr": 0.05} | ({"damping": 0.1} if optimizer in ("ngd", "kfac", "diagonal-ngd") else {})
+    options = {"lr": 0.05} | ({"damping": 0.1} if takes_batches(optimizer) else {})
     values = {
         "optimizer_options": options,
         "epochs": 3,

@@ -6,6 +6,10 @@ Three layouts are read, and told apart by what is inside:
 - a folder of image files, ``train/<class>/*.png`` and ``test/<class>/*.png`` (or JPEG, …), all of one size;
 - an archive of such a folder: ``.tar``, ``.tar.gz``, ``.tar.xz`` or ``.zip``. Nothing is unpacked to disk.
 
+Images become RGB with 8 bits per channel: 16 bits are scaled by 255/65535, transparent pixels are laid over black, as
+the border of a cropped image is, and a picture taken on its side stands upright, as its Exif data say. Pixels whose
+scale is not known (floating point, 32 bits) are refused.
+
 Decoded image files are cached as one uint8 array, so that the second run starts at once.
 """
 
@@ -28,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 Members = Iterable[tuple[PurePosixPath, bytes]]
@@ -49,6 +53,8 @@ CIFAR10_MD5 = {
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_DECODING = 2
+"""Counts the changes of what files are decoded to, so that images in the cache from before are not used."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
 _LAYOUT = (
     f"expected CIFAR-10's Python archive under its own name, {CIFAR10_ARCHIVE}, or image files laid out "
@@ -183,7 +189,10 @@ def _read_batch(content: bytes, name: str, source: Path) -> Labelled:
     _check_md5(content, name, source)
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-        images = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        images = np.asarray(batch[b"data"])
+        if images.dtype != np.uint8:
+            raise ValueError(f"its pixels are {images.dtype} and not uint8")
+        images = images.reshape(-1, 3, 32, 32)
         labels = np.asarray(batch[b"labels"], dtype=np.int64)
     except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
         raise DataError(f"{name} of {source} is not a batch of CIFAR-10: {error}") from error
@@ -234,7 +243,7 @@ def _is_image(path: PurePosixPath) -> bool:
 def _load_images(source: Path, progress: bool) -> ImageData:
     """Decode the image files once; the same source, unchanged, comes from the cache the next time."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    digest = hashlib.sha256(str(source.resolve()).encode())
+    digest = hashlib.sha256(f"{_DECODING} {source.resolve()}".encode())
     for file in files:
         status = file.stat()
         digest.update(f"{file.relative_to(source)} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -266,8 +275,8 @@ def _decode(members: Members, source: Path, progress: bool) -> ImageData:
     for path, content in bar:
         try:
             with Image.open(io.BytesIO(content)) as image:
-                pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
-        except (UnidentifiedImageError, OSError) as error:
+                pixels = _rgb(image)
+        except (UnidentifiedImageError, OSError, ValueError) as error:
             raise DataError(f"{path} of {source} cannot be read as an image: {error}") from error
         shape = shape or pixels.shape
         if pixels.shape != shape:
@@ -292,6 +301,35 @@ def _decode(members: Members, source: Path, progress: bool) -> ImageData:
         return np.stack([images[key] for key in keys]).transpose(0, 3, 1, 2).copy(), labels
 
     return ImageData(*stack("train"), *stack("test"), tuple(classes["train"]))
+
+
+def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """RGB pixels (H, W, 3) of an image of any mode.
+
+    Raises:
+        ValueError: the scale of the pixels is not known, or Pillow has no way from this mode to RGB.
+    """
+    image = ImageOps.exif_transpose(image)
+    mode = image.mode
+    if mode == "I" or mode.startswith("I;16"):  # Pillow itself clips these at 255
+        values = np.asarray(image).astype(np.int64)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 0
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"its pixels go from {values.min()} to {values.max()}, and the scale of more than 16 bits is not "
+                "known. Save it with 8 or 16 bits per channel"
+            )
+        return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if mode == "F":
+        raise ValueError(
+            "its pixels are floating-point numbers (mode F), whose scale is not known. Save it with 8 or 16 bits per "
+            "channel"
+        )
+    if mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
+        return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+    return np.asarray(image.convert("RGB"))
 
 
 @contextmanager

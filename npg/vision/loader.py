@@ -47,7 +47,13 @@ class Normalization:
         self.memory_format = memory_format
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) uint8 to the model's input of the same shape."""
+        """Pixels (B, 3, H, W) uint8 to the model's input of the same shape.
+
+        Raises:
+            ValueError: the pixels are not uint8.
+        """
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"pixels must be uint8, from 0 to 255; got {pixels.dtype}. Scale and round them first")
         values = pixels.to(self.scale.dtype, memory_format=self.memory_format)
         return values.mul_(self.scale).add_(self.shift)
 
@@ -72,7 +78,8 @@ class TrainLoader:
         generator: all randomness; its state before an epoch determines that epoch and all that follow.
 
     Raises:
-        ValueError: the batch is larger than the set, or not a multiple of the number of ranks.
+        ValueError: the images are not uint8, or the batch is larger than the set or not a multiple of the number of
+            ranks.
     """
 
     def __init__(
@@ -87,6 +94,8 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if images.dtype != np.uint8:
+            raise ValueError(f"images must be uint8, from 0 to 255; got {images.dtype}. Scale and round them first")
         if not 1 <= batch_size <= len(images):
             raise ValueError(f"batch_size must be between 1 and the {len(images)} training images; got {batch_size}")
         if batch_size % world_size:

@@ -120,7 +120,15 @@ def test_a_pickle_that_calls_is_refused_even_with_the_right_checksum(
     assert not (tmp_path / "pickle-was-executed").exists()
 
 
-@pytest.mark.parametrize("content", [{b"labels": [1]}, {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {b"labels": [1]},
+        {b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]},
+        {b"data": np.full((1, 3072), 300, np.uint16), b"labels": [1]},  # would be 44
+        {b"data": np.full((1, 3072), 0.5), b"labels": [1]},  # would be 0
+    ],
+)
 def test_a_pickle_that_is_no_batch(content: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in BATCHES:
         raw = pickle.dumps(content, protocol=3)
@@ -207,6 +215,140 @@ def test_a_wrong_layout_is_explained(files: dict[str, bytes], message: str, tmp_
     with pytest.raises(DataError, match=message):
         load(path, progress=False)
     assert not data.cache_folder().exists()
+
+
+SIXTEEN = np.array([[0, 257, 65535], [128, 129, 40000]], dtype=np.uint16)
+EIGHT = [[0, 1, 255], [0, 1, 156]]  # nearest of v · 255 / 65535
+
+
+def grey(values: object) -> np.ndarray:
+    return np.repeat(np.asarray(values, dtype=np.uint8)[..., None], 3, axis=2)
+
+
+def palette(mode: str) -> Image.Image:
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8)).convert("P")
+    image.putdata([0, 1, 2])
+    image.putpalette([10, 20, 30, 200, 100, 50, 255, 255, 255])
+    return image.convert("PA") if mode == "PA" else image
+
+
+COLOURS = [[10, 20, 30], [200, 100, 50], [255, 255, 255]]
+ALPHA = np.array([[255, 128, 0]], dtype=np.uint8)
+OVER_BLACK = [[10, 20, 30], [100, 50, 25], [0, 0, 0]]  # round(c α / 255)
+
+
+def with_alpha(image: Image.Image, mode: str) -> Image.Image:
+    image = image.convert(mode)
+    image.putalpha(Image.fromarray(ALPHA))
+    return image
+
+
+IMAGES = {
+    "1": (Image.fromarray(np.array([[False, True]])), grey([[0, 255]])),
+    "L": (Image.fromarray(np.array([[0, 7, 255]], dtype=np.uint8)), grey([[0, 7, 255]])),
+    "RGB": (Image.fromarray(np.array([COLOURS], dtype=np.uint8)), [COLOURS]),
+    "CMYK": (
+        Image.frombytes("CMYK", (2, 1), bytes([245, 235, 225, 0, 55, 155, 205, 0])),
+        [COLOURS[:2]],
+    ),
+    "YCbCr": (Image.new("RGB", (1, 1), (200, 100, 50)).convert("YCbCr"), [[[200, 100, 50]]]),
+    "HSV": (Image.new("RGB", (1, 1), (200, 100, 50)).convert("HSV"), [[[200, 100, 50]]]),
+    "P": (palette("P"), [COLOURS]),
+    "PA": (with_alpha(palette("P"), "PA"), [OVER_BLACK]),
+    "LA": (with_alpha(Image.fromarray(np.array([[10, 200, 255]], np.uint8)), "LA"), grey([[10, 100, 0]])),
+    "RGBA": (with_alpha(palette("P"), "RGBA"), [OVER_BLACK]),
+    "I": (Image.fromarray(SIXTEEN.astype(np.int32)), grey(EIGHT)),
+    "I;16": (Image.fromarray(SIXTEEN), grey(EIGHT)),
+    "I;16L": (Image.frombytes("I;16L", (3, 2), SIXTEEN.astype("<u2").tobytes()), grey(EIGHT)),
+    "I;16B": (Image.frombytes("I;16B", (3, 2), SIXTEEN.astype(">u2").tobytes()), grey(EIGHT)),
+}
+
+
+@pytest.mark.parametrize("mode", IMAGES)
+def test_every_mode_becomes_rgb_with_the_right_values(mode: str) -> None:
+    image, expected = IMAGES[mode]
+    assert image.mode == mode
+    pixels = data._rgb(image)
+    assert pixels.dtype == np.uint8
+    # Pillow's own conversions between spaces of colour round in between.
+    np.testing.assert_allclose(pixels.astype(int), expected, atol=2 if mode in ("YCbCr", "HSV") else 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_every_mode_that_a_png_has_survives_the_file(mode: str) -> None:
+    image, expected = IMAGES[mode]
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    with Image.open(stream) as read:
+        np.testing.assert_array_equal(data._rgb(read), expected)
+
+
+@pytest.mark.parametrize("transparency", [2, bytes([255, 128, 0])])
+def test_transparency_of_a_palette_is_laid_over_black(transparency: object) -> None:
+    stream = io.BytesIO()
+    palette("P").save(stream, "PNG", transparency=transparency)
+    with Image.open(stream) as read:
+        assert read.mode == "P"
+        expected = OVER_BLACK if isinstance(transparency, bytes) else [*COLOURS[:2], [0, 0, 0]]
+        np.testing.assert_array_equal(data._rgb(read), [expected])
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 200), ("RGB", (200, 100, 50)), ("I;16", 40000)])
+def test_a_transparent_colour_is_black(mode: str, colour: object) -> None:
+    stream = io.BytesIO()
+    Image.new(mode, (2, 2), colour).save(stream, "PNG", transparency=colour)
+    with Image.open(stream) as read:
+        np.testing.assert_array_equal(data._rgb(read), np.zeros((2, 2, 3)))
+
+
+def test_sixteen_bits_of_a_folder_are_scaled(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (4, 5), dtype=np.uint16)
+    for split in ("train", "test"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / split / "one" / "0.png")
+        (tmp_path / split / "one" / "1.ppm").write_bytes(b"P5 5 4 65535\n" + values.astype(">u2").tobytes())
+    expected = np.rint(values.astype(float) / 257).astype(np.uint8)
+    images = load(tmp_path, progress=False)
+    np.testing.assert_array_equal(images.train_images, np.broadcast_to(expected, (2, 3, 4, 5)))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.fromarray(np.full((2, 2), 0.5, np.float32)), r"floating-point numbers \(mode F\).*8 or 16 bits"),
+        (Image.fromarray(np.full((2, 2), 70000, np.int32)), r"from 70000 to 70000.*8 or 16 bits"),
+        (Image.fromarray(np.full((2, 2), -1, np.int32)), r"from -1 to -1.*8 or 16 bits"),
+    ],
+)
+def test_pixels_of_unknown_scale_are_refused(image: Image.Image, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data._rgb(image)
+
+
+def test_a_refused_image_is_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        (tmp_path / split / "one" / "0.ppm").write_bytes(b"Pf 1 1 -1.0\n" + np.float32(0.5).tobytes())
+    with pytest.raises(DataError, match=r"one/0.ppm of .* cannot be read as an image: .*mode F"):
+        load(tmp_path, progress=False)
+
+
+def test_a_picture_taken_on_its_side_stands_upright() -> None:
+    image, stream = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    image.save(stream, "PNG", exif=exif)
+    with Image.open(stream) as read:
+        np.testing.assert_array_equal(data._rgb(read)[..., 0], [[3, 0], [4, 1], [5, 2]])
+
+
+def test_images_decoded_otherwise_are_not_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "images.tar"
+    write_tar(path, members(), mode="w")
+    load(path, progress=False)
+    monkeypatch.setattr(data, "_DECODING", data._DECODING + 1)
+    monkeypatch.setattr(data, "_rgb", lambda image: np.full((4, 4, 3), 77, np.uint8))
+    assert (load(path, progress=False).train_images == 77).all()
 
 
 def test_nothing_there_and_no_archive(tmp_path: Path) -> None:

@@ -106,3 +106,12 @@ def test_split_is_fixed_and_complete() -> None:
 def test_a_split_that_leaves_nothing(size: int) -> None:
     with pytest.raises(ValueError, match=f"validation_size must be between 1 and 9, .* got {size}"):
         split_validation(10, size)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int64])
+def test_pixels_of_another_type_are_refused(dtype: type) -> None:
+    images = np.ones((4, 3, 2, 2), dtype)  # floats in [0, 1] would be rounded to 0 and 1
+    with pytest.raises(ValueError, match=f"images must be uint8, from 0 to 255; got {np.dtype(dtype)}"):
+        TrainLoader(images, np.zeros(4, np.int64), 2, AS_IT_IS, seed=0)
+    with pytest.raises(ValueError, match=r"pixels must be uint8, from 0 to 255; got torch\.float32"):
+        AS_IT_IS(torch.rand(1, 3, 2, 2))

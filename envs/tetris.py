@@ -387,15 +387,30 @@ def play(
 
 
 class Placements(spaces.Discrete):
-    """Action slots 0, …, n − 1, of which `sample()` without a mask draws one that is legal for the piece in play."""
+    """Action slots 0, …, n − 1 of one game, of which `sample()` without a mask draws one that is legal now."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
-        self.legal = np.ones(n, dtype=np.int8)
+        self.legal: NDArray[Any] = np.zeros(n, dtype=np.bool_)
+        """(n,), kept up to date by the game; where none is legal, as before the first reset, all slots are drawn."""
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.int64:
         if mask is None and probability is None and self.legal.any():
-            mask = self.legal
+            mask = (self.legal != 0).astype(np.int8)
+        return super().sample(mask=mask, probability=probability)
+
+
+class VectorPlacements(spaces.MultiDiscrete):
+    """A slot for each of several games, of which `sample()` without a mask draws those that are legal now."""
+
+    def __init__(self, legal: NDArray[Any]) -> None:
+        super().__init__(np.full(len(legal), legal.shape[1]))
+        self.legal = legal
+        """(games, slots), kept up to date by the games."""
+
+    def sample(self, mask: Any = None, probability: Any = None) -> NDArray[np.int64]:
+        if mask is None and probability is None and self.legal.any(axis=1).all():
+            mask = tuple((self.legal != 0).astype(np.int8))
         return super().sample(mask=mask, probability=probability)
 
 
@@ -424,6 +439,7 @@ class Games(Batch):
         self.pieces = np.zeros(n, dtype=np.int64)
         self._streams = np.zeros((n, 1), dtype=np.uint64)
         self._observations = np.zeros((n, *shape), dtype=np.float32)
+        self.legal_now = self._observations[..., 0]  # always of the present boards: the memory stays the same
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
         self._streams[index] = generator.integers(2**64, dtype=np.uint64)
@@ -450,7 +466,7 @@ class Games(Batch):
 
     def legal(self) -> NDArray[np.bool_]:
         """Which slots hold a legal placement of the piece in play; (n, slots)."""
-        return self._observations[..., 0] != 0
+        return self.legal_now != 0
 
     def step(self, actions: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         slots = self.action_space.n
@@ -524,18 +540,18 @@ class TetrisEnv(SingleEnv):
         render_mode: str | None = None,
     ) -> None:
         super().__init__(Games(1, width, height, features), render_mode)
+        self.batch.action_space.legal = self.batch.legal_now[0]
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which action slots are legal now; (slots,)."""
         return self.batch.legal()[0]
 
-    def _show(self) -> Any:
-        self.batch.action_space.legal = self.action_masks().astype(np.int8)
-        return super()._show()
-
 
 class TetrisVectorEnv(NativeVectorEnv):
-    """n games, stepped by one compiled loop."""
+    """n games, stepped by one compiled loop. `action_space.sample()` draws a legal placement for each.
+
+    `single_action_space` belongs to no game in particular, and its samples need not be legal.
+    """
 
     batch: Games
 
@@ -549,6 +565,7 @@ class TetrisVectorEnv(NativeVectorEnv):
         render_mode: str | None = None,
     ) -> None:
         super().__init__(Games(num_envs, width, height, features), num_envs, max_episode_steps, render_mode)
+        self.action_space = VectorPlacements(self.batch.legal_now)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which action slots are legal now; (num_envs, slots)."""

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 from itertools import pairwise
@@ -332,6 +333,26 @@ def test_sampling_the_action_space_plays_legal_games():
         if over:
             break
     assert over
+
+
+def test_sampling_the_action_space_of_a_vector_plays_legal_games():
+    env = gym.make_vec("npg/Tetris-v0", 8, height=8)
+    assert env.action_space == gym.vector.utils.batch_space(env.single_action_space, 8)
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    ended, slots = 0, set()
+    for _ in range(200):
+        actions = env.action_space.sample()
+        assert env.action_space.contains(actions)
+        assert env.unwrapped.action_masks()[np.arange(8), actions].all()
+        slots |= set(actions.tolist())
+        _, _, over, _, _ = env.step(actions)
+        ended += over.sum()
+    assert ended > 8
+    assert slots == set(range(34))  # all of them are drawn, not the first legal one
+    copied = copy.deepcopy(env.action_space)
+    assert copied == env.action_space
+    assert (np.diff([copied.sample() for _ in range(50)], axis=0) != 0).any()
 
 
 @pytest.mark.parametrize("size", [{"width": 3}, {"height": 3}, {"width": 33}, {"height": 61}])

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from agents.config import RunConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.runs import EpisodeFile, RunFolder, save_agent
+from envs.seeding import Purpose, purpose_seed
 from npg.parallel import World, size
 
 __all__ = [
@@ -38,7 +39,7 @@ LOOK_EVERY = 32
 
 def evaluation_seed(config: RunConfig, *, final: bool = False) -> int:
     """The seed of the evaluation environments: apart from training's, and the final one's apart from both."""
-    return config.seed + (2**29 if final else 2**28)
+    return purpose_seed(config.seed, Purpose.FINAL_EVALUATION if final else Purpose.EVALUATION)
 
 
 class EpisodeRecorder(BaseCallback):

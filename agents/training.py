@@ -34,6 +34,7 @@ from agents.config import ALGORITHMS, RunConfig, check_names
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, restore_rng, save_agent
+from envs.seeding import Purpose, purpose_seed
 from npg.parallel import World
 
 __all__ = ["FINAL_EPISODES", "Outcome", "Run", "find_agent", "resume", "start"]
@@ -258,7 +259,7 @@ def resume(
                     f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
                     "Give more with --timesteps."
                 )
-            venv.seed(config.seed + model.num_timesteps)
+            venv.seed(_training_seed(config, model))
             restore_rng(files)
             _draw_apart(model, config, world)
         except BaseException:
@@ -310,14 +311,20 @@ def _part(config: RunConfig, world: World) -> RunConfig:
     return replace(config, n_envs=config.n_envs // world.size, device=str(world.device))
 
 
+def _training_seed(config: RunConfig, model: BaseAlgorithm) -> int:
+    """The seed of the training environments, another one where training goes on."""
+    steps = model.num_timesteps
+    return purpose_seed(config.seed, Purpose.RESUMED_TRAINING, steps) if steps else config.seed
+
+
 def _draw_apart(model: BaseAlgorithm, config: RunConfig, world: World) -> None:
     """Give a process beside the main one random numbers of its own; environment i of all is environment i of one."""
     if world.is_main:
         return
-    begun = config.seed + model.num_timesteps
+    begun = _training_seed(config, model)
     own = np.random.SeedSequence((begun, world.rank)).generate_state(1)
     set_random_seed(int(own[0]), using_cuda=world.device.type == "cuda")
-    model.get_env().seed(begun + world.rank * model.n_envs)
+    model.get_env().unwrapped.seed(begun, first=world.rank * model.n_envs)
 
 
 def _joined(config: RunConfig, model: BaseAlgorithm, world: World, open_folder: Callable[[], RunFolder]) -> Run:

@@ -18,9 +18,10 @@ from gymnasium.wrappers import TimeLimit
 from numpy.typing import NDArray
 from stable_baselines3.common import atari_wrappers
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
 
 from envs.envpool_vec_env import EnvPoolVecEnv, import_envpool
+from envs.vec_env import GymnasiumVecEnv
 
 __all__ = ["EnvPoolAtariVecEnv", "Game", "ale_games", "envpool_games", "gymnasium_atari"]
 
@@ -92,7 +93,8 @@ class EnvPoolAtariVecEnv(EnvPoolVecEnv):
     def __init__(self, game: Game, num_envs: int = 1, n_threads: int | None = None) -> None:
         config = {field.name: getattr(game, field.name) for field in fields(game) if field.name != "name"}
         config["stack_num"] = config.pop("frame_stack")
-        super().__init__(envpool_games()[game.name], num_envs, n_threads, config)
+        task = envpool_games()[game.name]
+        super().__init__(task, num_envs, n_threads, config, env_id=f"ALE/{task}")
         self._nothing = np.zeros(num_envs, dtype=self._action_dtype)
         self._episodic_life = game.episodic_life
 
@@ -132,5 +134,5 @@ def gymnasium_atari(game: Game, num_envs: int, render_mode: str | None = None) -
         env = atari_wrappers.WarpFrame(env)
         return atari_wrappers.ClipRewardEnv(env) if game.reward_clip else env
 
-    frames = VecFrameStack(DummyVecEnv([make] * num_envs), game.frame_stack)
+    frames = VecFrameStack(GymnasiumVecEnv([make] * num_envs), game.frame_stack)
     return VecTransposeImage(frames)

@@ -2,7 +2,7 @@
 
 A task of this package is written once, as a `Batch`: n independent copies stepped as arrays. `SingleEnv` is the batch
 of one as a `gymnasium.Env`, `NativeVectorEnv` the batch of n as a `gymnasium.vector.VectorEnv`. Copy i of a vector
-reset with seed s is therefore the single environment reset with seed s + i, step for step.
+reset with the seeds [s₀, s₁, …] is therefore the single environment reset with seed sᵢ, step for step.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Begin an episode in every copy → (observations, {}); an int seed gives copy i the stream seed + i."""
+        """Begin an episode in every copy → (observations, {}); seeds for each, or as Gymnasium's seed, seed + 1, …."""
         if seed is None or isinstance(seed, int | np.integer):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         elif len(seed) == self.num_envs:

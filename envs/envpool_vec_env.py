@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from types import ModuleType
@@ -12,9 +13,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from envs.seeding import environment_seeds
 from envs.vec_env import ArrayVecEnv, Transition
 
-__all__ = ["SAME_AS_GYMNASIUM", "EnvPoolVecEnv", "import_envpool", "options"]
+__all__ = ["DIFFERENCES", "SAME_AS_GYMNASIUM", "EnvPoolVecEnv", "import_envpool", "options"]
 
 SAME_AS_GYMNASIUM = frozenset(
     {
@@ -39,6 +41,12 @@ SAME_AS_GYMNASIUM = frozenset(
 
 Pendulum-v1 is not among them: EnvPool turns the pendulum with its speed before that is clipped, Gymnasium after.
 """
+
+DIFFERENCES = {
+    "LunarLander": "its ground is 1 % higher, there is no wind, and contacts are those of Box2D 2.4 instead of 2.3",
+    "BipedalWalker": "contacts are those of Box2D 2.4 instead of 2.3, which changes a step by about 1e-5",
+}
+"""What EnvPool's task does otherwise than Gymnasium's, by the beginning of its id, where that was looked into."""
 
 # What is ours to set, or means something else than Gymnasium's argument of that name.
 _RESERVED = {
@@ -85,17 +93,18 @@ class EnvPoolVecEnv(ArrayVecEnv):
     EnvPool by itself restarts a finished environment in the step after, whose action and reward mean nothing. Here the
     finished ones alone are restarted at once, so that no transition is added or lost. The time limit of a task shared
     with Gymnasium is kept here as well, because EnvPool calls an episode that fails in its very last step truncated.
+    Several arrays as observation become a Dict, those of a Dict in it with names such as ``items/mask``.
 
     Args:
         task: EnvPool's own id.
         num_envs: how many environments.
         n_threads: EnvPool's threads; by default one for each environment, at most one for each processor.
         config: options of the task, such as ``reset_noise_scale``.
+        env_id: the id that its ``spec`` has, where that is not EnvPool's.
 
     Raises:
         ImportError: if EnvPool is not installed.
-        ValueError: for an option that the task does not have, for several players, and for several arrays as
-            observation or action.
+        ValueError: for an option that the task does not have, for several players, and for several arrays as action.
     """
 
     def __init__(
@@ -104,6 +113,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
         num_envs: int = 1,
         n_threads: int | None = None,
         config: dict[str, Any] | None = None,
+        env_id: str | None = None,
     ) -> None:
         config = dict(config or {})
         if unknown := set(config) - options(task):
@@ -112,19 +122,19 @@ class EnvPoolVecEnv(ArrayVecEnv):
                 "these, or backend='gymnasium'."
             )
         pool_spec = _spec(task, **config)
-        observation_keys = [key for key in pool_spec._state_keys if key.startswith("obs")]
         if (
-            len(observation_keys) > 1
-            or list(pool_spec._action_keys) != ["env_id", "players.env_id", "action"]
+            list(pool_spec._action_keys) != ["env_id", "players.env_id", "action"]
+            or any(key.startswith("obs:players.") for key in pool_spec._state_keys)
             or pool_spec.config.max_num_players > 1
         ):
             raise ValueError(
-                f"env_id={task!r} cannot be had: it has several players, or several arrays as observation or action "
-                f"({', '.join(observation_keys)}; {', '.join(pool_spec._action_keys[2:])})."
+                f"env_id={task!r} cannot be had: it has several players, or several arrays as action "
+                f"({', '.join(pool_spec._action_keys[2:])}), and Stable-Baselines3 takes one of each. Choose another."
             )
         with warnings.catch_warnings():  # float64 bounds become float32
             warnings.simplefilter("ignore")
-            observation_space, action_space = pool_spec.observation_space, pool_spec.action_space
+            observation_space, action_space = _flat(pool_spec.observation_space), pool_spec.action_space
+        self.spec = _gymnasium_spec(env_id or task, pool_spec.config, config)
         self._time_limit: int | None = None
         if task in SAME_AS_GYMNASIUM:
             self._time_limit = pool_spec.config.max_episode_steps
@@ -135,26 +145,28 @@ class EnvPoolVecEnv(ArrayVecEnv):
         self._pool: Any = None
         self._indices = np.arange(num_envs, dtype=np.int32)
         self._row = {key: i for i, key in enumerate(pool_spec._state_keys)}
-        self._row["obs"] = self._row[observation_keys[0]]
+        # Where the arrays are of which an observation is made, and where it is, if it is one.
+        self._parts = {
+            key.removeprefix("obs:").replace(".", "/"): row for key, row in self._row.items() if key.startswith("obs")
+        }
+        self._obs = None if isinstance(observation_space, spaces.Dict) else next(iter(self._parts.values()))
         self._action_dtype = pool_spec.action_array_spec["action"].dtype
         self._n_actions = int(action_space.n) if isinstance(action_space, spaces.Discrete) else None
-        self.spec = gym.registry.get(task)
         super().__init__(num_envs, observation_space, action_space)
         self._action_shape = (num_envs, *action_space.shape)
 
     # EnvPool's public step() and reset() convert and nest their arrays, for a third of a vector step of CartPole; the
     # three calls beneath them take and give flat lists, in the order of the spec's keys.
 
-    def _reset(self, seed: int | None) -> NDArray[Any]:
-        if self._pool is None or seed is not None:
-            if seed is None:
-                seed = int(np.random.SeedSequence().generate_state(1)[0])
+    def _reset(self, seeds: list[int] | None) -> Any:
+        if self._pool is None or seeds is not None:
+            if seeds is None:
+                seeds = environment_seeds(int(np.random.SeedSequence().entropy), self.num_envs)
             envpool = import_envpool()
             assert envpool is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                # EnvPool adds the index to the seed, in 32 bits with a sign.
-                self._pool = envpool.make_gymnasium(self._task, seed=seed % 2**30, **self._config)
+                self._pool = envpool.make_gymnasium(self._task, seed=seeds, **self._config)
         self._pool._reset(self._indices)
         return self._observations(self._pool._recv())
 
@@ -187,11 +199,17 @@ class EnvPoolVecEnv(ArrayVecEnv):
         last = None
         if dones.any():
             finished = np.flatnonzero(dones)
-            last = dict(zip(finished.tolist(), observations[finished]))
-            observations[finished] = self._restart(self._indices[finished])
+            first = self._restart(self._indices[finished])
+            if self._obs is not None:
+                last = dict(zip(finished.tolist(), observations[finished]))
+                observations[finished] = first
+            else:
+                last = {i: {key: part[i].copy() for key, part in observations.items()} for i in finished.tolist()}
+                for key, part in observations.items():
+                    part[finished] = first[key]
         return Transition(observations, rewards, terminated, truncated, last, *self._score(state, rewards, dones))
 
-    def _restart(self, indices: NDArray[np.int32]) -> NDArray[Any]:
+    def _restart(self, indices: NDArray[np.int32]) -> Any:
         self._pool._reset(indices)
         return self._observations(self._pool._recv())
 
@@ -201,13 +219,50 @@ class EnvPoolVecEnv(ArrayVecEnv):
         """Rewards as the statistics count them, and where the statistics end."""
         return rewards, dones
 
-    def _observations(self, state: list[NDArray[Any]]) -> NDArray[Any]:
+    def _observations(self, state: list[NDArray[Any]]) -> Any:
         # The memory is new in every step, so that there is nothing to copy.
-        return state[self._row["obs"]].astype(self.observation_space.dtype, copy=False)
+        if self._obs is not None:
+            return state[self._obs].astype(self.observation_space.dtype, copy=False)
+        return {key: state[row] for key, row in self._parts.items()}
 
     def close(self) -> None:
         """Stop EnvPool's threads."""
         self._pool = None
+
+
+def _flat(space: gym.Space[Any]) -> gym.Space[Any]:
+    """EnvPool's space with one level of names, and with the bounds that are meant.
+
+    Where EnvPool's C++ asks for the least number of a type, it gets the least *positive* one: "from 1e-38 to 3e38"
+    stands for no bound at all.
+    """
+    if isinstance(space, spaces.Dict):
+        flat = {}
+        for name, part in space.spaces.items():
+            part = _flat(part)
+            if isinstance(part, spaces.Dict):
+                flat |= {f"{name}/{inner}": value for inner, value in part.spaces.items()}
+            else:
+                flat[name] = part
+        return spaces.Dict(flat)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        limits = np.finfo(space.dtype)
+        free = (space.low == limits.tiny) & (space.high == limits.max)
+        if free.any():
+            low, high = np.where(free, -np.inf, space.low), np.where(free, np.inf, space.high)
+            return spaces.Box(low.astype(space.dtype), high.astype(space.dtype), dtype=space.dtype.type)
+    return space
+
+
+def _gymnasium_spec(env_id: str, pool_config: Any, config: dict[str, Any]) -> gym.envs.registration.EnvSpec:
+    """What ``get_attr("spec")`` tells of a task: Gymnasium's spec where it has one, with the options in use."""
+    registered = gym.registry.get(env_id)
+    spec = copy.deepcopy(registered) if registered else gym.envs.registration.EnvSpec(env_id)
+    if registered is None:
+        spec.reward_threshold = getattr(pool_config, "reward_threshold", None)
+    spec.max_episode_steps = pool_config.max_episode_steps
+    spec.kwargs = spec.kwargs | {key: value for key, value in config.items() if key != "max_episode_steps"}
+    return spec
 
 
 def _processors() -> int:

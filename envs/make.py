@@ -14,12 +14,12 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
 from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
 from envs.episodes import EpisodeWriter
-from envs.vec_env import VectorEnvAdapter, float32_space
+from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter, float32_space
 
 __all__ = ["UnknownEnvironment", "make_vec_env"]
 
@@ -187,7 +187,7 @@ def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
         return Monitor(env)
 
     try:
-        return DummyVecEnv([make] * n_envs)
+        return GymnasiumVecEnv([make] * n_envs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         extra = "mujoco" if "mujoco" in str(gym.registry[env_id].entry_point) else None
         remedies = [f'pip install "npg-toolkit[{extra}]"'] if extra else []

@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-__all__ = ["ArrayVecEnv", "Transition", "VectorEnvAdapter", "float32_space"]
+from envs.batch import NativeVectorEnv
+from envs.seeding import IndependentSeeds
+
+__all__ = ["ArrayVecEnv", "GymnasiumVecEnv", "Transition", "VectorEnvAdapter", "float32_space"]
+
+Observations = NDArray[Any] | dict[str, NDArray[Any]]
+
+
+class GymnasiumVecEnv(IndependentSeeds, DummyVecEnv):
+    """Gymnasium's environments, one after the other."""
 
 
 def float32_space(space: gym.Space[Any]) -> gym.Space[Any]:
@@ -29,13 +38,14 @@ def float32_space(space: gym.Space[Any]) -> gym.Space[Any]:
 class Transition(NamedTuple):
     """One step of n environments, those that finished already restarted."""
 
-    observations: NDArray[Any]
-    """(n, …): what the policy sees next; the first observation of the next episode where one finished."""
+    observations: Observations
+    """(n, …), or a dictionary of such arrays: what the policy sees next, which is the first observation of the next
+    episode where one finished."""
     rewards: NDArray[Any]
     """(n,): what the learner sees."""
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
-    last: Mapping[int, NDArray[Any]] | NDArray[Any] | None
+    last: Mapping[int, Observations] | None
     """The last observation of each finished episode, by index; None if none finished."""
     scores: NDArray[Any]
     """(n,): what the statistics count; differs from `rewards` where those are clipped."""
@@ -43,7 +53,7 @@ class Transition(NamedTuple):
     """(n,): where the statistics end; differs from terminated | truncated where a life is an episode to the learner."""
 
 
-class ArrayVecEnv(VecEnv):
+class ArrayVecEnv(IndependentSeeds):
     """n environments that step as one batch of arrays, with the semantics of Stable-Baselines3's DummyVecEnv.
 
     In the step that finishes an episode the observation is the next episode's first, and the info holds
@@ -68,8 +78,8 @@ class ArrayVecEnv(VecEnv):
     spec: gym.envs.registration.EnvSpec | None = None
 
     @abstractmethod
-    def _reset(self, seed: int | None) -> NDArray[Any]:
-        """Start an episode everywhere; environment i then draws from the stream seed + i, or goes on with its own."""
+    def _reset(self, seeds: list[int] | None) -> Observations:
+        """Start an episode everywhere; environment i draws from the stream of seeds[i], or goes on with its own."""
 
     @abstractmethod
     def _send(self, actions: NDArray[Any]) -> None:
@@ -81,12 +91,12 @@ class ArrayVecEnv(VecEnv):
 
     # What Stable-Baselines3 calls -----------------------------------------------------------------------------------
 
-    def reset(self) -> NDArray[Any]:
+    def reset(self) -> Observations:
         """Start an episode everywhere and return the first observations; a step under way is thrown away."""
         if self._waiting:
             self._waiting = False
             self._receive()
-        observations = self._reset(self._seeds[0])
+        observations = self._reset(None if self._seeds[0] is None else self._seeds)
         self._reset_seeds()
         self._returns[:] = 0.0
         self._lengths[:] = 0
@@ -101,7 +111,7 @@ class ArrayVecEnv(VecEnv):
         self._lengths += 1
         self._waiting = True
 
-    def step_wait(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_], list[dict[str, Any]]]:
+    def step_wait(self) -> tuple[Observations, NDArray[Any], NDArray[np.bool_], list[dict[str, Any]]]:
         """Finish the step: observations (n, …), rewards (n,), dones (n,), infos."""
         if not self._waiting:
             raise RuntimeError("step_wait() without a step under way: call step_async() first")
@@ -165,41 +175,72 @@ class ArrayVecEnv(VecEnv):
         return f"{type(self).__name__} has no Python object per environment and so no {what}. Use backend='gymnasium'."
 
 
+_ARRAYS = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+
+
 class VectorEnvAdapter(ArrayVecEnv):
     """A `gymnasium.vector.VectorEnv` with same-step autoreset as a VecEnv.
 
+    A vector environment of this package or of Gymnasium's gets one seed per environment; any other gets one integer,
+    which is all that Gymnasium promises.
+
     Raises:
-        ValueError: if the vector environment resets in another way, which would add or lose transitions.
+        ValueError: if the vector environment resets in another way, which would add or lose transitions, or its
+            observations are neither one array nor a Dict of arrays.
+        RuntimeError: in a step that ends an episode, if the vector environment does not give its last observation.
     """
 
     def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
         mode = vector_env.metadata.get("autoreset_mode")
         if mode is not AutoresetMode.SAME_STEP:
             raise ValueError(f"vector_env must have metadata['autoreset_mode'] = AutoresetMode.SAME_STEP, not {mode}.")
+        space = vector_env.single_observation_space
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+        if not all(isinstance(part, _ARRAYS) for part in parts):
+            raise ValueError(
+                f"vector_env has the observation space {space}, but must have one array (Box, Discrete, MultiDiscrete "
+                "or MultiBinary) or a Dict of arrays. Use gymnasium.spaces.utils.flatten_space for others."
+            )
         self.vector_env = vector_env
         self.spec = vector_env.spec
-        super().__init__(vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space)
+        self._one_seed_each = isinstance(vector_env.unwrapped, NativeVectorEnv | SyncVectorEnv | AsyncVectorEnv)
+        super().__init__(vector_env.num_envs, space, vector_env.single_action_space)
 
-    def _reset(self, seed: int | None) -> NDArray[Any]:
-        return self._cast(self.vector_env.reset(seed=seed)[0])
+    def _reset(self, seeds: list[int] | None) -> Observations:
+        seed = seeds if seeds is None or self._one_seed_each else seeds[0]
+        return self._cast(self.vector_env.reset(seed=seed)[0])  # type: ignore[arg-type]
 
     def _send(self, actions: NDArray[Any]) -> None:
         self._actions = actions
 
     def _receive(self) -> Transition:
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
-        last = infos.get("final_obs")
-        if last is not None:
-            last = {i: self._cast(last[i]) for i in np.flatnonzero(terminated | truncated).tolist()}
+        rewards = np.asarray(rewards)
+        terminated, truncated = np.asarray(terminated, dtype=np.bool_), np.asarray(truncated, dtype=np.bool_)
+        dones = terminated | truncated
+        last = self._last(infos, np.flatnonzero(dones).tolist()) if dones.any() else None
         return Transition(
-            self._cast(observations),
-            rewards.astype(np.float32),
-            terminated,
-            truncated,
-            last,
-            rewards,
-            terminated | truncated,
+            self._cast(observations), rewards.astype(np.float32), terminated, truncated, last, rewards, dones
         )
+
+    def _last(self, infos: dict[str, Any], ended: list[int]) -> dict[int, Observations]:
+        """The last observation of each episode that has ended."""
+        final = infos.get("final_obs")
+        there = infos.get("_final_obs", np.ones(self.num_envs, dtype=np.bool_))
+        last = {}
+        for i in ended:
+            observation = None
+            if final is not None and there[i]:
+                observation = {key: final[key][i] for key in final} if isinstance(final, Mapping) else final[i]
+            if observation is None:
+                raise RuntimeError(
+                    f"{type(self.vector_env.unwrapped).__name__} ended the episode of environment {i} without its last "
+                    f"observation in infos['final_obs'][{i}], which AutoresetMode.SAME_STEP must give: the infos have "
+                    f"{sorted(infos)}. Without it the value of a truncated episode is not known. Add it there, with "
+                    f"the mask infos['_final_obs']."
+                )
+            last[i] = self._cast(observation)
+        return last
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """As of every `ArrayVecEnv`; and ``action_masks``, where the vector environment has them."""
@@ -217,8 +258,13 @@ class VectorEnvAdapter(ArrayVecEnv):
     def _mask(self, index: int) -> NDArray[np.bool_]:
         return self.vector_env.action_masks()[index]
 
-    def _cast(self, observations: Any) -> NDArray[Any]:
+    def _cast(self, observations: Any) -> Observations:
         # A copy: the vector environment may reuse its memory in the next step, and a rollout keeps what it was given.
+        if isinstance(self.observation_space, spaces.Dict):
+            return {
+                key: np.array(observations[key], dtype=part.dtype)
+                for key, part in self.observation_space.spaces.items()
+            }
         return np.array(observations, dtype=self.observation_space.dtype)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from agents.command_line import MISTAKES, Parser
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.runs import RunFolder
+from envs.seeding import Purpose, purpose_seed
 
 DESCRIPTION = """\
 Let the agent of a run play whole episodes, with the run's own frozen observation
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mode = "deterministic" if args.deterministic else "stochastic"
         if args.video:
             check_video(config)
-        evaluation = evaluate_saved(files, config, args.episodes, args.seed, args.deterministic)
+        seed = purpose_seed(args.seed, Purpose.EVALUATION_BY_HAND)  # apart from what the agent was trained on
+        evaluation = evaluate_saved(files, config, args.episodes, seed, args.deterministic)
     except MISTAKES as error:
         parser.error(str(error))
     name = f"{args.model}_{mode}_seed{args.seed}"
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nwritten: {path}")
     if args.video:
         video = folder.path / "video" / f"{name}.mp4"
-        episode = record_video(files, config, video, args.seed, args.deterministic)
+        episode = record_video(files, config, video, seed, args.deterministic)
         print(f"written: {video} (return {episode.mean_return:.1f})")
     return 0
 

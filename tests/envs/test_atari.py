@@ -8,6 +8,7 @@ from stable_baselines3.common.vec_env import VecTransposeImage, is_vecenv_wrappe
 from envs import make_vec_env
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games
 from envs.envpool_vec_env import import_envpool
+from envs.seeding import environment_seeds
 
 needs_envpool = pytest.mark.skipif(not envpool_games(), reason="needs EnvPool")
 needs_ale = pytest.mark.skipif(not ale_games(), reason="needs ale-py")
@@ -111,7 +112,9 @@ def test_no_transition_is_added_or_lost():
     env = make_vec_env("BreakoutNoFrameskip-v4", n, seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pool = import_envpool().make_gymnasium("Breakout-v5", num_envs=n, seed=3, episodic_life=True, reward_clip=True)
+        pool = import_envpool().make_gymnasium(
+            "Breakout-v5", num_envs=n, seed=environment_seeds(3, n), episodic_life=True, reward_clip=True
+        )
     np.testing.assert_array_equal(env.reset(), pool.reset()[0])
     rng, endings = np.random.default_rng(0), 0
     for _ in range(steps):

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("envpool")
 
 from envs import make_vec_env
-from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool
+from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, _flat, import_envpool
+from envs.seeding import environment_seeds
 
 # --------------------------------------------------------------------- Gymnasium's state from EnvPool's observation
 
@@ -109,7 +110,7 @@ def native(env_id: str, n: int, seed: int) -> Any:
     """EnvPool as it is: float64, and left to itself after an ending."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return import_envpool().make_gymnasium(env_id, num_envs=n, seed=seed)
+        return import_envpool().make_gymnasium(env_id, num_envs=n, seed=environment_seeds(seed, n))
 
 
 def sample(space: gym.Space, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -259,7 +260,7 @@ def test_the_seed_determines_the_run(env_id):
     np.testing.assert_array_equal(run(make_vec_env(env_id, 3, seed=4, n_threads=1)), reference)
     env = make_vec_env(env_id, 3, seed=9)
     assert not np.array_equal(run(env), reference)
-    assert env.seed(4) == [4, 5, 6]
+    assert env.seed(4) == environment_seeds(4, 3)
     np.testing.assert_array_equal(run(env), reference)
     assert not np.array_equal(run(env), reference)  # without a seed the streams go on
 
@@ -312,10 +313,80 @@ def test_options_reach_the_task_and_unknown_ones_are_named():
         EnvPoolVecEnv("HalfCheetah-v5", config={"num_threads": 4})
 
 
-@pytest.mark.parametrize("task", ["CheetahRun-v1", "IntersectionMultiAgent-v0", "Chess-v1"])
-def test_tasks_with_several_arrays_or_players_are_refused(task):
+@pytest.mark.parametrize("task", ["IntersectionMultiAgent-v0", "Chess-v1"])
+def test_tasks_with_several_actions_or_players_are_refused(task):
     with pytest.raises(ValueError, match=f"'{task}' cannot be had"):
         EnvPoolVecEnv(task)
+
+
+@pytest.mark.parametrize("task", ["CheetahRun-v1", "BinPack-v2"])  # of two arrays, and of arrays within arrays
+def test_several_arrays_are_a_dict(task):
+    n, steps = 2, {"CheetahRun-v1": 1005, "BinPack-v2": 30}[task]
+    ours = make_vec_env(task, n, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pool = import_envpool().make_gymnasium(task, num_envs=n, seed=environment_seeds(3, n))
+
+    def assert_same(a, b, part=...):
+        assert a.keys() == {f"{name}/{inner}" for name in b for inner in b[name] if isinstance(b[name], dict)} | {
+            name for name in b if not isinstance(b[name], dict)
+        }
+        for key, value in a.items():
+            expected = b
+            for name in key.split("/"):
+                expected = expected[name]
+            np.testing.assert_array_equal(value, expected[part])
+
+    assert_same(ours.reset(), pool.reset()[0])
+    rng, ended = np.random.default_rng(0), 0
+    for _ in range(steps):
+        ours.action_space.seed(int(rng.integers(2**31)))
+        actions = np.array([ours.action_space.sample() for _ in range(n)])
+        observations, rewards, dones, infos = ours.step(actions)
+        exact, expected, terminated, truncated, _ = pool.step(actions)
+        np.testing.assert_array_equal(rewards, expected.astype(rewards.dtype))
+        np.testing.assert_array_equal(dones, terminated | truncated)
+        if dones.any():
+            for i in np.flatnonzero(dones):
+                assert_same(infos[i]["terminal_observation"], exact, i)
+                assert infos[i]["TimeLimit.truncated"] == (truncated[i] and not terminated[i])
+            ended += 1
+            break
+        assert_same(observations, exact)
+    assert ended
+    assert ours.observation_space.contains({key: value[0] for key, value in observations.items()})
+
+
+@pytest.mark.parametrize("task", ["LunarLander-v3", "BipedalWalker-v3", "GardnerChess-v1", "CheetahRun-v1"])
+def test_observations_lie_in_their_space(task):
+    """EnvPool's own bounds are the least positive and the largest number where there are none."""
+    if task == "GardnerChess-v1":  # two players
+        space = _flat(import_envpool().make_spec(task).observation_space)
+    else:
+        env = make_vec_env(task, 4, seed=0, backend="envpool")
+        space, first = env.observation_space, env.reset()
+        parts = [{k: v[i] for k, v in first.items()} if isinstance(first, dict) else first[i] for i in range(4)]
+        assert all(space.contains(part) for part in parts)
+    for box in space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]:
+        assert np.isneginf(box.low).all()
+        assert np.isposinf(box.high).all()
+
+
+def test_the_spec_is_that_of_what_was_asked_for():
+    for env_id, kwargs in (
+        ("Pong-v5", {"max_episode_steps": 40, "frame_skip": 2}),
+        ("CartPole-v1", {"max_episode_steps": 7}),
+        ("Hopper-v5", {"reset_noise_scale": 0.1}),
+        ("Catch-v0", {}),
+        ("CheetahRun-v1", {}),
+    ):
+        specs = make_vec_env(env_id, 2, backend="envpool", env_kwargs=kwargs).get_attr("spec")
+        assert [spec.id for spec in specs] == ["ALE/Pong-v5" if env_id == "Pong-v5" else env_id] * 2
+        limit = {"Hopper-v5": 1000, "Catch-v0": specs[0].max_episode_steps, "CheetahRun-v1": 1000}.get(env_id)
+        assert specs[0].max_episode_steps == kwargs.get("max_episode_steps", limit)
+        for name in set(kwargs) - {"max_episode_steps"}:
+            assert specs[0].kwargs[name] == kwargs[name]
+    assert gym.spec("CartPole-v1").max_episode_steps == 500  # the registry is as before
 
 
 def test_an_interrupted_step_does_not_shift_the_answers(monkeypatch):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 
 from envs import UnknownEnvironment, make_vec_env
 from envs.envpool_vec_env import EnvPoolVecEnv, import_envpool
-from envs.vec_env import VectorEnvAdapter
+from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter
 
 needs_envpool = pytest.mark.skipif(import_envpool() is None, reason="needs EnvPool")
 BACKENDS = [pytest.param("envpool", marks=needs_envpool), "gymnasium"]
@@ -37,14 +37,14 @@ def without(monkeypatch):
     [
         ("CartPole-v1", {}, EnvPoolVecEnv),
         ("CartPole-v1", {"max_episode_steps": 7}, EnvPoolVecEnv),
-        ("CartPole-v1", {"render_mode": "rgb_array"}, DummyVecEnv),
-        ("CartPole-v1", {"sutton_barto_reward": True}, DummyVecEnv),  # EnvPool does not have it
-        ("Pendulum-v1", {}, DummyVecEnv),  # EnvPool's is another
-        ("FrozenLake-v1", {}, DummyVecEnv),
+        ("CartPole-v1", {"render_mode": "rgb_array"}, GymnasiumVecEnv),
+        ("CartPole-v1", {"sutton_barto_reward": True}, GymnasiumVecEnv),  # EnvPool does not have it
+        ("Pendulum-v1", {}, GymnasiumVecEnv),  # EnvPool's is another
+        ("FrozenLake-v1", {}, GymnasiumVecEnv),
         ("Catch-v0", {}, EnvPoolVecEnv),  # Gymnasium has none
         ("CartPole-v1", {"max_episode_steps": None}, EnvPoolVecEnv),
         ("npg/LQR-v0", {}, VectorEnvAdapter),
-        ("npg/LQR-v0", {"render_mode": "rgb_array"}, DummyVecEnv),
+        ("npg/LQR-v0", {"render_mode": "rgb_array"}, GymnasiumVecEnv),
     ],
 )
 def test_auto_takes_the_fastest_that_means_the_same(env_id, kwargs, kind):
@@ -54,7 +54,7 @@ def test_auto_takes_the_fastest_that_means_the_same(env_id, kwargs, kind):
 def test_gymnasium_alone_is_enough(without):
     without("envpool")
     env = make_vec_env("CartPole-v1", 2, seed=0)
-    assert type(env) is DummyVecEnv
+    assert type(env) is GymnasiumVecEnv
     assert env.reset().shape == (2, 4)
 
 

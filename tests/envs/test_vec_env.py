@@ -3,11 +3,12 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
-from envs.vec_env import VectorEnvAdapter, float32_space
+from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter, float32_space
 
 N = 4
 
@@ -22,7 +23,7 @@ def adapter() -> VectorEnvAdapter:
 
 
 def test_returns_what_dummy_vec_env_returns(adapter):
-    reference = DummyVecEnv([lambda: Monitor(cartpole())] * N)
+    reference = GymnasiumVecEnv([lambda: Monitor(cartpole())] * N)
     adapter.seed(3)
     reference.seed(3)
     np.testing.assert_array_equal(adapter.reset(), reference.reset())
@@ -135,3 +136,123 @@ def test_float32_space():
     assert float32_space(box) == gym.spaces.Box(-np.inf, 0.1, (3,), np.float32)
     for space in (gym.spaces.Box(0, 255, (2, 2), np.uint8), gym.spaces.Discrete(3)):
         assert float32_space(space) is space
+
+
+class Pair(gym.Env):
+    """A Dict of two arrays; the episode is truncated after `length` steps."""
+
+    observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-9, 9, (2,), np.float32), "n": gym.spaces.Discrete(9)})
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, length: int = 3) -> None:
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n = 0
+        return self._see(), {}
+
+    def step(self, action):
+        self.n += 1
+        return self._see(), 1.0, False, self.n == self.length, {}
+
+    def _see(self):
+        return {"x": self.np_random.random(2, dtype=np.float32), "n": self.n}
+
+
+def pairs(kind, **options):
+    return kind([lambda i=i: Pair(3 + i % 2) for i in range(N)], **options)
+
+
+@pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
+def test_dict_observations_are_those_of_dummy_vec_env(kind):
+    adapter = VectorEnvAdapter(pairs(kind, autoreset_mode=AutoresetMode.SAME_STEP))
+    reference = GymnasiumVecEnv([lambda i=i: Monitor(Pair(3 + i % 2)) for i in range(N)])
+    assert adapter.observation_space == reference.observation_space
+    adapter.seed(0)
+    reference.seed(0)
+
+    def assert_same(a, b):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+            assert np.asarray(a[key]).dtype == np.asarray(b[key]).dtype
+
+    assert_same(adapter.reset(), reference.reset())
+    ended = 0
+    for _ in range(8):
+        ours, theirs = adapter.step(np.zeros(N, int)), reference.step(np.zeros(N, int))
+        assert_same(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[2], theirs[2])
+        for i in np.flatnonzero(ours[2]):
+            assert_same(ours[3][i]["terminal_observation"], theirs[3][i]["terminal_observation"])
+            assert ours[3][i]["TimeLimit.truncated"] is True
+            ended += 1
+    assert ended == 8
+    adapter.close()
+
+
+def test_an_agent_learns_on_dict_observations():
+    env = VecNormalize(VectorEnvAdapter(pairs(SyncVectorEnv, autoreset_mode=AutoresetMode.SAME_STEP)), norm_obs=False)
+    model = PPO("MultiInputPolicy", env, n_steps=8, batch_size=16, seed=0, device="cpu").learn(64)
+    assert len(model.ep_info_buffer) > 0
+
+
+def test_observations_that_are_no_arrays_are_refused():
+    class Tuples(Pair):
+        observation_space = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.Discrete(3)])
+
+    class Nested(Pair):
+        observation_space = gym.spaces.Dict({"a": Pair.observation_space})
+
+    for env in (Tuples, Nested):
+        with pytest.raises(ValueError, match=r"observation space .*one array .*or a Dict of arrays.*flatten_space"):
+            VectorEnvAdapter(SyncVectorEnv([env], autoreset_mode=AutoresetMode.SAME_STEP))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda infos: infos.pop("final_obs"),
+        lambda infos: infos.update(final_observation=infos.pop("final_obs")),  # Gymnasium's name before 1.0
+        lambda infos: infos.update(final_obs=np.full(N, None, dtype=object)),
+        lambda infos: infos.update(_final_obs=np.zeros(N, dtype=bool)),
+    ],
+)
+def test_an_episode_without_its_last_observation_is_an_error(adapter, spoil):
+    step = adapter.vector_env.step
+
+    def spoilt(actions):
+        *transition, infos = step(actions)
+        if "final_obs" in infos:
+            spoil(infos)
+        return *transition, infos
+
+    adapter.vector_env.step = spoilt
+    adapter.reset()
+
+    def play():
+        for _ in range(60):
+            adapter.step(np.zeros(N, dtype=int))
+
+    with pytest.raises(RuntimeError, match=r"SyncVectorEnv ended the episode of environment \d without .*final_obs"):
+        play()
+
+
+@pytest.mark.parametrize("batched", [lambda x: np.stack(list(x)), list])
+def test_last_observations_may_be_any_sequence(adapter, batched):
+    """An object array is what Gymnasium gives; an array of all, or a list, says the same."""
+    step, expected = adapter.vector_env.step, []
+
+    def other(actions):
+        observations, *transition, infos = step(actions)
+        if "final_obs" in infos:
+            expected.extend(infos["final_obs"][infos["_final_obs"]])
+            infos["final_obs"] = batched([x if x is not None else observations[0] for x in infos["final_obs"]])
+        return observations, *transition, infos
+
+    adapter.vector_env.step = other
+    adapter.reset()
+    seen = [i["terminal_observation"] for _ in range(60) for i in adapter.step(np.zeros(N, dtype=int))[3] if i]
+    assert len(seen) > N
+    np.testing.assert_array_equal(seen, expected)

@@ -11,6 +11,7 @@ from agents import TRPO
 from agents.config import resolve
 from agents.runs import RunFolder
 from agents.training import start
+from envs.seeding import Purpose, environment_seeds, purpose_seed
 
 SPEC = importlib.util.spec_from_file_location(
     "evaluate_agent", Path(__file__).parents[2] / "scripts" / "evaluate_agent.py"
@@ -42,7 +43,7 @@ def test_the_return_is_that_of_the_bare_environment(folder):
     model = TRPO.load(folder.last.model)
     statistics = pickle.loads(folder.last.statistics.read_bytes())
     env = gym.make("Pendulum-v1")
-    observation, _ = env.reset(seed=5)
+    observation, _ = env.reset(seed=environment_seeds(purpose_seed(5, Purpose.EVALUATION_BY_HAND), 1)[0])
     total, done = 0.0, False
     while not done:
         action, _ = model.predict(statistics.normalize_obs(observation[None]), deterministic=True)

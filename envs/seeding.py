@@ -1,0 +1,76 @@
+"""Seeds from which no two environments, runs or purposes draw the same random numbers.
+
+To seed environment i with seed + i, as Gymnasium and Stable-Baselines3 do, gives runs with the seeds 0 and 1 the same
+environments but one each. Here the seed of an environment is a hash of the run's seed and of i.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+__all__ = ["RUN_SEEDS", "IndependentSeeds", "Purpose", "environment_seeds", "purpose_seed"]
+
+RUN_SEEDS = 2**28
+"""The seeds of runs lie below it, those of a run's other purposes above."""
+
+
+class Purpose(IntEnum):
+    """What a run uses environments for, beside the beginning of its training."""
+
+    EVALUATION = 1
+    FINAL_EVALUATION = 2
+    EVALUATION_BY_HAND = 3
+    RESUMED_TRAINING = 4
+    """The last, because the number of steps is added to it."""
+
+
+def purpose_seed(seed: int, purpose: Purpose, timesteps: int = 0) -> int:
+    """The seed of a purpose of the run with `seed`: seed + 2²⁸ (purpose + timesteps), of which no two are equal.
+
+    Args:
+        seed: of the run.
+        purpose: what the environments are for.
+        timesteps: for RESUMED_TRAINING, the steps trained before.
+
+    Raises:
+        ValueError: if the seed is negative, or 2²⁸ or larger.
+    """
+    if not 0 <= seed < RUN_SEEDS:
+        raise ValueError(f"seed={seed} must be at least 0 and less than 2**28")
+    return seed + RUN_SEEDS * (purpose + timesteps)
+
+
+def environment_seeds(seed: int, n: int, first: int = 0) -> list[int]:
+    """The seeds of the environments first, …, first + n − 1 of a run: of each a hash of the run's seed and its index.
+
+    They have 31 bits, which is what EnvPool takes. Among N of them two are equal with a probability of about N² / 2³²:
+    then two environments begin alike, not two runs. With run seeds below 128 and 64 environments all are distinct,
+    over all purposes.
+    """
+    return [
+        int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1)[0] >> 1)
+        for index in range(first, first + n)
+    ]
+
+
+class IndependentSeeds(VecEnv):
+    """A VecEnv whose `seed` gives the environments `environment_seeds`, in the place of seed, seed + 1, …."""
+
+    def seed(self, seed: int | None = None, first: int = 0) -> list[Any]:
+        """Seed every environment, from the next reset on.
+
+        Args:
+            seed: of the run; None takes one from NumPy's global generator, as Stable-Baselines3 does.
+            first: the index of the first environment here, among those of several processes.
+
+        Returns:
+            One seed per environment.
+        """
+        if seed is None:
+            seed = super().seed()[0]
+        self._seeds = environment_seeds(seed, self.num_envs, first)
+        return self._seeds

@@ -1,0 +1,45 @@
+"""Which environments a run and its evaluations draw."""
+
+import pytest
+import torch
+
+from agents.callbacks import evaluation_seed
+from agents.config import resolve
+from agents.training import _draw_apart, resume, start
+from envs.seeding import Purpose, environment_seeds, purpose_seed
+from npg.parallel import World
+
+SETTINGS = {"n_steps": 16, "n_critic_updates": 1, "policy_kwargs.net_arch": [8], "normalize": True}
+OPTIONS = {"timesteps": 64, "n_envs": 4, "eval_episodes": 1, "backend": "gymnasium", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def one_final_episode(monkeypatch):
+    monkeypatch.setattr("agents.training.FINAL_EPISODES", 1)
+
+
+def begin(seed, path):
+    return start(resolve("trpo", "CartPole-v1", settings=SETTINGS, seed=seed, **OPTIONS), path)
+
+
+def test_runs_processes_and_continuations_draw_apart(tmp_path):
+    first, second = begin(0, tmp_path / "0"), begin(1, tmp_path / "1")
+    seeds = [run.model.get_env().unwrapped._seeds for run in (first, second)]
+    assert seeds == [environment_seeds(seed, 4) for seed in (0, 1)]
+
+    _draw_apart(second.model, second.config, World(torch.device("cpu"), rank=1, size=2))
+    assert second.model.get_env().unwrapped._seeds == environment_seeds(1, 8)[4:]
+
+    first.train(progress=False)
+    continued = resume(tmp_path / "0", timesteps=128)
+    key = purpose_seed(0, Purpose.RESUMED_TRAINING, 64)
+    assert continued.model.get_env().unwrapped._seeds == environment_seeds(key, 4)
+    _draw_apart(continued.model, continued.config, World(torch.device("cpu"), rank=1, size=2))
+    assert continued.model.get_env().unwrapped._seeds == environment_seeds(key, 8)[4:]
+
+
+def test_evaluations_are_apart_from_training_and_from_each_other():
+    configs = [resolve("trpo", "CartPole-v1", seed=seed) for seed in range(10)]
+    keys = [key for c in configs for key in (c.seed, evaluation_seed(c), evaluation_seed(c, final=True))]
+    streams = [seed for key in keys for seed in environment_seeds(key, 64)]
+    assert len(set(streams)) == len(streams) == 10 * 3 * 64

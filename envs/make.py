@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import numbers
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
-from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
+from envs.envpool_vec_env import DIFFERENCES, SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
 from envs.episodes import EpisodeWriter
 from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter, float32_space
 
@@ -49,10 +50,11 @@ def make_vec_env(
     Args:
         env_id: as registered with Gymnasium or EnvPool; ``module:id`` imports a module that registers it first.
         n_envs: how many environments.
-        seed: environment i draws from the stream seed + i; None for fresh entropy.
+        seed: of all environments; no two environments or seeds share a stream (`envs.seeding`). None for fresh entropy.
         backend: ``"envpool"`` or ``"gymnasium"``. ``"auto"`` takes the fastest that means the same: an environment's
             own vector form (``vector_entry_point`` in its Gymnasium spec) if it restarts in the step that finishes an
-            episode, else EnvPool where its task equals Gymnasium's or Gymnasium has none, else Gymnasium.
+            episode, else EnvPool where its task equals Gymnasium's or Gymnasium has none, else Gymnasium. Where
+            Gymnasium's task lacks a package, EnvPool's is taken, with a warning that says what may differ.
         n_threads: EnvPool's threads; by default one for each environment, at most one for each processor.
         env_kwargs: arguments of the environment. With ``render_mode``, or with one that EnvPool does not have,
             ``"auto"`` takes Gymnasium. Atari games take the fields of `envs.atari.Game`.
@@ -106,6 +108,12 @@ def _make(
     game = Game.parse(env_id, evaluation, env_kwargs)
     if backend == "auto":
         backend = "gymnasium" if render_mode else _fastest(env_id, game, env_kwargs)
+        if backend == "gymnasium" and game is None and render_mode is None and _fits_envpool(env_id, env_kwargs):
+            try:
+                return _gymnasium(env_id, n_envs, env_kwargs)
+            except ImportError as error:
+                warnings.warn(_instead(env_id, error), stacklevel=3)
+                backend = "envpool"
 
     if backend == "own":
         return VectorEnvAdapter(gym.make_vec(env_id, n_envs, "vector_entry_point", **env_kwargs))
@@ -129,12 +137,41 @@ def _fastest(env_id: str, game: Game | None, env_kwargs: dict[str, Any]) -> str:
     spec = gym.registry.get(env_id)
     if game is not None or spec is None:
         return "envpool" if _in_envpool(env_id, game) else "gymnasium"
-    if (vector_form := spec.vector_entry_point) is not None:
-        creator = load_env_creator(vector_form) if isinstance(vector_form, str) else vector_form
+    if (vector_form := spec.vector_entry_point) is not None and not spec.additional_wrappers:
+        try:
+            creator = load_env_creator(vector_form) if isinstance(vector_form, str) else vector_form
+        except (
+            gym.error.DependencyNotInstalled,
+            ImportError,
+        ):  # as making the single environment will say, with the remedy
+            creator = None
         if getattr(creator, "metadata", {}).get("autoreset_mode") is AutoresetMode.SAME_STEP:
             return "own"
-    same = env_id in SAME_AS_GYMNASIUM and _in_envpool(env_id, game) and set(env_kwargs) <= options(env_id)
-    return "envpool" if same else "gymnasium"
+    return "envpool" if env_id in SAME_AS_GYMNASIUM and _fits_envpool(env_id, env_kwargs) else "gymnasium"
+
+
+def _fits_envpool(env_id: str, env_kwargs: dict[str, Any]) -> bool:
+    return _in_envpool(env_id, None) and set(env_kwargs) <= options(env_id)
+
+
+def _instead(env_id: str, error: ImportError) -> str:
+    """That EnvPool's task is taken for Gymnasium's, which lacks a package, and how it differs as far as is known."""
+    known = next((difference for name, difference in DIFFERENCES.items() if env_id.startswith(name)), None)
+    difference = f"EnvPool's differs: {known}." if known else "Whether the two are the same task was not checked."
+    reason = str(error.__cause__).rstrip(".")
+    return (
+        f"EnvPool's {env_id} is used, because Gymnasium's needs a package that is missing: {reason}. "
+        f"{difference}{_install(env_id)}"
+    )
+
+
+def _install(env_id: str) -> str:
+    """What to do for Gymnasium's `env_id`, where it is known: an extra to install, or the id of today."""
+    spec = gym.registry[env_id]
+    if spec.version in (2, 3) and f"{spec.name}-v5" in gym.registry:  # MuJoCo's, which have left Gymnasium
+        return f" Remedy: {spec.name}-v5."
+    extra = next((extra for extra in ("mujoco", "box2d") if f".envs.{extra}." in str(spec.entry_point)), None)
+    return f' Remedy: pip install "npg-toolkit[{extra}]".' if extra else ""
 
 
 def _in_envpool(env_id: str, game: Game | None) -> bool:
@@ -189,14 +226,13 @@ def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
     try:
         return GymnasiumVecEnv([make] * n_envs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        extra = "mujoco" if "mujoco" in str(gym.registry[env_id].entry_point) else None
-        remedies = [f'pip install "npg-toolkit[{extra}]"'] if extra else []
-        if _in_envpool(env_id, None):
-            remedies.append("backend='envpool'")
-        elif env_id in SAME_AS_GYMNASIUM:
-            remedies.append('pip install "npg-toolkit[fast]" for EnvPool')
-        remedy = "".join(f" Remedy: {remedy}." for remedy in remedies)
-        raise ImportError(f"{env_id} with backend='gymnasium' misses a package: {error}.{remedy}") from error
+        remedy = _install(env_id)
+        if _fits_envpool(env_id, env_kwargs):
+            remedy += " Remedy: backend='envpool'."
+        elif import_envpool() is None and (env_id in SAME_AS_GYMNASIUM or env_id.startswith(tuple(DIFFERENCES))):
+            remedy += ' Remedy: pip install "npg-toolkit[fast]" for EnvPool.'
+        reason = str(error).rstrip(".")
+        raise ImportError(f"{env_id} with backend='gymnasium' misses a package: {reason}.{remedy}") from error
 
 
 def _positive(name: str, value: Any) -> int:

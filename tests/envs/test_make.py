@@ -1,6 +1,9 @@
+import re
 import subprocess
 import sys
+import tomllib
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -174,6 +177,74 @@ def test_missing_packages_are_named_with_their_extras(without, monkeypatch):
     monkeypatch.setattr(gym, "make", absent)
     with pytest.raises(ImportError, match=r"npg-toolkit\[mujoco\].*npg-toolkit\[fast\]"):
         make_vec_env("HalfCheetah-v5")
+
+
+BOX2D = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3", "BipedalWalkerHardcore-v3", "CarRacing-v3"]
+
+
+@needs_envpool
+@pytest.mark.parametrize("env_id", BOX2D)
+def test_envpool_stands_in_where_gymnasiums_package_is_missing(env_id, without, monkeypatch):
+    without("Box2D")
+    for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.warns(UserWarning, match=rf"EnvPool's {env_id} is used, .*Box2D.*npg-toolkit\[box2d\]"):
+        env = make_vec_env(env_id, 2, seed=0)
+    assert type(env) is EnvPoolVecEnv
+    env.reset()
+    env.step(np.array([env.action_space.sample() for _ in range(2)]))
+    with pytest.raises(ImportError, match=r"npg-toolkit\[box2d\]"):  # EnvPool does not render
+        make_vec_env(env_id, env_kwargs={"render_mode": "rgb_array"})
+    without("envpool")
+    with pytest.raises(ImportError, match=r"npg-toolkit\[box2d\]"):
+        make_vec_env(env_id)
+
+
+@needs_envpool
+def test_the_warning_tells_what_differs(without, monkeypatch):
+    without("Box2D")
+    for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.warns(UserWarning, match="EnvPool's differs: its ground is 1 % higher, there is no wind"):
+        make_vec_env("LunarLander-v3")
+    with pytest.raises(ImportError, match="Box2D") as error:  # so that wind is Gymnasium's
+        make_vec_env("LunarLander-v3", env_kwargs={"enable_wind": True})
+    assert "backend='envpool'" not in str(error.value)
+
+
+def test_the_box2d_extra_is_gymnasiums():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(requirement.startswith("gymnasium[box2d]") for requirement in project["optional-dependencies"]["box2d"])
+
+
+def _sample() -> list[str]:
+    """All of Gymnasium's own ids but most of MuJoCo's, and one of each family of EnvPool's."""
+    families: dict[str, list[str]] = {}
+    if envpool := import_envpool():
+        for env_id, (family, *_) in envpool.registration.registry.specs.items():
+            families.setdefault(family, []).append(env_id)
+    registered = [i for i, spec in gym.registry.items() if ".envs.mujoco" not in str(spec.entry_point)]
+    heavy = ("envpool.mujoco.myosuite", "envpool.gfootball", "envpool.vizdoom", "envpool.mujoco.playground")
+    few = [i for family, ids in families.items() for i in ids[:1] if family not in heavy]
+    return [i for i in dict.fromkeys([*registered, "Ant-v3", "Ant-v2", *few]) if i.count("-v")]
+
+
+@pytest.mark.parametrize("env_id", _sample())
+def test_every_id_starts_or_says_what_to_do(env_id):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            env, refusal = make_vec_env(env_id, 2, seed=0, n_threads=1), None
+        except (ImportError, ValueError) as error:
+            refusal = str(error)
+    if refusal is not None:
+        assert re.search(r"pip install|Install|Remedy|cannot be had.*Choose another", refusal)
+        return
+    observations = env.reset()
+    parts = observations.values() if isinstance(observations, dict) else [observations]
+    assert isinstance(observations, tuple) or all(len(part) == 2 for part in parts)
+    assert env.get_attr("spec")[0].id
+    env.close()
 
 
 @needs_envpool

@@ -18,7 +18,7 @@ def afterstate_logits(observations: Tensor, theta: Tensor) -> Tensor:
     return (observations[..., 1:] @ theta).masked_fill(observations[..., 0] == 0, -float("inf"))
 
 
-class _Afterstates(nn.Module):
+class Afterstates(nn.Module):
     """The latent layer of `AfterstatePolicy`: flat observations ↦ logits for the actor, ψ for the critic."""
 
     def __init__(self, actions: int, features: int) -> None:
@@ -65,7 +65,7 @@ class AfterstatePolicy(ActorCriticPolicy):
                 f"AfterstatePolicy needs observations of shape (actions, 1 + features) and Discrete(actions), got "
                 f"{self.observation_space} and {self.action_space}"
             )
-        self.mlp_extractor = _Afterstates(shape[0], shape[1] - 1).to(self.device)
+        self.mlp_extractor = Afterstates(shape[0], shape[1] - 1).to(self.device)
 
     def _build(self, lr_schedule: Schedule) -> None:
         self._build_mlp_extractor()

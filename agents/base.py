@@ -37,11 +37,11 @@ from torch import Tensor
 
 from agents.afterstate import AfterstatePolicy
 from agents.buffer import RolloutBuffer
-from agents.heads import ActorHead, CriticHead
+from agents.heads import ActorHead, CriticHead, is_standard
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.families import Gaussian, Geometry
 from npg.parallel import average_, equal, mean_, moments, size
-from npg.solvers import conjugate_gradient
+from npg.solvers import Status, conjugate_gradient
 from npg.step import StepReport, natural_step
 from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
@@ -84,9 +84,13 @@ def _rows(observations: Any, index: Any) -> Any:
     return observations[index]
 
 
+# Buffers that only store what they are given, to which values and log-likelihoods can be given afterwards.
+_STORES = (RolloutBuffer, buffers.RolloutBuffer, buffers.DictRolloutBuffer)
+
+
 def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.ndarray, np.ndarray], None]:
     """How to store a step of which values and log-likelihoods are not known yet."""
-    if isinstance(buffer, RolloutBuffer):
+    if type(buffer) is RolloutBuffer:
         return buffer.record
     nothing = torch.zeros(buffer.n_envs)
 
@@ -270,40 +274,83 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._setup_heads()
 
     def _setup_heads(self) -> None:
+        """Look at the policy anew; nothing of it is run."""
         self._actor = ActorHead(self.policy)
         self._critic = CriticHead(self.policy)
-        self._geometry = geometry(self.metric, self._actor.family)
-        if self._geometry is not None and self.preconditioner is not None:
+        self._known = self._signature()
+        self._owned: tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]] | None = None
+        self._set_geometry()
+        self._fuse_optimizer()
+
+    def _set_geometry(self) -> None:
+        if self._actor.family is not None or self.metric != "wasserstein":
+            self._geometry = geometry(self.metric, self._actor.family)
+        if self.metric != "fisher" and self.preconditioner is not None:
             raise ValueError(f"preconditioner={self.preconditioner!r} needs metric='fisher', which it approximates")
-        self._known = self._parameters()
-        self.policy.set_training_mode(False)
-        sample = self.observation_space.sample()
-        observation, _ = self.policy.obs_to_tensor(sample)
-        self._actor_parameters = self._actor.own_parameters(observation)
-        shared = set() if self.train_shared_features else {id(p) for p in self._actor_parameters.values()}
-        self._critic_parameters = {
-            name: p for name, p in self._critic.own_parameters(observation).items() if id(p) not in shared
-        }
-        held = {id(p) for group in self.policy.optimizer.param_groups for p in group["params"]}
-        if not held >= {id(p) for p in self._critic_parameters.values()}:  # a module of the critic was replaced
-            self.policy.optimizer = self.policy.optimizer_class(
-                self.policy.parameters(), lr=self.lr_schedule(1), **self.policy.optimizer_kwargs
-            )
+
+    def _fuse_optimizer(self) -> None:
         if type(self.policy.optimizer) is torch.optim.Adam:
             for group in self.policy.optimizer.param_groups:
                 if group.get("fused") is None:
                     group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
 
-    def _parameters(self) -> list[tuple[str, torch.nn.Parameter, bool]]:
-        return [(name, p, p.requires_grad) for name, p in self.policy.named_parameters()]
+    @property
+    def _actor_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trainable parameters that the policy's distribution depends on."""
+        return self._find_owners()[0]
+
+    @property
+    def _critic_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those that the critic trains: none of the actor's, unless it may."""
+        return self._find_owners()[1]
+
+    def _find_owners(self) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+        """The parameters of actor and critic, as one forward pass of each shows. It is kept if it was of real ones."""
+        if self._owned is not None:
+            return self._owned
+        observations = self._real_observations()
+        real = observations is not None
+        self.policy.set_training_mode(False)
+        if not real:
+            observations = self.policy.obs_to_tensor(self.observation_space.sample())[0]
+        self._actor.look(observations)
+        self._set_geometry()
+        actor = self._actor.own_parameters(observations)
+        shared = set() if self.train_shared_features else {id(p) for p in actor.values()}
+        critic = {n: p for n, p in self._critic.own_parameters(observations).items() if id(p) not in shared}
+        if real:
+            self._owned = actor, critic
+        return actor, critic
+
+    def _real_observations(self) -> Any:
+        """Observations of the environments, one of each; None before there are any."""
+        if self._last_obs is not None:
+            return obs_as_tensor(self._last_obs, self.device)
+        if self.rollout_buffer.pos == 0:
+            return None
+        stored = self.rollout_buffer.observations
+        first = {k: v[0] for k, v in stored.items()} if isinstance(stored, dict) else stored[0]
+        return obs_as_tensor(first, self.device)
+
+    def _signature(self) -> Any:
+        """What tells one policy, whose parameters are frozen or not, from another."""
+        parameters = [(name, p.requires_grad) for name, p in self.policy.named_parameters()]
+        # objects that are kept, and not their ids alone, which others may have later
+        held = [self.policy, self.policy.action_dist, *self.policy.parameters()]
+        return parameters, is_standard(self.policy), held
 
     def _follow_changes(self) -> None:
         """Set up the heads anew where modules of the policy were replaced, or parameters frozen, since they were."""
-        now = self._parameters()
-        if self._actor.policy is not self.policy or [(n, id(p), r) for n, p, r in now] != [
-            (n, id(p), r) for n, p, r in self._known
-        ]:
+        (*now, held), (*known, held_before) = self._signature(), self._known
+        if now != known or len(held) != len(held_before) or any(a is not b for a, b in zip(held, held_before)):
             self._setup_heads()
+        _, critic = self._find_owners()
+        optimized = {id(p) for group in self.policy.optimizer.param_groups for p in group["params"]}
+        if not optimized >= {id(p) for p in critic.values()}:  # a module of the critic was replaced
+            self.policy.optimizer = self.policy.optimizer_class(
+                self.policy.parameters(), lr=self.lr_schedule(1), **self.policy.optimizer_kwargs
+            )
+            self._fuse_optimizer()
 
     def join(self, process_group: dist.ProcessGroup | None) -> None:
         """Learn as one with the other processes of the group, each of which steps as many environments of its own.
@@ -333,8 +380,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             "_actor",
             "_critic",
             "_geometry",
-            "_actor_parameters",
-            "_critic_parameters",
+            "_owned",
             "_known",
         ]
 
@@ -374,22 +420,22 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     # ---------------------------------------------------------------------------------------------------- collecting
 
-    def _acting(self, observations: Any) -> Callable[[Any], Sequence[Tensor]]:
-        """How to sample actions for batches of observations like these, as long as the policy stays as it is.
+    def _acting(self, observations: Any, *, evaluate_later: bool) -> Callable[[Any], Sequence[Tensor]]:
+        """How to act, for batches of observations like these: ``observations ↦ actions, outputs of the actor``.
 
-        With the actions come the actor's outputs, where those have to be computed anyway.
+        Where only the policy itself knows what it does, or becomes such a one meanwhile, it gives
+        ``actions, values, log-likelihoods``, as Stable-Baselines3 does, and goes on so to the end of the rollout.
         """
-        if type(self.policy).forward is not ActorCriticPolicy.forward:
-            run: Callable[[Any], Sequence[Tensor]] = lambda observations: (self.policy(observations)[0],)  # noqa: E731
-        elif self.use_sde or not self._actor.standard:
-            run = lambda observations: (self.policy.get_distribution(observations).get_actions(),)  # noqa: E731
-        else:
-            run = self._actor.acting(observations)
         threads = self._acting_threads()
+        actor = self._actor
+        run = actor.acting(observations) if evaluate_later else None
 
         def act(observations: Any) -> Sequence[Tensor]:
+            nonlocal run
             with torch.no_grad(), _threads(threads):
-                return run(observations)
+                if run is not None and not (actor.policy is self.policy and actor.unchanged()):
+                    run = actor.acting(observations) if actor.policy is self.policy else None
+                return self.policy(observations) if run is None else run(observations)
 
         return act
 
@@ -406,17 +452,26 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     ) -> bool:
         """Fill the buffer with ``n_rollout_steps`` steps of every environment, as Stable-Baselines3 does.
 
-        What nobody needs while stepping is computed afterwards, for all steps in one batch: values, log-likelihoods
-        and the bootstrap values of truncated episodes. Callbacks see the same local variables as in
-        Stable-Baselines3, except ``values`` and ``log_probs``.
+        Of a policy that is made of Stable-Baselines3's and PyTorch's own parts, what nobody needs while stepping is
+        computed afterwards, for all steps in one batch: values, those of the critic at the end of the rollout, and
+        bootstrap values of truncated episodes. Callbacks then see the same local variables as in Stable-Baselines3,
+        except ``values`` and ``log_probs``. Of any other policy, actions, values and log-likelihoods are those of its
+        ``forward``, step by step.
+
+        Raises:
+            NotImplementedError: if the policy's log-likelihoods are not those of its distribution.
         """
         started = perf_counter()
         assert self._last_obs is not None, "no previous observation"
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
-        reset_noise = torch.no_grad()(self.policy.reset_noise)
+
+        def reset_noise() -> None:
+            with torch.no_grad():
+                self.policy.reset_noise(env.num_envs)
+
         if self.use_sde:
-            reset_noise(env.num_envs)
+            reset_noise()
         callback.on_rollout_start()
         self._follow_changes()
         box = isinstance(self.action_space, spaces.Box)
@@ -425,18 +480,20 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         shape = (env.num_envs, *self.action_space.shape)
         stepped = env.num_envs * size(self.process_group)
         record = _recorder(rollout_buffer)
-        act = self._acting(obs_as_tensor(self._last_obs, self.device))
+        evaluate_later = type(rollout_buffer) in _STORES
+        act = self._acting(obs_as_tensor(self._last_obs, self.device), evaluate_later=evaluate_later)
         truncated: list[tuple[int, int, Any]] = []
-        outputs: list[Tensor] = []
+        outputs: list[Tensor] = []  # of the steps that are to be evaluated, the first ones
         n_steps = 0
         dones = self._last_episode_starts
         new_obs = self._last_obs
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                reset_noise(env.num_envs)
+                reset_noise()
             obs_tensor = obs_as_tensor(self._last_obs, self.device)
-            sampled, *known = act(obs_tensor)
-            outputs += known
+            sampled, *said = act(obs_tensor)
+            if len(said) == 2:
+                values, log_probs = said
             actions = sampled.cpu().numpy().reshape(shape)
             clipped_actions = actions
             if box:
@@ -448,15 +505,28 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
+            cut: list[tuple[int, int, Any]] = []
             if dones.any():
                 self._update_info_buffer(infos, dones)
-                truncated += [
+                cut = [
                     (n_steps, index, infos[index]["terminal_observation"])
                     for index in np.flatnonzero(dones).tolist()
                     if infos[index].get("TimeLimit.truncated", False)
                     and infos[index].get("terminal_observation") is not None
                 ]
-            record(self._last_obs, actions, rewards, self._last_episode_starts)
+            if len(said) == 1:
+                outputs += said
+                truncated += cut
+                record(self._last_obs, actions, rewards, self._last_episode_starts)
+            else:
+                for _, index, final in cut:
+                    with torch.no_grad():
+                        final_value = self.policy.predict_values(self.policy.obs_to_tensor(final)[0])
+                    rewards[index] += self.gamma * float(final_value)
+                starts = self._last_episode_starts
+                rollout_buffer.add(
+                    self._last_obs, actions.reshape(env.num_envs, -1), rewards, starts, values, log_probs
+                )
             self._last_obs, self._last_episode_starts = new_obs, dones
             n_steps += 1
         self._evaluate_rollout(rollout_buffer, truncated, outputs)
@@ -472,25 +542,24 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     def _evaluate_rollout(
         self, buffer: buffers.RolloutBuffer, truncated: list[tuple[int, int, Any]], outputs: list[Tensor]
     ) -> None:
-        """Values and log-likelihoods of the whole rollout; bootstrap where an episode was cut off by its time limit.
+        """Values and log-likelihoods of the first steps; bootstrap where an episode was cut off by its time limit.
 
-        ``outputs`` are the actor's, step by step, or empty where they are not known.
+        ``outputs`` are the actor's in these steps. The other steps have both, from the policy itself, whose
+        log-likelihood is checked.
         """
-        observations = buffer.observations
-
-        def flat(array: np.ndarray) -> Tensor:
-            return torch.as_tensor(array.reshape(-1, *array.shape[2:])).to(self.device)
-
-        batch = {k: flat(v) for k, v in observations.items()} if isinstance(observations, dict) else flat(observations)
-        actions = self._actor.targets(flat(buffer.actions))
-        rows = self._evaluation_rows()
-        parts = [slice(start, start + rows) for start in range(0, len(actions), rows)]
-        values = [self._critic(self._critic.prepare(_rows(batch, part))).flatten() for part in parts]
-        said = torch.cat(outputs or [self._actor(self._actor.prepare(_rows(batch, part))) for part in parts])
-        grid = (buffer.buffer_size, buffer.n_envs)
-        buffer.values[:] = torch.cat(values).cpu().numpy().reshape(grid)
-        buffer.log_probs[:] = self._actor.family.log_likelihood(said, actions).cpu().numpy().reshape(grid)
-        self._entropy = float(mean_(self._actor.family.entropy(said).mean(), self.process_group))
+        entropies = []
+        first = len(outputs)
+        if first:
+            batch = self._steps(buffer.observations, slice(first))
+            actions = self._actor.targets(self._steps(buffer.actions, slice(first)))
+            rows = self._evaluation_rows()
+            parts = [slice(start, start + rows) for start in range(0, len(actions), rows)]
+            values = [self._critic(self._critic.prepare(_rows(batch, part))).flatten() for part in parts]
+            said = torch.cat(outputs)
+            grid = (first, buffer.n_envs)
+            buffer.values[:first] = torch.cat(values).cpu().numpy().reshape(grid)
+            buffer.log_probs[:first] = self._actor.family.log_likelihood(said, actions).cpu().numpy().reshape(grid)
+            entropies.append(self._actor.family.entropy(said))
         if truncated:
             steps, envs, finals = zip(*truncated)
             stacked = (
@@ -498,8 +567,22 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                 if isinstance(finals[0], dict)
                 else np.stack(finals)
             )
-            final_values = self.policy.predict_values(self.policy.obs_to_tensor(stacked)[0]).flatten()
+            last = self._critic.prepare(self._critic.policy.obs_to_tensor(stacked)[0])
+            final_values = self._critic(last).flatten()
             buffer.rewards[list(steps), list(envs)] += self.gamma * final_values.cpu().numpy()
+        if first < buffer.pos:
+            entropies.append(-self._steps(buffer.log_probs, slice(first, buffer.pos)))
+            few = slice(max(0, buffer.pos - max(1, 64 // buffer.n_envs)), buffer.pos)
+            self._follow_changes()
+            self._actor.check(self._steps(buffer.observations, few), self._steps(buffer.actions, few))
+        self._entropy = float(mean_(torch.cat(entropies).mean(), self.process_group))
+
+    def _steps(self, array: Any, steps: slice) -> Any:
+        """These steps of an array of the buffer, (steps, environments, …), flattened over both."""
+        if isinstance(array, dict):
+            return {key: self._steps(value, steps) for key, value in array.items()}
+        part = array[steps]
+        return torch.as_tensor(part.reshape(-1, *part.shape[2:])).to(self.device)
 
     def _evaluation_rows(self) -> int:
         # Images are large when they are floating point: bound what is prepared at once.
@@ -515,6 +598,33 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     @abstractmethod
     def _actor_step(self, batch: Batch) -> StepReport:
         """Move the actor's parameters."""
+
+    def _no_step(self, batch: Batch) -> StepReport:
+        """The report where all of the actor is frozen: no step was attempted."""
+        with torch.no_grad():
+            objective = float(mean_(self._surrogate(batch)(self._actor(batch.inputs)), self.process_group))
+        nothing = torch.zeros(0, device=self.device)
+        return StepReport(
+            accepted=False,
+            objective=objective,
+            predicted_gain=0.0,
+            actual_gain=0.0,
+            predicted_kl=0.0,
+            kl=0.0,
+            status=Status.CONVERGED,
+            iterations=0,
+            residual=0.0,
+            backtracks=0,
+            scale=0.0,
+            gradient_norm=0.0,
+            step_norm=0.0,
+            damping=0.0,
+            gradient=nothing,
+            solution=nothing,
+            step=nothing,
+            solve_seconds=0.0,
+            search_seconds=0.0,
+        )
 
     def _surrogate(self, batch: Batch) -> Any:
         """Outputs ↦ E[(π/π_old) A], the surrogate return of the importance-weighted batch (TRPO, equation 14)."""
@@ -563,7 +673,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
         rollout = next(self.rollout_buffer.get(batch_size=None))
-        report = self._actor_step(self._batch(rollout))
+        batch = self._batch(rollout)
+        report = self._actor_step(batch) if self._actor_parameters else self._no_step(batch)
         started = perf_counter()
         self.policy.set_training_mode(True)
         value_loss = nan

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,33 +16,186 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     Distribution,
     MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
     StateDependentNoiseDistribution,
+    TanhBijector,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import mse_loss
 
+from agents.afterstate import AfterstatePolicy, Afterstates
 from npg import families
-from npg.linearize import by_slot
-from npg.program import staged
+from npg.linearize import Buffers, by_slot
+from npg.program import straight_line
 
-__all__ = ["ActorHead", "CriticHead"]
+__all__ = ["ActorHead", "CriticHead", "SquashedGaussian", "is_standard"]
 
-_OVERRIDABLE = ("extract_features", "get_distribution", "predict_values", "_get_action_dist_from_latent")
+# What Stable-Baselines3's own policies do; where a user's does another thing, that is asked and nothing composed.
+_OWN = {
+    name: getattr(ActorCriticPolicy, name)
+    for name in (
+        "__call__",
+        "forward",
+        "extract_features",
+        "get_distribution",
+        "predict_values",
+        "evaluate_actions",
+        "_get_action_dist_from_latent",
+    )
+}
+
+# The modules that programs are made of: what they compute is known whole, and it is all that they do.
+_KNOWN = {
+    ActorCriticPolicy,
+    ActorCriticCnnPolicy,
+    MultiInputActorCriticPolicy,
+    AfterstatePolicy,
+    Afterstates,
+    MlpExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    CombinedExtractor,
+    nn.Sequential,
+    nn.ModuleDict,
+    nn.Identity,
+    nn.Flatten,
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.LayerNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish),
+}
+
+_GLOBAL_HOOKS = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
 
 
-def _is_standard(policy: ActorCriticPolicy) -> bool:
+def _shadowed(thing: Any) -> bool:
+    """Whether an attribute of the object itself hides a method of its class: patched by hand, or by a mock."""
+    return any(callable(getattr(type(thing), name, None)) for name in vars(thing))
+
+
+def _is_own(policy: ActorCriticPolicy, name: str) -> bool:
+    """Whether this method is Stable-Baselines3's."""
+    return getattr(type(policy), name) is _OWN[name] and name not in vars(policy)
+
+
+def is_standard(policy: ActorCriticPolicy) -> bool:
     """Whether the forward passes are Stable-Baselines3's own, so that they may be composed from the parts."""
-    return all(getattr(type(policy), name) is getattr(ActorCriticPolicy, name) for name in _OVERRIDABLE)
+    return (
+        all(_is_own(policy, name) for name in _OWN)
+        and type(policy.action_dist) in _FAMILIES
+        and not any(_shadowed(part) for part in (policy, policy.action_dist, policy.mlp_extractor))
+    )
+
+
+def _is_known(policy: ActorCriticPolicy) -> bool:
+    """Whether a forward pass does nothing but to compute what a program of it computes, at any later time as well."""
+    tensors = (*policy.parameters(), *policy.buffers())
+    return (
+        all(
+            type(module) in _KNOWN and not (_shadowed(module) or module._forward_hooks or module._forward_pre_hooks)
+            for module in policy.modules()
+        )
+        and not any(_GLOBAL_HOOKS)
+        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors)
+    )
+
+
+@contextmanager
+def _aside(policy: ActorCriticPolicy) -> Iterator[None]:
+    """Forward passes that are asked for beside the acting leave buffers and random numbers as they were."""
+    buffers = Buffers(policy)
+    devices = {p.device for p in policy.parameters() if p.is_cuda}
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        buffers.restore()
+
+
+class SquashedGaussian(families.DiagonalGaussian):
+    """The distribution of tanh(x) for a Gaussian x: its ratios, KL divergences and metric are those of x.
+
+    The log-likelihood is Stable-Baselines3's, with its correction for the change of volume.
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.bijector = TanhBijector(epsilon)
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log p(a | η) of actions a in (−1, 1)."""
+        x = self.bijector.inverse(targets)
+        return super().log_likelihood(outputs, x) - self.bijector.log_prob_correction(x).sum(-1)
+
+    def entropy(self, outputs: Tensor) -> Tensor:
+        """Not known in closed form."""
+        raise NotImplementedError("the entropy of a squashed Gaussian has no closed form: average −log p of samples")
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw actions in (−1, 1)."""
+        return super().sample(outputs, generator).tanh()
+
+
+_FAMILIES: dict[type[Distribution], Callable[[Any], families.Family]] = {
+    DiagGaussianDistribution: lambda d: families.DiagonalGaussian(),
+    CategoricalDistribution: lambda d: families.Categorical(),
+    MultiCategoricalDistribution: lambda d: families.MultiCategorical([int(n) for n in d.action_dims]),
+    BernoulliDistribution: lambda d: families.Bernoulli(),
+}
+
+
+def _described(distribution: Distribution) -> tuple[families.Family, Tensor]:
+    """The family of what a policy of one's own returns, and its parameters there: outputs (N, D)."""
+    p: Any = getattr(distribution, "distribution", None)
+    if isinstance(p, list) and p and all(isinstance(c, torch.distributions.Categorical) for c in p):
+        logits = [c.logits for c in p]
+        return families.MultiCategorical([part.shape[-1] for part in logits]), torch.cat(logits, -1)
+    if isinstance(p, torch.distributions.Independent):
+        p = p.base_dist
+    if isinstance(p, torch.distributions.Categorical):
+        return families.Categorical(), p.logits
+    if isinstance(p, torch.distributions.Bernoulli):
+        return families.Bernoulli(), p.logits
+    if isinstance(p, torch.distributions.Normal):
+        outputs = torch.cat([p.mean, p.stddev.log()], -1)
+        if isinstance(distribution, SquashedDiagGaussianDistribution):
+            return SquashedGaussian(distribution.epsilon), outputs
+        if isinstance(distribution, StateDependentNoiseDistribution) and distribution.bijector is not None:
+            return SquashedGaussian(distribution.epsilon), outputs
+        return families.DiagonalGaussian(), outputs
+    names = [] if p is None or isinstance(p, list) else list(p.arg_constraints)
+    if not names or "logits" in names:
+        raise NotImplementedError(
+            f"policy has the action distribution {type(distribution).__name__} over {type(p).__name__}, of which the "
+            "KL is not known: let its attribute `distribution` be a Normal, Categorical, Bernoulli, list of "
+            "Categoricals, or another one of torch.distributions with one event per component of the action"
+        )
+    kind = type(p)
+
+    def made(outputs: Tensor) -> torch.distributions.Distribution:
+        return torch.distributions.Independent(kind(**dict(zip(names, outputs.chunk(len(names), -1)))), 1)
+
+    return families.from_torch(made), torch.cat([getattr(p, name) for name in names], -1)
 
 
 class _Head(nn.Module):
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
         self.policy = policy
-        self.standard = _is_standard(policy)
+        self.standard = is_standard(policy)
         self._programs: dict[Any, Any] = {}
 
     def prepare(self, observations: Any) -> Any:
@@ -51,25 +206,20 @@ class _Head(nn.Module):
             observations, self.policy.observation_space, normalize_images=self.policy.normalize_images
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(chain(self.named_parameters(), self.named_buffers()))
-
     def _program(
         self,
         function: Callable[..., Sequence[Tensor]],
+        named: dict[str, Tensor],
         inputs: Sequence[Tensor],
         agrees: Callable[[Callable[..., Sequence[Tensor]]], bool],
-        *,
-        at_rest: bool,
     ) -> Callable[..., Sequence[Tensor]] | None:
-        """`npg.program.staged` of a function of this head's tensors, for `functional_call`, and of ``inputs``.
+        """`npg.program.straight_line` of a function of tensors by name, for `functional_call`, and of ``inputs``.
 
-        The tensors stay ``at_rest``, or change between calls. A program is kept for shapes like these, and traced anew
-        where it no longer ``agrees``; None where there can be none.
+        It takes the tensors as they are in each call. A program is kept for shapes like these, and traced anew where
+        it no longer ``agrees``; None where there can be none.
         """
-        named = self._tensors()
-        tensors = [t.detach() for t in named.values()]
-        key = (at_rest, *((t.shape, t.dtype, t.device) for t in (*tensors, *inputs)))
+        tensors = list(named.values())
+        key = tuple((t.shape, t.dtype, t.device) for t in (*tensors, *inputs))
 
         def functional(*values: Tensor) -> Sequence[Tensor]:
             return function(by_slot(self, dict(zip(named, values))), *values[len(named) :])
@@ -78,16 +228,14 @@ class _Head(nn.Module):
             if key not in self._programs:
                 fresh = True
                 try:
-                    self._programs[key] = staged(
-                        functional, *((tensors, inputs) if at_rest else ([], [*tensors, *inputs]))
-                    )
+                    self._programs[key] = straight_line(functional, [*(t.detach() for t in tensors), *inputs])
                 except Exception:  # what looks at values cannot be traced
                     self._programs[key] = None
             if self._programs[key] is None:
                 break
-            run = self._programs[key](tensors) if at_rest else partial(self._programs[key]([]), *tensors)
+            run = partial(self._programs[key], *tensors)
             if agrees(run):
-                return torch.no_grad()(run)
+                return run
             self._programs.pop(key)
             if fresh:
                 self._programs[key] = None
@@ -96,72 +244,88 @@ class _Head(nn.Module):
     def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
         """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
+        with torch.enable_grad(), _aside(self.policy):
             outputs = self(self.prepare(observations))
-        if not outputs.requires_grad:
-            return {}
-        gradients = torch.autograd.grad(outputs.sum(), list(named.values()), allow_unused=True)
+            if not outputs.requires_grad:
+                return {}
+            gradients = torch.autograd.grad(outputs.sum(), list(named.values()), allow_unused=True)
         return {name: p for (name, p), g in zip(named.items(), gradients) if g is not None}
 
 
 class ActorHead(_Head):
     """The actor: observations ↦ the parameters of its action distribution, and the family they belong to.
 
-    Raises:
-        NotImplementedError: for an action distribution that is not one of Stable-Baselines3's.
+    Of a policy whose distribution or methods are its own, ``family`` is None until `look` has asked it.
     """
+
+    family: families.Family
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__(policy)
-        self.family = self._family(policy.action_dist)
-        self.squashed = bool(getattr(policy.action_dist, "squash_output", False))
+        self.distribution = policy.action_dist
+        known = _FAMILIES.get(type(self.distribution)) if self.standard else None
+        self.family = None if known is None else known(self.distribution)  # type: ignore[assignment]
+        self._watched: list[tuple[dict[str, Any], itemgetter[Any]]] = []
 
-    @staticmethod
-    def _family(distribution: Distribution) -> families.Family:
-        if isinstance(distribution, (DiagGaussianDistribution, StateDependentNoiseDistribution)):
-            return families.DiagonalGaussian()
-        if isinstance(distribution, CategoricalDistribution):
-            return families.Categorical()
-        if isinstance(distribution, MultiCategoricalDistribution):
-            return families.MultiCategorical([int(n) for n in distribution.action_dims])
-        if isinstance(distribution, BernoulliDistribution):
-            return families.Bernoulli()
-        raise NotImplementedError(
-            f"policy has the action distribution {type(distribution).__name__}; known are the diagonal Gaussian, gSDE, "
-            "Categorical, MultiCategorical and Bernoulli ones of Stable-Baselines3"
-        )
+    def look(self, observations: Any) -> None:
+        """Find the family of a policy of one's own, from what it returns for real observations.
+
+        Raises:
+            NotImplementedError: for an action distribution of which the KL is not known.
+        """
+        if self.standard:
+            return
+        with torch.no_grad(), _aside(self.policy):
+            self.family, outputs = _described(self.policy.get_distribution(observations))
+        if outputs.ndim != 2:
+            raise NotImplementedError(
+                f"policy has the action distribution {type(self.policy.action_dist).__name__} with parameters of shape "
+                f"{tuple(outputs.shape)}: they must be (observations, components)"
+            )
 
     def forward(self, prepared: Any) -> Tensor:
         """Prepared observations ↦ outputs (N, D)."""
         policy = self.policy
-        if self.standard and not isinstance(policy.action_dist, StateDependentNoiseDistribution):
-            latent = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(prepared))
-            outputs = policy.action_net(latent)
-            if isinstance(policy.action_dist, DiagGaussianDistribution):
+        if self.standard:
+            outputs = policy.action_net(policy.mlp_extractor.forward_actor(policy.pi_features_extractor(prepared)))
+            if type(self.distribution) is DiagGaussianDistribution:
                 return torch.cat([outputs, policy.log_std.expand_as(outputs)], -1)
             return outputs
         # Argument checks look at values, which a traced program cannot; `natural_step` refuses what is not finite.
         validate = torch.distributions.Distribution._validate_args
         torch.distributions.Distribution.set_default_validate_args(False)
         try:
-            if self.standard:
-                latent = policy.mlp_extractor.forward_actor(policy.pi_features_extractor(prepared))
-                distribution = policy._get_action_dist_from_latent(latent)
-            else:
-                distribution = policy.get_distribution(prepared)
+            return _described(policy.get_distribution(prepared))[1]
         finally:
             torch.distributions.Distribution.set_default_validate_args(validate)
-        p = distribution.distribution
-        if isinstance(p, torch.distributions.Normal):
-            return torch.cat([p.mean, p.stddev.log()], -1)
-        return torch.cat([c.logits for c in p], -1) if isinstance(p, list) else p.logits
 
-    def acting(self, observations: Any) -> Callable[[Any], Sequence[Tensor]]:
-        """``observations ↦ sampled actions, outputs``, for batches like this one and the parameters as they are now.
+    def _parts(self) -> list[nn.Module]:
+        """The modules of a standard policy that its actions come out of, itself first."""
+        policy = self.policy
+        latent = policy.mlp_extractor
+        last = latent.policy_net if type(latent) is MlpExtractor else latent
+        inner = (
+            module for part in (policy.pi_features_extractor, last, policy.action_net) for module in part.modules()
+        )
+        return list(dict.fromkeys([policy, latent, *inner]))
+
+    def acting(self, observations: Any) -> Callable[[Any], Sequence[Tensor]] | None:
+        """``observations ↦ sampled actions, outputs``, for batches like this one and while the actor is `unchanged`.
 
         Modules take longer over a few rows than the arithmetic in them. So this is a traced program where there can be
-        one, and after it was seen to give the network's outputs on this batch. It draws the same random numbers.
+        one, and after it was seen to give the network's outputs on this batch. It draws the same random numbers, and
+        takes the parameters as they are in each call. None where only the policy itself knows all that it does in a
+        forward pass: where a method, its distribution or a module is not Stable-Baselines3's or PyTorch's own.
         """
+        policy = self.policy
+        if not (
+            self.standard and is_standard(policy) and policy.action_dist is self.distribution and _is_known(policy)
+        ):
+            return None
+        parts = self._parts()
+        if any(module.training for module in parts if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)):
+            return None
+        self._watch(parts)
 
         def by_modules(observations: Any) -> Sequence[Tensor]:
             outputs = self(self.prepare(observations))
@@ -169,6 +333,8 @@ class ActorHead(_Head):
 
         if not isinstance(observations, Tensor):
             return by_modules
+        owned = {id(t) for m in parts for t in (*m._parameters.values(), *m._buffers.values())}
+        named = {n: t for n, t in chain(self.named_parameters(), self.named_buffers()) if id(t) in owned}
 
         def functional(slots: dict[str, Tensor], observations: Tensor) -> list[Tensor]:
             outputs = functional_call(self, slots, self.prepare(observations), tie_weights=False)
@@ -177,9 +343,78 @@ class ActorHead(_Head):
         with torch.no_grad(), torch.random.fork_rng([observations.device] if observations.is_cuda else []):
             expected = self(self.prepare(observations))
             run = self._program(
-                functional, [observations], lambda run: _close(run(observations)[1:], [expected]), at_rest=True
+                functional, named, [observations], lambda run: _close(run(observations)[1:], [expected])
             )
         return run or by_modules
+
+    def _watch(self, parts: list[nn.Module]) -> None:
+        # What a forward pass reads beside values of tensors: attributes, children, parameters and hooks of its modules.
+        policy = self.policy
+        self._parts_seen = parts
+        self._watched = [(vars(policy), itemgetter("training", "action_dist", "observation_space", "normalize_images"))]
+        self._watched += [
+            (vars(m), itemgetter("training", *(n for n in vars(m) if not n.startswith("_")))) for m in parts[1:]
+        ]
+        self._sizes = [*map(vars, parts), vars(policy.action_dist)]
+        self._held = [d for m in parts for d in (m._modules, m._parameters, m._buffers) if d]
+        self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + _GLOBAL_HOOKS
+        self._seen = self._state()
+
+    def _state(self) -> tuple[Any, ...]:
+        return (
+            [*map(type, self._parts_seen)],
+            [read(values) for values, read in self._watched],
+            [*map(len, self._sizes)],  # an attribute more may hide a method
+            [*map(id, chain.from_iterable(map(dict.values, self._held)))],
+            any(self._hooks),
+        )
+
+    def unchanged(self) -> bool:
+        """Whether the actor is the one that `acting` saw, but for the values of its parameters and buffers."""
+        return self._state() == self._seen
+
+    def check(self, observations: Any, actions: Tensor) -> None:
+        """Refuse a policy whose own log-likelihood is another than its family's, by more than a function of the action.
+
+        What counts are ratios, so the derivatives in the parameters are compared.
+
+        Args:
+            observations: raw ones, a few.
+            actions: as stored, (N, …).
+
+        Raises:
+            NotImplementedError: if they differ.
+        """
+        policy, targets = self.policy, self.targets(actions)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        weights = torch.linspace(1, 2, len(targets), device=targets.device)
+
+        def gradient(log_likelihood: Tensor) -> Tensor:
+            if not log_likelihood.requires_grad:
+                return torch.zeros(1, device=targets.device)
+            pulled = torch.autograd.grad((weights * log_likelihood).sum(), parameters, allow_unused=True)
+            return torch.cat(
+                [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, pulled)]
+            )
+
+        if _is_own(policy, "get_distribution") or not _is_own(policy, "evaluate_actions"):
+            method, likelihood = "evaluate_actions", lambda: policy.evaluate_actions(observations, targets)[1]
+        else:
+            method, likelihood = "get_distribution", lambda: policy.get_distribution(observations).log_prob(targets)
+        with torch.enable_grad(), _aside(policy):
+            own = gradient(likelihood())
+        try:
+            with torch.enable_grad(), _aside(policy):  # from the same buffers
+                ours = gradient(self.family.log_likelihood(self(self.prepare(observations)), targets))
+            same = bool((own - ours).norm() <= 1e-3 * ours.norm() + 1e-12)
+        except ValueError:  # the actions are not in the distribution's support
+            same = False
+        if not same:
+            raise NotImplementedError(
+                f"policy {type(policy).__name__} gives other log-likelihoods in `{method}` than the parameters of the "
+                f"distribution that `get_distribution` returns, a {type(policy.action_dist).__name__}: both must be of "
+                "one distribution, since the steps are measured in its KL"
+            )
 
     def targets(self, actions: Tensor) -> Tensor:
         """Stored actions (N, …) in the form that the family takes."""
@@ -187,9 +422,6 @@ class ActorHead(_Head):
             return actions.long().flatten()
         if isinstance(self.family, families.MultiCategorical):
             return actions.long()
-        if self.squashed:
-            # The distribution of tanh(x) has the ratios, KL and metric of that of x.
-            return torch.atanh(actions.clamp(-1 + 1e-6, 1 - 1e-6))
         return actions
 
 
@@ -216,7 +448,9 @@ class CriticHead(_Head):
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         # A forward pass may move buffers, and the one that is compared with would move them again.
-        if not isinstance(prepared, Tensor) or any(True for _ in self.buffers()):
+        if not (self.standard and isinstance(prepared, Tensor) and _is_known(self.policy)) or any(
+            True for _ in self.buffers()
+        ):
             return by_autograd
         wanted = {id(p) for p in parameters}
         names = [name for name, p in self.named_parameters() if id(p) in wanted]
@@ -231,7 +465,10 @@ class CriticHead(_Head):
 
         expected = by_autograd(prepared, targets)
         run = self._program(
-            functional, [prepared, targets], lambda run: _close(run(prepared, targets), expected), at_rest=False
+            functional,
+            dict(self.named_parameters()),
+            [prepared, targets],
+            lambda run: _close(run(prepared, targets), expected),
         )
         return run or by_autograd
 

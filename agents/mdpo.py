@@ -129,7 +129,8 @@ class MDPO(NaturalPolicyAlgorithm):
 
     def _setup_heads(self) -> None:
         super()._setup_heads()
-        parameters = list(self._actor_parameters.values())
+        # It holds the critic's parameters as well, which have no gradient in an actor step and so stay.
+        parameters = list(self.policy.parameters())
         optimizer = getattr(self, "actor_optimizer", None)
         if optimizer is None or [*map(id, optimizer.param_groups[0]["params"])] != [*map(id, parameters)]:
             self.actor_optimizer = torch.optim.Adam(parameters, lr=self.actor_learning_rate, eps=1e-5)
@@ -156,6 +157,7 @@ class MDPO(NaturalPolicyAlgorithm):
         (slope,) = torch.autograd.grad(surrogate_before, outputs)
         g = mean_(fisher.linearization.pull_back(slope), self.process_group)
         origin = parameters.copy()
+        self.actor_optimizer.zero_grad()
         for _ in range(self.n_actor_updates):
             outputs = self._actor(batch.inputs)
             objective = surrogate(outputs) - proximity * family.kl(outputs, old).mean()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-__all__ = ["Maps", "Program", "staged"]
+__all__ = ["Maps", "Program", "straight_line"]
 
 aten = torch.ops.aten
 
@@ -104,30 +104,19 @@ class Program:
         )
 
 
-def staged(
-    function: Callable[..., Sequence[Tensor]], fixed: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Callable[[Sequence[Tensor]], Callable[..., Sequence[Tensor]]]:
-    """``function(*fixed, *inputs)`` as a straight-line program in two stages, for many calls with the same ``fixed``.
+def straight_line(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
+    """``function`` of tensors as a straight-line program, equal to it for all inputs of the shapes traced.
 
-    Returns ``at``, with ``at(fixed)(*inputs)`` equal to ``function(*fixed, *inputs)`` for all tensors of the shapes
-    traced. What depends on ``fixed`` alone is computed once, in ``at``; random numbers are drawn anew in every call.
+    Nothing is computed ahead, and random numbers are drawn anew in every call.
 
     Raises:
         Exception: whatever an operation raises that looks at values.
     """
-    traced, placeholders, results = _trace(function, [*fixed, *inputs])
-    sources = placeholders[len(fixed) :]
-    random = [node for node in _calls(traced.graph) if _is_random(node)]
-    part, residuals = _part(traced.graph, sources, list(results), set(), random)
-    rest = _at_rest(traced.graph, _moving(traced.graph, [*sources, *random]), residuals)
-    first, second = (GraphModule(traced, _specialised(graph, one_dnn=_one_dnn(inputs[0]))) for graph in (rest, part))
-
-    @torch.no_grad()
-    def at(fixed: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        held, run = first.forward(*fixed), second.forward
-        return lambda *inputs: run(*held, *inputs)
-
-    return at
+    traced, _, _ = _trace(function, inputs)
+    _fuse(traced.graph)
+    return torch.no_grad()(GraphModule(traced, _specialised(traced.graph, one_dnn=_one_dnn(inputs[0]))).forward)
 
 
 def _trace(
@@ -184,14 +173,12 @@ def _moving(graph: Graph, sources: Sequence[Node]) -> set[Node]:
     return moving
 
 
-def _part(
-    graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node], random: Sequence[Node] = ()
-) -> tuple[Graph, list[Node]]:
-    """What moves with ``sources`` or is ``random``, and the nodes at rest that it needs, which are its first arguments.
+def _part(graph: Graph, sources: Sequence[Node], results: Sequence[Node], zeros: set[Node]) -> tuple[Graph, list[Node]]:
+    """What moves with ``sources``, and the nodes at rest that it needs, which are its first arguments.
 
     The others are ``sources``.
     """
-    moving = _moving(graph, [*sources, *random])
+    moving = _moving(graph, sources)
     if not any(result in moving for result in results):
         raise NotImplementedError("the outputs do not move with the parameters")
     needed = {source for node in moving for source in node.all_input_nodes} | set(results)
@@ -292,10 +279,6 @@ def _dtype(node: Node) -> torch.dtype | None:
 def _mutates(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _tidy(graph: Graph) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
@@ -118,10 +118,19 @@ class Dropped(BaseFeaturesExtractor):
         return self.dropout(observations)
 
 
-def test_what_cannot_be_traced_acts_by_its_modules():
-    head, observations = ActorHead(policy(features_extractor_class=Branching)), batch(BOX)
-    with torch.no_grad():
-        act = head.acting(observations)
+@pytest.mark.parametrize("extractor", [Branching, Normalised, Dropped])
+def test_modules_of_a_users_own_are_left_to_the_policy(extractor):
+    head = ActorHead(policy(features_extractor_class=extractor))
+    assert head.acting(batch(BOX)) is None
+    assert programs(head) == []
+
+
+def test_what_has_no_program_acts_by_its_modules():
+    space = spaces.Dict({"a": BOX, "b": spaces.Discrete(3)})
+    torch.manual_seed(0)
+    head = ActorHead(MultiInputActorCriticPolicy(space, ACTIONS["Box"], lambda _: 1e-3))
+    observations = {"a": batch(BOX), "b": torch.tensor([0, 1, 2, 0, 1, 2])}
+    act = head.acting(observations)
     assert programs(head) == []
     assert torch.equal(drawn(act, observations), drawn(lambda x: by_modules(head, x), observations))
 

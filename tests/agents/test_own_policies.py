@@ -1,0 +1,641 @@
+"""Policies of a user's own, and policies that change while they act: against Stable-Baselines3's way of collecting."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common import distributions
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
+
+from agents import MDPO, NPG, TRPO, buffer
+from npg import Fisher, families
+
+torch.set_num_threads(1)
+
+BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
+DISCRETE = spaces.Discrete(4)
+ARRAYS = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "returns", "advantages")
+
+
+class Walk(gym.Env):
+    """Observations in [0, 1)⁵; episodes that are cut off by their time limit, or end before."""
+
+    observation_space = spaces.Box(0.0, 1000.0, (5,), np.float32)
+
+    def __init__(self, action_space: spaces.Space) -> None:
+        self.action_space = action_space
+
+    def _observe(self) -> np.ndarray:
+        return self.np_random.random(5, dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        ended = bool(self.np_random.random() < 0.05)
+        return self._observe(), -float(np.square(action).mean()), ended, not ended and self.steps >= 9, {}
+
+
+def agent(policy=ActorCriticPolicy, action=BOX, cls=TRPO, **options):
+    env = DummyVecEnv([lambda: Walk(action)] * 2)
+    env.seed(0)
+    return cls(
+        policy, env, **{"n_steps": 32, "batch_size": 32, "n_critic_updates": 2, "seed": 0, "device": "cpu", **options}
+    )
+
+
+def collected(model, callback=None, collect=None):
+    """The model with a rollout, by its own way or by another one, from the same seed each time."""
+    _, callbacks = model._setup_learn(10**6, callback)
+    model.set_random_seed(3)
+    model._last_obs = model.env.reset()
+    collect = collect or type(model).collect_rollouts
+    assert collect(model, model.env, callbacks, model.rollout_buffer, model.n_steps)
+    return model
+
+
+def assert_as_stable_baselines3(make, callback=None, arrays=ARRAYS):
+    """Both ways of collecting fill the buffer with the same; returns the model that collected by ours."""
+    theirs = collected(make(), callback and callback(), OnPolicyAlgorithm.collect_rollouts)
+    ours = collected(make(), callback and callback())
+    for name in arrays:
+        a, b = (getattr(model.rollout_buffer, name) for model in (theirs, ours))
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=2e-4, err_msg=name)
+    return ours
+
+
+def assert_consistent(model):
+    """At the policy that acted all ratios are one, F is that of its own log-likelihoods, and a step is accepted."""
+    batch = model._batch(next(model.rollout_buffer.get(None)))
+    actor, policy = model._actor, model.policy
+    with torch.no_grad():
+        ratio = (actor.family.log_likelihood(actor(batch.inputs), batch.actions) - batch.old_log_likelihood).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=2e-3)
+    # F is the mean of ∇log p ∇log pᵀ over the policy's own samples, here along one direction
+    own = dict(model._actor_parameters)
+    rows = slice(0, 4)
+    observations = batch.inputs[rows]
+    fisher = Fisher(actor, observations, actor.family, parameters=own).dense()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        many = observations.repeat(3000, 1)
+        if model.use_sde:
+            policy.reset_noise(len(many))
+        actions = policy.get_distribution(many).sample()
+    direction = torch.randn(len(fisher), generator=torch.Generator().manual_seed(1))
+    if model.use_sde:  # its noise does not train the features
+        direct = [torch.full((p.numel(),), float("mlp" not in name)) for name, p in own.items()]
+        direction *= torch.cat(direct)
+    start = nn.utils.parameters_to_vector(own.values()).detach()
+
+    def likelihood(scale: float) -> torch.Tensor:
+        nn.utils.vector_to_parameters(start + scale * direction, own.values())
+        with torch.no_grad():
+            return policy.get_distribution(many).log_prob(actions).double()
+
+    score = (likelihood(1e-3) - likelihood(-1e-3)) / 2e-3
+    nn.utils.vector_to_parameters(start, own.values())
+    assert float(score.square().mean()) == pytest.approx(float(direction @ fisher @ direction), rel=0.15)
+    before = {n: p.detach().clone() for n, p in own.items()}
+    model.train()
+    assert model.logger.name_to_value["train/accepted"] == 1.0
+    assert any(not torch.equal(before[n], p) for n, p in own.items())
+
+
+# ------------------------------------------------------------------------------------- distributions of one's own
+
+
+class Clamped(distributions.DiagGaussianDistribution):
+    def proba_distribution(self, mean_actions, log_std):
+        return super().proba_distribution(mean_actions, log_std.clamp(max=-3) + 0.1 * log_std)
+
+
+class Sharp(distributions.CategoricalDistribution):
+    def proba_distribution(self, action_logits):
+        return super().proba_distribution(3 * action_logits + torch.arange(4.0))
+
+
+class BetaDistribution(distributions.Distribution):
+    """Not one that Stable-Baselines3 has."""
+
+    def proba_distribution_net(self, latent_dim):
+        return nn.Linear(latent_dim, 6)
+
+    def proba_distribution(self, raw):
+        a, b = (1 + nn.functional.softplus(raw)).chunk(2, -1)
+        self.distribution = torch.distributions.Beta(a, b)
+        return self
+
+    def log_prob(self, actions):
+        return self.distribution.log_prob(actions).sum(-1)
+
+    def entropy(self):
+        return self.distribution.entropy().sum(-1)
+
+    def sample(self):
+        return self.distribution.sample()
+
+    def mode(self):
+        return self.distribution.mean
+
+    def actions_from_params(self, raw, deterministic=False):
+        return self.proba_distribution(raw).get_actions(deterministic)
+
+    def log_prob_from_params(self, raw):
+        actions = self.actions_from_params(raw)
+        return actions, self.log_prob(actions)
+
+
+class With(ActorCriticPolicy):
+    made: type = distributions.SquashedDiagGaussianDistribution
+
+    def _build(self, lr_schedule):
+        size = self.action_space.n if isinstance(self.action_space, spaces.Discrete) else 3
+        self.action_dist = self.made(size)
+        super()._build(lr_schedule)
+
+
+class WithClamped(With):
+    made = Clamped
+
+
+class WithSharp(With):
+    made = Sharp
+
+
+class WithBeta(ActorCriticPolicy):
+    made = BetaDistribution
+
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        del self.log_std
+        self.action_dist = self.made()
+        self.action_net = self.action_dist.proba_distribution_net(64)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_action_dist_from_latent(self, latent_pi):
+        return self.action_dist.proba_distribution(self.action_net(latent_pi))
+
+
+class StretchedBeta(BetaDistribution):
+    """Over (−1, 1), which its ``distribution`` is not."""
+
+    def log_prob(self, actions):
+        return super().log_prob((actions + 1) / 2)
+
+    def sample(self):
+        return 2 * super().sample() - 1
+
+
+class WithStretchedBeta(WithBeta):
+    made = StretchedBeta
+
+
+@pytest.mark.parametrize(
+    ("policy", "action", "family"),
+    [
+        (With, BOX, "SquashedGaussian"),
+        (WithClamped, BOX, "DiagonalGaussian"),
+        (WithSharp, DISCRETE, "Categorical"),
+        (WithBeta, spaces.Box(0.0, 1.0, (3,), np.float32), "_TorchFamily"),
+    ],
+)
+def test_distributions_of_ones_own_act_and_are_measured_as_they_are(policy, action, family):
+    model = assert_as_stable_baselines3(lambda: agent(policy, action))
+    assert type(model._actor.family).__name__ == family
+    actions = model.rollout_buffer.actions
+    if policy in (With, WithBeta):
+        assert np.abs(actions).max() <= 1  # 3.6 when the squashing was passed over
+    if policy is WithClamped:
+        assert actions.std() < 0.1  # 1.03
+        assert model.rollout_buffer.log_probs.mean() > 3
+    if policy is not WithBeta:  # whose metric has no closed form
+        assert_consistent(model)
+    else:
+        model.train()
+        assert model.logger.name_to_value["train/accepted"] == 1.0
+        assert 0 < model.logger.name_to_value["train/kl"] <= model.target_kl
+
+
+def mask(policy):
+    """Forbid action 2, in a method of the object itself."""
+    own = policy.action_dist.proba_distribution
+
+    def proba_distribution(action_logits):
+        masked = action_logits.clone()
+        masked[:, 2] = -1e8
+        return own(masked)
+
+    policy.action_dist.proba_distribution = proba_distribution
+
+
+def mask_policy(policy):
+    own = policy.get_distribution
+
+    def get_distribution(obs):
+        return type(policy.action_dist)(4).proba_distribution(own(obs).distribution.logits - 1e8 * torch.eye(4)[2])
+
+    policy.get_distribution = get_distribution
+    policy._get_action_dist_from_latent = lambda latent: type(policy.action_dist)(4).proba_distribution(
+        policy.action_net(latent) - 1e8 * torch.eye(4)[2]
+    )
+
+
+@pytest.mark.parametrize("patch", [mask, mask_policy])
+def test_methods_patched_on_the_object_are_called(patch):
+    def make():
+        model = agent(action=DISCRETE)
+        patch(model.policy)
+        return model
+
+    model = assert_as_stable_baselines3(make)
+    assert not (model.rollout_buffer.actions == 2).any()
+    assert_consistent(model)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("cls", [TRPO, MDPO])
+def test_gsde_acts_as_in_stable_baselines3(squash, cls):
+    options = {"use_sde": True, "sde_sample_freq": 4, "policy_kwargs": {"squash_output": squash, "log_std_init": -1.0}}
+    model = assert_as_stable_baselines3(lambda: agent(cls=cls, **options))
+    family = model._actor.family
+    assert type(family).__name__ == ("SquashedGaussian" if squash else "DiagonalGaussian")
+    assert_consistent(model)
+
+
+def test_a_squashed_step_is_that_of_sb3_contrib():
+    contrib = pytest.importorskip("sb3_contrib")
+    options = {"n_steps": 256, "n_critic_updates": 0, "use_sde": True, "policy_kwargs": {"squash_output": True}}
+    theirs = agent(cls=contrib.TRPO, **options)
+    ours = collected(agent(kl_direction="new_old", kl_reduction="mean", **options))
+    theirs.policy.load_state_dict(ours.policy.state_dict())
+    _, _ = theirs._setup_learn(10**6, None)
+    for name in ("observations", "actions", "log_probs", "advantages", "values", "returns"):
+        getattr(theirs.rollout_buffer, name)[:] = getattr(ours.rollout_buffer, name)
+    theirs.rollout_buffer.full = True
+    start = torch.cat([p.detach().flatten() for p in ours.policy.parameters()])
+    moved = []
+    for model in (theirs, ours):
+        np.random.seed(0)  # noqa: NPY002  # the buffer shuffles by it
+        model.train()
+        moved.append(torch.cat([p.detach().flatten() for p in model.policy.parameters()]) - start)
+    assert moved[0].norm() > 0
+    assert (moved[1] - moved[0]).norm() <= 1e-3 * moved[0].norm()
+
+
+class Twisted(distributions.DiagGaussianDistribution):
+    """Its log-likelihood is not that of its ``distribution``."""
+
+    def log_prob(self, actions):
+        return 2 * super().log_prob(actions)
+
+
+class Shifted(distributions.DiagGaussianDistribution):
+    """Its log-likelihood is that of its ``distribution``, in other units."""
+
+    def log_prob(self, actions):
+        return super().log_prob(actions) - 3.0
+
+
+def test_log_likelihoods_of_another_distribution_are_refused_by_name():
+    class WithTwisted(With):
+        made = Twisted
+
+    class WithShifted(With):
+        made = Shifted
+
+    class Other(ActorCriticPolicy):
+        def evaluate_actions(self, obs, actions):
+            values, log_prob, entropy = super().evaluate_actions(obs, actions)
+            return values, 0.5 * log_prob, entropy
+
+    with pytest.raises(NotImplementedError, match=r"WithTwisted .*evaluate_actions.*get_distribution.*Twisted"):
+        collected(agent(WithTwisted))
+    with pytest.raises(NotImplementedError, match=r"Other .*evaluate_actions"):
+        collected(agent(Other))
+    with pytest.raises(NotImplementedError, match=r"WithStretchedBeta .*evaluate_actions"):
+        collected(agent(WithStretchedBeta))
+    model = assert_as_stable_baselines3(lambda: agent(WithShifted))
+    np.testing.assert_allclose(
+        model.rollout_buffer.log_probs[0] + 3.0,
+        families.DiagonalGaussian()
+        .log_likelihood(
+            model._actor(torch.as_tensor(model.rollout_buffer.observations[0])),
+            torch.as_tensor(model.rollout_buffer.actions[0]),
+        )
+        .detach(),
+        atol=1e-4,
+    )
+
+
+def test_distributions_without_a_kl_are_refused_by_name():
+    class WithMixture(ActorCriticPolicy):
+        def get_distribution(self, obs):
+            d = super().get_distribution(obs)
+            mixture = torch.distributions.Categorical(logits=torch.zeros(len(obs), 1))
+            d.distribution = torch.distributions.MixtureSameFamily(
+                mixture,
+                torch.distributions.Independent(
+                    torch.distributions.Normal(*(t.unsqueeze(1) for t in (d.distribution.loc, d.distribution.scale))), 1
+                ),
+            )
+            return d
+
+    with pytest.raises(NotImplementedError, match=r"DiagGaussianDistribution over MixtureSameFamily.*torch\.distrib"):
+        collected(agent(WithMixture))
+
+
+# ---------------------------------------------------------------------------------- what changes while they act
+
+
+class At(BaseCallback):
+    """Calls a function of the model after the tenth step."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def _on_step(self):
+        if self.n_calls == 10:
+            self.change(self.model)
+        return True
+
+
+def fill(model):
+    model.policy.log_std.data.fill_(-4.0)
+
+
+def other_storage(model):
+    model.policy.log_std.data = torch.full((3,), -4.0)
+
+
+def other_parameter(model):
+    model.policy.log_std = nn.Parameter(torch.full((3,), -4.0))
+
+
+def other_layer(model):
+    torch.manual_seed(9)
+    model.policy.action_net = nn.Linear(64, 3)
+
+
+def slope(model):
+    model.policy.mlp_extractor.policy_net[1].negative_slope = -2.0
+
+
+def hook(model):
+    model.policy.action_net.register_forward_hook(lambda module, inputs, output: output + 5.0)
+
+
+def patched(model):
+    model.policy.mlp_extractor.forward_actor = lambda features: torch.ones(len(features), 64)
+    model.policy.mlp_extractor.forward = lambda features: (
+        torch.ones(len(features), 64),
+        model.policy.mlp_extractor.value_net(features),
+    )
+
+
+def other_distribution(model):
+    model.policy.action_dist = Clamped(3)
+
+
+def patched_distribution(model):
+    own = model.policy.action_dist.proba_distribution
+    model.policy.action_dist.proba_distribution = lambda mean, log_std: own(mean + 5.0, log_std)
+
+
+def other_class(model):
+    model.policy.action_net.__class__ = type(
+        "Twice", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x) + 1}
+    )
+
+
+def other_policy(model):
+    model.policy = agent(seed=7).policy
+
+
+def nothing(model):
+    model.policy.note = "an attribute more"
+    model.policy.train()
+
+
+CHANGES = [
+    fill,
+    other_storage,
+    other_parameter,
+    other_layer,
+    slope,
+    hook,
+    patched,
+    other_distribution,
+    patched_distribution,
+    other_class,
+    other_policy,
+    nothing,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_callback_changes_acts_from_the_next_step_on(change):
+    """Actions and their log-likelihoods are those of Stable-Baselines3, before and after."""
+    options = {"activation_fn": nn.LeakyReLU}
+    arrays = ("observations", "actions", "rewards", "log_probs")
+    model = assert_as_stable_baselines3(lambda: agent(policy_kwargs=options), lambda: At(change), arrays)
+    if change in (fill, other_storage, other_parameter):
+        assert model.rollout_buffer.actions[10:].std() < 0.2  # 1.016
+        assert model.rollout_buffer.log_probs[10:].mean() > 5  # −1538.8
+    assert np.isfinite(model.rollout_buffer.advantages).all()
+    if change is not patched:  # features that are constant leave the actor little to learn
+        model.train()
+        assert torch.isfinite(torch.cat([p.flatten() for p in model.policy.parameters()])).all()
+
+
+def test_a_policy_that_is_not_changed_acts_by_one_program_to_the_end():
+    model = agent()
+    seen = []
+
+    class Watch(BaseCallback):
+        def _on_step(self):
+            seen.append("values" in self.locals)
+            self.model.predict(self.model._last_obs)  # as an evaluation does
+            return True
+
+    collected(model, Watch())
+    assert not any(seen)
+    assert len([p for p in model._actor._programs.values() if p is not None]) == 1
+
+
+class Counting(BaseFeaturesExtractor):
+    """Moves its buffers in each forward pass."""
+
+    def __init__(self, space):
+        super().__init__(space, 5)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, observations):
+        with torch.no_grad():
+            self.count += 1
+            self.mean.lerp_(observations.mean(0), 0.1)
+        return observations - self.mean
+
+
+def test_buffers_move_as_in_stable_baselines3():
+    def make():
+        return agent(policy_kwargs={"features_extractor_class": Counting})
+
+    theirs = collected(make(), collect=OnPolicyAlgorithm.collect_rollouts).policy.features_extractor
+    ours = assert_as_stable_baselines3(make).policy.features_extractor
+    assert theirs.count > 32
+    assert ours.count == theirs.count
+    torch.testing.assert_close(ours.mean, theirs.mean)
+
+
+# ------------------------------------------------------------------------------------------- methods of one's own
+
+
+class Own(ActorCriticPolicy):
+    def forward(self, obs, deterministic=False):
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return 0.5 * actions, torch.full_like(values, 7.0), log_prob - 3.0
+
+
+class OwnValues(ActorCriticPolicy):
+    def predict_values(self, obs):
+        return super().predict_values(obs) + 5.0
+
+
+class OwnFeatures(ActorCriticPolicy):
+    def extract_features(self, obs, features_extractor=None):
+        return super().extract_features(2 * obs, features_extractor)
+
+
+class OwnDistribution(ActorCriticPolicy):
+    def get_distribution(self, obs):
+        return super().get_distribution(2 * obs)
+
+    def forward(self, obs, deterministic=False):
+        distribution = self.get_distribution(obs)
+        actions = distribution.get_actions(deterministic)
+        return actions, self.predict_values(obs), distribution.log_prob(actions)
+
+
+@pytest.mark.parametrize("policy", [Own, OwnValues, OwnDistribution])
+def test_methods_of_ones_own_are_what_is_stored(policy):
+    model = assert_as_stable_baselines3(lambda: agent(policy))
+    if policy is Own:
+        assert (model.rollout_buffer.values == 7.0).all()
+    else:
+        assert_consistent(model)
+    model.learn(64, reset_num_timesteps=False)
+
+
+def test_a_policy_whose_forward_pass_is_another_than_its_distribution_is_refused():
+    # Stable-Baselines3's `get_distribution` passes over the policy's `extract_features`, which `forward` calls
+    with pytest.raises(NotImplementedError, match=r"OwnFeatures .*evaluate_actions"):
+        collected(agent(OwnFeatures))
+
+
+@pytest.mark.parametrize("parent", [RolloutBuffer, buffer.RolloutBuffer])
+def test_a_buffer_of_ones_own_is_given_values_and_log_likelihoods(parent):
+    class Own(parent):
+        def add(self, obs, action, reward, episode_start, value, log_prob):
+            seen.append((value.flatten().numpy(), log_prob.numpy()))
+            super().add(obs, action, reward, episode_start, value, log_prob)
+
+    seen: list = []
+    model = collected(agent(rollout_buffer_class=Own))
+    assert len(seen) == model.n_steps
+    for i, name in enumerate(("values", "log_probs")):
+        np.testing.assert_array_equal(np.stack([row[i] for row in seen]), getattr(model.rollout_buffer, name))
+
+
+# ------------------------------------------------------------------------------- what is run, and what is frozen
+
+
+class Picky(BaseFeaturesExtractor):
+    """Takes the observations that there are, and not all that the space allows."""
+
+    calls = 0
+
+    def __init__(self, space):
+        super().__init__(space, 5)
+        self.table = nn.Embedding(2, 5)
+
+    def forward(self, observations):
+        type(self).calls += 1
+        assert (observations < 1).all(), "an observation that the environment never gives"
+        return self.table(observations[:, 0].long()) + observations
+
+
+@pytest.mark.parametrize("cls", [TRPO, NPG, MDPO])
+def test_only_real_observations_are_looked_at(cls, tmp_path):
+    Picky.calls = 0
+    model = agent(cls=cls, policy_kwargs={"features_extractor_class": Picky})
+    assert Picky.calls == 0
+    model.learn(64)
+    table = model.policy.features_extractor.table.weight
+    assert any(p is table for p in model._actor_parameters.values())
+    model.save(tmp_path / "model")
+    calls = Picky.calls
+    for env in (None, model.env):
+        loaded = cls.load(tmp_path / "model", env=env)
+        assert Picky.calls == calls
+        for a, b in zip(model.policy.parameters(), loaded.policy.parameters(), strict=True):
+            assert torch.equal(a, b)
+    loaded.learn(64, reset_num_timesteps=False)
+    assert not torch.equal(loaded.policy.features_extractor.table.weight, table)
+
+
+@pytest.mark.parametrize("critic", ["adam", "natural"])
+@pytest.mark.parametrize("cls", [TRPO, NPG, MDPO])
+def test_a_frozen_actor_leaves_the_critic_to_be_trained(cls, critic):
+    model = agent(cls=cls, critic=critic)
+    policy = model.policy
+    actor = [policy.log_std, *policy.action_net.parameters(), *policy.mlp_extractor.policy_net.parameters()]
+    for p in actor:
+        p.requires_grad = False
+    before = [p.detach().clone() for p in actor], policy.value_net.weight.detach().clone()
+    model.learn(2 * 64)
+    assert all(torch.equal(a, b) for a, b in zip(actor, before[0]))
+    assert not torch.equal(policy.value_net.weight, before[1])
+    logged = model.logger.name_to_value
+    assert (logged["train/accepted"], logged["train/kl"], logged["train/step_norm"]) == (0.0, 0.0, 0.0)
+    assert np.isfinite([v for k, v in logged.items() if k.startswith("train/")]).all()
+    for p in actor:  # the warm-up is over
+        p.requires_grad = True
+    model.learn(64, reset_num_timesteps=False)
+    assert model.logger.name_to_value["train/accepted"] == 1.0
+    assert not torch.equal(policy.action_net.weight, before[0][1])
+
+
+@pytest.mark.parametrize("cls", [TRPO, NPG, MDPO])
+def test_a_frozen_critic_leaves_the_actor_to_be_trained(cls):
+    model = agent(cls=cls)
+    critic = [*model.policy.value_net.parameters(), *model.policy.mlp_extractor.value_net.parameters()]
+    for p in critic:
+        p.requires_grad = False
+    before = [p.detach().clone() for p in critic], model.policy.action_net.weight.detach().clone()
+    model.learn(64)
+    assert all(torch.equal(a, b) for a, b in zip(critic, before[0]))
+    assert not torch.equal(model.policy.action_net.weight, before[1])
+
+
+def test_all_frozen_stays():
+    model = agent()
+    for p in model.policy.parameters():
+        p.requires_grad = False
+    before = [p.detach().clone() for p in model.policy.parameters()]
+    model.learn(64)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters()))

@@ -102,6 +102,11 @@ class Categorical(Family):
                 f"targets must have shape {tuple(outputs.shape[:-1])} for outputs of shape {tuple(outputs.shape)}, "
                 f"got {tuple(targets.shape)}: pass class indices, one per event"
             )
+        if targets.is_floating_point() or targets.is_complex():
+            raise ValueError(
+                f"targets must be class indices of an integer dtype, got {targets.dtype}: use targets.long() if these "
+                "are whole numbers"
+            )
         return outputs.log_softmax(-1).gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class Linearization:
             own = dict(model.named_parameters())
             if unknown := [name for name in parameters or () if name not in own]:
                 raise ValueError(f"parameters has {unknown}, which the model has not: it has {list(own)}")
-            self.parameters = Parameters(model if parameters is None else parameters)
+            self.parameters = Parameters(model, parameters)
             direct = all(own.get(name) is p and p.requires_grad for name, p in self.parameters.named().items())
         elif parameters is None:
             raise ValueError("parameters must be given for a model that is a function: pass a mapping of tensors")

@@ -6,8 +6,39 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "check_dtypes"]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtypes(named: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, with the name, for what is no dense real floating-point tensor of a known shape."""
+    for name, p in named.items():
+        if is_lazy(p):
+            raise ValueError(f"parameter {name!r} has no shape yet: run the model once on an example first")
+        if p.dtype not in _DTYPES or p.layout is not torch.strided:
+            raise ValueError(
+                f"parameter {name!r} is a {p.dtype} tensor of layout {p.layout}: parameters that are trained must be "
+                "dense and float64, float32, bfloat16 or float16; convert it, or set requires_grad=False"
+            )
+
+
+def _check_embeddings(model: nn.Module, trained: Iterable[Tensor]) -> None:
+    ids = {id(p) for p in trained}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.max_norm is not None:
+            raise ValueError(
+                f"embedding {name!r} has max_norm={module.max_norm}: each forward pass then changes its weight, and no "
+                "step can be measured or taken back. Set max_norm=None, and divide by the norm in the forward pass"
+            )
+        if module.sparse and id(module.weight) in ids:
+            raise ValueError(
+                f"embedding {name!r} has sparse=True, but gradients are parts of a dense vector here: set sparse=False"
+            )
 
 
 class Parameters:
@@ -18,19 +49,24 @@ class Parameters:
 
     Args:
         source: a module, or a mapping from names to tensors.
+        only: of a module, the parameters to take, by name; by default all that are trainable.
 
     Raises:
-        ValueError: if nothing is trainable, or if parameters lie on several devices.
+        ValueError: if nothing is trainable, if parameters lie on several devices, or if one of them cannot be part of
+            the vector: one that is not a dense real floating-point tensor, or whose shape is not known yet, and an
+            embedding with ``max_norm`` or with sparse gradients.
     """
 
-    def __init__(self, source: nn.Module | Mapping[str, Tensor]) -> None:
-        named: dict[str, Tensor] = (
-            {name: p for name, p in source.named_parameters() if p.requires_grad}
-            if isinstance(source, nn.Module)
-            else dict(source)
-        )
+    def __init__(self, source: nn.Module | Mapping[str, Tensor], only: Mapping[str, Tensor] | None = None) -> None:
+        if isinstance(source, nn.Module):
+            if only is None:
+                only = {name: p for name, p in source.named_parameters() if p.requires_grad}
+            _check_embeddings(source, only.values())
+            source = only
+        named = dict(source)
         if not named:
             raise ValueError("model has no trainable parameter: set requires_grad on at least one")
+        check_dtypes(named)
         devices = {p.device for p in named.values()}
         if len(devices) > 1:
             raise ValueError(f"parameters must lie on one device, got {sorted(map(str, devices))}")

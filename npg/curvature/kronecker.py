@@ -11,8 +11,9 @@ In the basis of its eigenvectors F̂ is diagonal, so that the inverse of F̂ + �
 
     A = U S Uᵀ,  G = V T Vᵀ:     (F̂ + λI)⁻¹ X = V [(Vᵀ X U) / (t sᵀ + λ)] Uᵀ      for X shaped like [W, b]
 
-EKFAC keeps the basis and puts the second moments E[(Vᵀ (Σ g āᵀ) U)²] in the place of t sᵀ: of all matrices that are
-diagonal in this basis, the nearest to the block of F in the Frobenius norm.
+EKFAC keeps the basis and puts the second moments E[(Vᵀ (Σ g āᵀ) U)²] in the place of t sᵀ, with the sum over all uses
+of the layer in one event: of all matrices that are diagonal in this basis, the nearest to the block of F in the
+Frobenius norm. For that it has to be known which rows of a layer's inputs are of which event, see `_by_event`.
 
 Damping may be shared out to the factors, each at its own scale: with π² = (tr A / I) / (tr G / O),
 
@@ -27,15 +28,17 @@ EKFAC George et al. (2018), arXiv 1806.03884; for layers at several positions Es
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from math import inf, nan
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from npg.fisher import Fisher
 from npg.linearize import Linearization, Model
@@ -96,27 +99,31 @@ class KroneckerFisher:
     """F̂ ≈ F, block by block, as a linear operator with an inverse.
 
     Linear layers and one- and two-dimensional convolutions without groups have a block G ⊗ A each, for weight and bias
-    together, unless they have more than `MAX_SIZE` inputs or outputs. Every other parameter (of such a layer, of a
-    normalisation or embedding, a free log standard deviation) has a multiple of the identity, the mean of its diagonal
-    of F as the probes estimate it. It costs a forward pass, the backward passes of the probes, and the eigenvectors of
-    two matrices for each layer.
+    together, unless they have more than `MAX_SIZE` inputs or outputs, or a weight or bias that is used outside of the
+    layer too, such as an embedding's. Every other parameter (of such a layer, of a normalisation or embedding, a free
+    log standard deviation) has a multiple of the identity, the mean of its diagonal of F as the probes estimate it. It
+    costs a forward pass, the backward passes of the probes, and the eigenvectors of two matrices for each layer.
 
     Args:
         fisher: F, of a module, at the present parameters. Its kind and its process group are those of F̂ too.
-        corrected: EKFAC in place of K-FAC.
+        corrected: EKFAC in place of K-FAC, for two more backward passes (and a forward pass, with batch normalisation
+            in training mode) that show which rows of a layer's inputs are of which event. Where they are not in the
+            order of the outputs' leading axis, the layer keeps K-FAC's values, and a warning names it.
         probes: backward passes, each with random signs over outputs (or labels); with None one for each output (or
-            label), after which A and G have no randomness but the data's.
+            label), after which A and G have no randomness but the data's, unless events interact.
         generator: the source of signs, by default torch's global one.
         previous: the ``blocks`` of earlier batches, to average with.
         decay: γ, in [0, 1): in the average an estimate of k updates ago has the weight γᵏ. Corrected values are of this
-            batch alone, since the basis is new.
+            batch alone, since the basis is new. Blocks of layers that the model no longer has in this form, a bias
+            being frozen or thawed, are dropped.
 
     Attributes:
         blocks: by the indices of the parameters that they are of: (weight,), (weight, bias), or any single one. Where
             the gradients were not finite, neither are their values.
 
     Raises:
-        ValueError: if an argument is out of its range, or ``fisher`` is of a function or of another metric.
+        ValueError: if an argument is out of its range, ``fisher`` is of a function or of another metric, or
+            ``previous`` is of layers of other sizes.
         RuntimeError: if the parameters have changed since ``fisher`` was made.
     """
 
@@ -133,9 +140,13 @@ class KroneckerFisher:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.parameters = fisher.parameters
-        outputs, calls = _record(fisher.linearization)
+        outputs, layers, calls = _record(fisher.linearization)
         past = dict(previous or {})
-        kept = {key: block for key, block in past.items() if isinstance(block, Block)}  # also if not in use today
+        keys = set(layers.values())  # no two of them share a parameter, so that no two blocks do
+        # Also of a layer that is not in use today.
+        kept = {key: block for key, block in past.items() if isinstance(block, Block) and key in keys}
+        for key, block in kept.items():
+            _check_size(block, key, self.parameters)
         inside = {index for key in (*calls, *kept) for index in key}
         rest = [index for index in range(len(self.parameters.tensors)) if index not in inside]
         self.blocks: dict[_Key, Block | Multiple] = dict(kept)
@@ -149,32 +160,55 @@ class KroneckerFisher:
                 self.blocks[key] = Block(*pair, s, u, t, v, torch.outer(t, s), updates)
             for index, mean in means.items():
                 before = past.get((index,))
+                before = before if isinstance(before, Multiple) else None
                 updates, newest = _count(before, decay)
                 self.blocks[index,] = Multiple(mean if before is None else before.values.lerp(mean, newest), updates)
             if corrected:
-                self._correct(pulled, fisher.events, fisher.process_group)
+                apart = _by_event(fisher.linearization, layers)
+                for key in calls.keys() - apart:
+                    warnings.warn(
+                        f"EKFAC takes K-FAC's values for {self.parameters.names[key[0]]!r}: the rows of its inputs are "
+                        "not in the order of the events, the leading axis of the outputs. Let the layer see the batch "
+                        "on its leading axis to have them corrected",
+                        stacklevel=3,
+                    )
+                self._correct([{k: v for k, v in uses.items() if k in apart} for uses in pulled], fisher)
 
-    def _correct(self, pulled: list[tuple[_Key, _Call, Tensor]], events: int, group: dist.ProcessGroup | None) -> None:
+    def _correct(self, pulled: list[_Pulled], fisher: Fisher) -> None:
         """Second moments of the gradients, event by event, in the place of the products of eigenvalues."""
-        moments = {key: torch.zeros_like(self.blocks[key].values) for key in dict.fromkeys(key for key, *_ in pulled)}
-        for key, call, gradient in pulled:
+        moments: dict[_Key, Tensor] = {}
+        for key, uses in ((key, uses) for probe in pulled for key, uses in probe.items()):
             block = self.blocks[key]
             assert isinstance(block, Block)
-            size = max(call.patch_elements, block.values.numel())
-            for x, g in zip(call.inputs.split(_events(size)), gradient.split(_events(size))):
-                a = _patches(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis
-                g = g @ block.output_basis
-                if g.shape[1] == 1:
-                    moments[key] += g[:, 0].square().T @ a[:, 0].square() / events
+            moment = moments.setdefault(key, torch.zeros_like(block.values))
+            events = _events(max(block.values.numel(), *(call.patch_elements for call, _ in uses)))
+            for parts in zip(*(zip(call.inputs.split(events), g.split(events)) for call, g in uses), strict=True):
+                pairs = [
+                    (g @ block.output_basis, _patches(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis)
+                    for (call, _), (x, g) in zip(uses, parts)
+                ]
+                if len(pairs) == 1 and pairs[0][0].shape[1] == 1:
+                    g, a = (x[:, 0].square() for x in pairs[0])
+                    moment += g.T @ a / fisher.events
                 else:
-                    moments[key] += (g.transpose(1, 2) @ a).square().sum(0) / events
-        average_(moments.values(), group)
+                    gradients = torch.stack([g.transpose(1, 2) @ a for g, a in pairs]).sum(0)
+                    moment += gradients.square().sum(0) / fisher.events
+        average_(moments.values(), fisher.process_group)
         for key, moment in moments.items():
             self.blocks[key] = self.blocks[key]._replace(values=moment)
 
     @classmethod
     def of(cls, parameters: Parameters, blocks: Mapping[_Key, Block | Multiple]) -> Self:
-        """F̂ with the given ``blocks``."""
+        """F̂ with the given ``blocks``.
+
+        Raises:
+            ValueError: unless they hold each parameter once.
+        """
+        held = sorted(index for key in blocks for index in key)
+        if held != list(range(len(parameters.tensors))):
+            raise ValueError(
+                f"blocks must hold each of {len(parameters.tensors)} parameters once, got those of indices {held}"
+            )
         self = cls.__new__(cls)
         self.parameters, self.blocks = parameters, dict(blocks)
         return self
@@ -243,6 +277,16 @@ class KroneckerFisher:
         return w.T if v.ndim == 2 else w.squeeze(0)
 
 
+def _check_size(block: Block, key: _Key, parameters: Parameters) -> None:
+    weight = parameters.tensors[key[0]]
+    size = (len(weight), weight.numel() // max(len(weight), 1) + len(key) - 1)
+    if block.values.shape != size:
+        raise ValueError(
+            f"previous has factors of outputs and inputs {tuple(block.values.shape)} for {parameters.names[key[0]]!r}, "
+            f"which has {size}: take the blocks of this model"
+        )
+
+
 def _count(before: Block | Multiple | None, decay: float) -> tuple[Tensor, float]:
     """The number t of batches, with this one, and the weight of this one among 1, γ, γ², …: (1 − γ) / (1 − γᵗ)."""
     updates = torch.ones((), dtype=torch.int64) if before is None else before.updates + 1
@@ -258,23 +302,24 @@ def _moments(
     generator: Generator | None,
     *,
     keep: bool,
-) -> tuple[dict[_Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[tuple[_Key, _Call, Tensor]]]:
-    """A and G of each layer, the mean diagonal of every other parameter, and to ``keep`` the gradients they are of."""
+) -> tuple[dict[_Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[_Pulled]]:
+    """A and G of each layer, the mean diagonal of every other parameter; and to ``keep``, each probe's gradients."""
     dtype, leaves = fisher.dtype, fisher.linearization.leaves
     inputs = {key: _input_factor(made, len(key) > 1, dtype) for key, made in calls.items()}
     factors = {key: inputs[key].new_zeros(made[0].width, made[0].width) for key, made in calls.items()}
     means = {index: torch.zeros((), dtype=dtype, device=outputs.device) for index in rest}
     uses = [(key, call) for key, made in calls.items() for call in made]
     targets: list[Any] = [*(call.output for _, call in uses), *(leaves[index] for index in rest)]
-    pulled: list[tuple[_Key, _Call, Tensor]] = []
+    pulled: list[_Pulled] = []
     for u in fisher.factor_vectors(probes, generator):
         gradients = torch.autograd.grad(outputs, targets, u, retain_graph=True, allow_unused=True)
+        pulled.append({})
         for (key, call), gradient in zip(uses, gradients):
             if gradient is not None:
                 g = _positions(call.module, gradient).to(dtype)
                 factors[key] += g.flatten(0, 1).T @ g.flatten(0, 1) / fisher.events
                 if keep:
-                    pulled.append((key, call, g))
+                    pulled[-1].setdefault(key, []).append((call, g))
         for index, gradient in zip(rest, gradients[len(uses) :]):
             if gradient is not None and gradient.numel():
                 means[index] += gradient.to(dtype).square().mean() / fisher.events
@@ -306,11 +351,14 @@ class _Call(NamedTuple):
     patch_elements: int  #: of the patches of one event
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_Pulled = dict[_Key, list[tuple[_Call, Tensor]]]  # the gradients of one probe at the outputs of every call
+
+#: Exactly these, since a layer's forward pass is written out here (`_recorded`); a subclass may have another.
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, _Key]:
-    """The modules that have factors, with the indices of their weight and bias.
+    """The modules that may have factors, with the indices of their weight and bias; no two keys overlap.
 
     A weight in several modules is one layer, unless these have several biases.
     """
@@ -320,9 +368,8 @@ def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, _Key]:
     index = {name: i for i, name in enumerate(parameters.names)}
     found: dict[nn.Module, _Key] = {}
     for module in model.modules():
-        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        convolution = any(isinstance(module, c) and type(module).forward is c.forward for c in _CONVOLUTIONS)
-        if linear or (convolution and module.groups == 1):
+        plain = type(module) in _LAYERS and not {"forward", "_conv_forward"} & vars(module).keys()
+        if plain and getattr(module, "groups", 1) == 1:
             own = [module._parameters.get(name) for name in ("weight", "bias")]
             key = tuple(index[names[id(p)]] for p in own if p is not None and names[id(p)] in index)
             if own[0] is not None and names[id(own[0])] in index:
@@ -334,29 +381,117 @@ def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, _Key]:
     return {module: key for module, key in found.items() if key in alone}
 
 
-def _record(linearization: Linearization) -> tuple[Tensor, dict[_Key, list[_Call]]]:
-    """The forward pass as a graph, and every use of a layer in it."""
-    calls: dict[_Key, list[_Call]] = {}
+def _record(linearization: Linearization) -> tuple[Tensor, dict[nn.Module, _Key], dict[_Key, list[_Call]]]:
+    """The forward pass as a graph, the layers that have factors, and every use of them in it.
+
+    The layers compute with copies of their parameters. What still reaches the parameters themselves are uses that are
+    no call of the layer (a tied embedding, `functional.linear` with the weight), and such a layer has no factors: the
+    gradient of its weight is not Σ g āᵀ over its calls.
+    """
     layers = _layers(linearization.model, linearization.parameters)
+    while True:
+        outputs, calls = _call_layers(linearization, layers)
+        reached = _reached(outputs)
+        used = {key for key in layers.values() if any(id(linearization.leaves[index]) in reached for index in key)}
+        if not used:
+            return outputs, layers, calls
+        layers = {module: key for module, key in layers.items() if key not in used}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if output.requires_grad:
-            x = _batched(module, (args[0] if args else kwargs["input"]).detach())
-            y = _batched(module, output)
-            width = y.shape[-1] if isinstance(module, nn.Linear) else y.shape[1]
-            weight = cast(Tensor, module.weight)
-            patch_elements = y[0].numel() // width * (weight.numel() // width + 1) if len(y) else 0
-            calls.setdefault(layers[module], []).append(
-                _Call(module, x, get_gradient_edge(output), width, patch_elements)
-            )
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in layers]
+def _call_layers(
+    linearization: Linearization, layers: Mapping[nn.Module, _Key]
+) -> tuple[Tensor, dict[_Key, list[_Call]]]:
+    """The forward pass, and the calls of the layers in it, on copies of their parameters."""
+    calls: dict[_Key, list[_Call]] = {}
     try:
-        outputs = linearization.record()
+        for module, key in layers.items():
+            module.forward = _recorded(module, calls, key)
+        return linearization.record(), calls
     finally:
-        for handle in handles:
-            handle.remove()
-    return outputs, calls
+        for module in layers:
+            vars(module).pop("forward", None)
+
+
+def _recorded(module: nn.Module, calls: dict[_Key, list[_Call]], key: _Key) -> Callable[[Tensor], Tensor]:
+    """The layer's own forward pass, on copies of its parameters, and writing down the call."""
+
+    def forward(input: Tensor) -> Tensor:
+        layer = cast(nn.Conv2d, module)  # or another of `_LAYERS`
+        # What no graph holds, and what stands for many tensors at once, cannot be written down.
+        if not torch.is_grad_enabled() or input.is_nested or is_functorch_wrapped_tensor(input):
+            return type(layer).forward(layer, input)
+        weight = layer.weight.detach().requires_grad_()
+        bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
+        if isinstance(module, nn.Linear):
+            output = functional.linear(input, weight, bias)
+        else:
+            output = layer._conv_forward(input, weight, bias)
+        y = _batched(module, output)
+        width = len(weight)
+        patch_elements = y[0].numel() // width * (weight.numel() // width + 1) if y.numel() else 0
+        call = _Call(module, _batched(module, input.detach()), get_gradient_edge(output), width, patch_elements)
+        calls.setdefault(key, []).append(call)
+        return output
+
+    return forward
+
+
+def _reached(outputs: Tensor) -> set[int]:
+    """The tensors that the graph ends in, by their ids."""
+    seen, todo = set(), [outputs.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [node for node, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")} | {id(outputs)}
+
+
+def _by_event(linearization: Linearization, layers: Mapping[nn.Module, _Key]) -> set[_Key]:
+    """The layers whose inputs have one row for each event, in the order of the outputs' leading axis.
+
+    Gradients show it: if u is scaled event by event, those at the row of an event are scaled as its u is, and powers of
+    two change no digit. Where sequences come first, inputs are stacked or events see each other, they are not.
+
+    Batch normalisation, by which the events of every layer see each other, uses its running statistics here: what
+    events share by the batch's is left out of EKFAC's values, as it is out of K-FAC's.
+    """
+    model = cast(nn.Module, linearization.model)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    try:
+        for norm in norms:
+            norm.training = False
+        outputs, calls = _call_layers(linearization, layers)
+    finally:
+        for norm in norms:
+            norm.training = True
+    outputs = outputs.unsqueeze(0) if outputs.ndim == 1 else outputs
+    exponents = torch.randint(8, outputs.shape[:1], generator=Generator().manual_seed(0))
+    scale = torch.ones(len(outputs)).ldexp(exponents).to(outputs)
+    uses = [(key, call) for key, made in calls.items() for call in made]
+    if not uses:
+        return set()
+    u = torch.arange(outputs.numel(), device=outputs.device).to(outputs.dtype).cos_().view_as(outputs)
+    pair = [
+        torch.autograd.grad(outputs, [call.output for _, call in uses], x, retain_graph=True, allow_unused=True)
+        for x in (u, _along_first(scale, u) * u)
+    ]
+    mixed = {key for key, call in uses if len(call.inputs) != len(outputs)}
+    keys, wrong = [], []
+    for (key, call), plain, scaled in zip(uses, *pair):
+        if plain is not None and plain.numel() and key not in mixed:
+            plain, scaled = _batched(call.module, plain), _batched(call.module, scaled)
+            error = scaled / _along_first(scale, scaled).to(scaled.dtype) - plain
+            keys.append(key)
+            wrong.append(error.abs().amax() > torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().amax())
+    if wrong:
+        mixed |= {key for key, is_wrong in zip(keys, torch.stack(wrong).tolist()) if is_wrong}
+    return calls.keys() - mixed
+
+
+def _along_first(x: Tensor, like: Tensor) -> Tensor:
+    """(N,) → (N, 1, …), of as many axes as ``like``."""
+    return x.view(-1, *[1] * (like.ndim - 1))
 
 
 def _batched(module: nn.Module, x: Tensor) -> Tensor:

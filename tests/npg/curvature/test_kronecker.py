@@ -307,9 +307,9 @@ def test_it_preconditions_conjugate_gradients():
     x = torch.randn(300, 20, generator=generator()) * torch.logspace(-2, 1, 20)
     fisher = Fisher(model, x, FAMILY)
     b = fisher @ torch.randn(fisher.shape[0], generator=generator())
-    plain = conjugate_gradient(fisher, b, damping=1e-5, rtol=1e-4, max_iterations=2000)
-    inverse = KroneckerFisher(fisher, probes=None).inverse(1e-5)
-    helped = conjugate_gradient(fisher, b, damping=1e-5, rtol=1e-4, max_iterations=2000, preconditioner=inverse)
+    plain = conjugate_gradient(fisher, b, damping=1e-6, rtol=1e-4, max_iterations=2000)
+    inverse = KroneckerFisher(fisher, probes=None).inverse(1e-6)
+    helped = conjugate_gradient(fisher, b, damping=1e-6, rtol=1e-4, max_iterations=2000, preconditioner=inverse)
     assert helped.residual_norm <= 1e-4
     assert helped.iterations < 0.5 * plain.iterations
 
@@ -486,3 +486,219 @@ def test_bad_arguments_are_refused():
         model[0].weight.add_(1)
     with pytest.raises(RuntimeError, match="make a new Fisher"):
         KroneckerFisher(fisher)
+
+
+# ------------------------------------------------------------- uses of a weight that are none, or several, of its layer
+
+
+class Tied(nn.Module):
+    """A decoder whose weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.decoder = nn.Linear(4, 5, bias=False)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.hidden(self.embedding(x)).tanh())
+
+
+class Transposed(nn.Module):
+    """An autoencoder that uses one weight in both directions, and one bias twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (self.encoder(x) + self.encoder.bias).tanh()
+        return self.head(functional.linear(h, self.encoder.weight.T))
+
+
+class Bilinear(nn.Module):
+    """A layer whose weight is added to the outputs as well, by nothing that has a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh() + self.layer.weight.sum(1)
+
+
+USED_ELSEWHERE = {"tied": Tied, "transposed": Transposed, "bilinear": Bilinear}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", USED_ELSEWHERE)
+def test_a_weight_that_is_used_outside_of_its_layer_has_a_multiple(name, corrected):
+    """The mean of its diagonal of F holds all of its uses: the trace is that of F."""
+    model = made(USED_ELSEWHERE[name])
+    x = torch.arange(40) % 5 if name == "tied" else torch.randn(40, 5, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    exact = fisher.dense()
+    draws = [KroneckerFisher(fisher, corrected=corrected, generator=generator(s)) for s in range(300)]
+    assert isinstance(draws[0].blocks[(0,)], Multiple)
+    traces = (
+        torch.stack([draw.blocks[(0,)].values for draw in draws])
+        * model.get_parameter(fisher.parameters.names[0]).numel()
+    )
+    expected = torch.diagonal(exact)[spans(model)[0]].sum()
+    assert abs(traces.mean() - expected) < 5 * traces.std() / math.sqrt(len(draws))
+    assert traces.std() / math.sqrt(len(draws)) < 0.1 * expected
+    others = [key for key, block in draws[0].blocks.items() if isinstance(block, Block)]
+    assert len(others) == (name != "bilinear"), "the other layers have their factors"
+
+
+class Several(nn.Module):
+    """One layer, called twice on the batch, once on something that is smaller, or with other rows than the events'."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 6, 4)
+        n = len(x)
+        if self.way == "called twice":
+            h = self.layer(self.layer(x).tanh()).mean(1)
+        elif self.way == "called on parts":
+            h = self.layer(x[:, :2]).sum(1) + self.layer(x[:, 2])
+        elif self.way == "sequence first":
+            h = self.layer(x.transpose(0, 1)).tanh().mean(0)
+        elif self.way == "stacked":
+            first, second = self.layer(torch.cat([x[:, 0], x[:, 1]])).split(n)
+            h = first * second
+        elif self.way == "flattened":
+            h = self.layer(x.flatten(0, 1)).view(n, 6, 4).tanh().mean(1)
+        elif self.way == "shuffled":
+            h = self.layer(x[:, 0].flip(0)).flip(0)
+        elif self.way == "mean over the batch":
+            h = self.layer(x[:, 0])
+            h = h - h.mean(0)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("way", ["called twice", "called on parts"])
+def test_corrected_values_sum_over_the_calls_of_an_event_before_they_square(way, assert_close):
+    model, x = made(lambda: Several(way)), torch.randn(6, 6, 4, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    block = KroneckerFisher(fisher, probes=None, corrected=True).blocks[0, 1]
+    here = inside(model, block, (0, 1))
+    basis = torch.kron(block.output_basis, block.input_basis)
+    assert_close(block.values.flatten(), torch.diagonal(basis.T @ fisher.dense()[here][:, here] @ basis))
+
+
+@pytest.mark.parametrize("events", [6, 5])  # 6: as many as positions
+@pytest.mark.parametrize("way", ["sequence first", "stacked", "flattened", "shuffled", "mean over the batch"])
+def test_layers_whose_rows_are_not_the_events_keep_the_values_of_kfac(way, events):
+    model, x = made(lambda: Several(way)), torch.randn(events, 6, 4, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    with pytest.warns(UserWarning, match=r"K-FAC's values for 'layer\.weight'.*the batch on its leading axis"):
+        corrected = KroneckerFisher(fisher, corrected=True, generator=generator())
+    plain = KroneckerFisher(fisher, generator=generator())
+    assert torch.equal(corrected.blocks[0, 1].values, plain.blocks[0, 1].values)
+    assert not torch.equal(corrected.blocks[2, 3].values, plain.blocks[2, 3].values)
+
+
+def test_batch_normalisation_lets_events_be_told_apart(assert_close, recwarn):
+    """In training mode the values are those of gradients event by event, as they come out of the graph."""
+    model = made(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)))
+    x = torch.randn(8, 4, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    block = KroneckerFisher(fisher, corrected=True, generator=generator()).blocks[0, 1]
+    assert not recwarn.list
+    assert all(module.training for module in model)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), statistics))
+    (u,) = fisher.factor_vectors(1, generator())
+    h = model[0](x)
+    (g,) = torch.autograd.grad(model[1:](h), h, u)
+    a = torch.cat([x, torch.ones(8, 1)], 1)
+    assert_close(block.values, ((g @ block.output_basis).square().T @ (a @ block.input_basis).square()) / 8)
+
+
+def doubled(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def patched(layer: nn.Linear) -> None:
+    layer.forward = lambda x: 2 * functional.linear(x, layer.weight, layer.bias)
+
+
+class Own(nn.Conv2d):
+    """A convolution whose forward pass is not replaced, but what it calls is."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_hooks_that_change_what_a_layer_returns(corrected, assert_close):
+    """The factors are those of the layer itself, whatever hooks make of its inputs and outputs."""
+    model = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    model[0].register_forward_hook(doubled)
+    model[1].register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    fisher = Fisher(model, torch.randn(20, 3, generator=generator()), families.Gaussian())
+    exact = fisher.dense()
+    expected = torch.block_diag(exact[:16, :16], exact[16:, 16:])
+    assert_close(KroneckerFisher(fisher, probes=None, corrected=corrected).dense(), expected)
+
+
+def test_layers_with_a_forward_pass_of_their_own_have_none():
+    model = made(lambda: nn.Sequential(Own(1, 2, 2), nn.Flatten(), nn.Linear(8, 3), nn.Linear(3, 3)))
+    patched(model[2])
+    fisher = Fisher(model, torch.randn(4, 1, 3, 3, generator=generator()), FAMILY)
+    kinds = {key: type(block) for key, block in KroneckerFisher(fisher).blocks.items()}
+    assert kinds == {(4, 5): Block, (0,): Multiple, (1,): Multiple, (2,): Multiple, (3,): Multiple}
+
+
+def test_calls_under_vmap_count_as_uses_outside_of_the_layer():
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.vmap(self.layer)(x))
+
+    blocks = KroneckerFisher(Fisher(made(Mapped), torch.randn(5, 4, generator=generator()), FAMILY)).blocks
+    assert {key: type(block) for key, block in blocks.items()} == {(2, 3): Block, (0,): Multiple, (1,): Multiple}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("thawed", ["0.bias", "0.weight", "0.", "2.bias"])
+def test_blocks_never_overlap_when_parameters_are_frozen_and_thawed(thawed, corrected, assert_close):
+    """Freeze, take the blocks, thaw, and average with them: those of the layer in its present form, once."""
+    model, x = made(NETWORKS["mlp"][0]), torch.randn(9, 5, generator=generator())
+    names = [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(thawed))
+    frozen = KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected)
+    places = [names.index(name) for name in frozen.parameters.names]
+    previous = {tuple(places[i] for i in key): block for key, block in frozen.blocks.items()}
+    model.requires_grad_(True)
+    fisher = Fisher(model, x, FAMILY)
+    after = KroneckerFisher(fisher, probes=None, corrected=corrected, previous=previous, decay=0.9)
+    assert sorted(i for key in after.blocks for i in key) == [0, 1, 2, 3]
+    assert_close(after.dense(), KroneckerFisher(fisher, probes=None, corrected=corrected).dense())
+    assert_close(after.inverse(0.1)(after.dense() @ torch.ones(39) + 0.1), torch.ones(39))
+    model[0].bias.requires_grad_(False)
+    former = {(0, 1): after.blocks[0, 1], (1, 2): after.blocks[2, 3]}  # the first of a layer that is no longer so
+    fewer = KroneckerFisher(Fisher(model, x, FAMILY), previous=former, decay=0.9)
+    assert {key: int(block.updates) for key, block in fewer.blocks.items()} == {
+        (0,): 1,
+        (1, 2): int(after.blocks[2, 3].updates) + 1,
+    }
+
+
+def test_blocks_of_another_model_are_refused():
+    model, x = made(NETWORKS["mlp"][0]), torch.randn(9, 5, generator=generator())
+    fisher = Fisher(model, x, FAMILY)
+    blocks = KroneckerFisher(fisher).blocks
+    swapped = {(0, 1): blocks[2, 3], (2, 3): blocks[0, 1]}
+    with pytest.raises(ValueError, match=r"previous has factors .*\(3, 5\) for '0\.weight', which has \(4, 6\)"):
+        KroneckerFisher(fisher, previous=swapped)
+    with pytest.raises(ValueError, match=r"each of 4 parameters once, got those of indices \[0, 0, 1, 2, 3\]"):
+        KroneckerFisher.of(fisher.parameters, {**blocks, (0,): Multiple(torch.ones(()), torch.ones(()))})

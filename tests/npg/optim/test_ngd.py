@@ -1,6 +1,8 @@
 """NGD: the natural step as an optimizer."""
 
+import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -259,6 +261,23 @@ def test_kfac_goes_on_when_parameters_are_frozen_and_thawed():
     assert len(optimizer.state[model[2].weight]["kfac_inputs"]) == len(factor) - 1
     model[2].bias.requires_grad_(True)
     assert all(optimizer.step(x, y).accepted for x, y in data[15:])
+
+
+@pytest.mark.parametrize("options", [{"solver": "kfac"}, {"solver": "ekfac"}, {"preconditioner": "kfac"}])
+@pytest.mark.parametrize("name", ["0.bias", "0.weight", "2.bias"])
+def test_a_step_after_a_parameter_was_thawed_is_that_of_a_new_optimizer(name, options):
+    """With no memory of earlier batches; and each parameter has one block."""
+    model = classifier()
+    make = partial(NGD, family=families.Categorical(), damping=0.1, probes=None, factor_decay=0.0, **options)
+    optimizer = make(model)
+    first, second = batches(2)
+    model.get_parameter(name).requires_grad_(False)
+    optimizer.step(*first)
+    model.get_parameter(name).requires_grad_(True)
+    twin = copy.deepcopy(model)
+    optimizer.step(*second)
+    make(twin).step(*second)
+    torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-12)
 
 
 def test_one_iteration_from_kfac_is_its_direction_at_the_best_length_for_the_fisher():

@@ -1,0 +1,1 @@
+"""What a training run is, whatever it trains; `npg.vision` and `agents` say what is in theirs."""

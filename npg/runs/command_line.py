@@ -1,0 +1,79 @@
+"""What the scripts share: a parser that names the nearest options, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from npg.runs.presets import check_names
+
+__all__ = ["MISTAKES", "Parser", "command"]
+
+MISTAKES = (ValueError, OSError)
+"""What bad input raises before any work: shown as a message, without a traceback."""
+
+
+def command() -> str:
+    """The command line that runs, as a shell takes it."""
+    return shlex.join([sys.executable, *sys.argv])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse within 80 columns, with whole option names only; under ``torchrun`` the first process speaks for all.
+
+    Args:
+        usage: without the word "usage".
+        description: what the script does.
+        epilog: examples.
+        others: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, usage: str, description: str | None, epilog: str | None = None, **others: Any) -> None:
+        def layout(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=80)
+
+        super().__init__(
+            usage=usage, description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False, **others
+        )
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """`parse_args`, but an unknown option's error names the nearest known ones."""
+        namespace, unknown = self.parse_known_args(arguments)
+        options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
+        try:
+            check_names("option", options, [o for o in self._option_string_actions if o.startswith("--")])
+        except ValueError as error:
+            self.error(str(error))
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return namespace
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super()._print_message(message, file)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one message."""
+        message = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    @contextmanager
+    def training(self, go_on: str, *stops: type[Exception]) -> Iterator[None]:
+        """What ends a training in this block ends the script with one message, and `go_on`, which says how to continue.
+
+        Errors of the system, such as a disk that is full, and `stops` have status 1; a second Ctrl-C has 130.
+        """
+        ends: tuple[type[Exception], ...] = (OSError, *stops)
+        try:
+            yield
+        except ends as error:
+            if isinstance(error, OSError) and error.errno is None:  # not of the system
+                raise
+            self.exit(1, f"{self.prog}: error: {error}. {go_on}\n")
+        except KeyboardInterrupt:
+            self.exit(130, f"ended at once. {go_on}\n")

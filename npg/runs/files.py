@@ -1,0 +1,78 @@
+"""Files that are replaced as one, and tables: a row for each update, epoch or evaluation."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Table", "read_columns", "read_rows", "replacing", "write_rows"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file at, which takes `path`'s place only when the block ends without an exception.
+
+    A reader, or a run that is killed, sees the old file or the new one and nothing between.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a table; none where there is no file."""
+    return _read(path, 0)[1]
+
+
+def read_columns(path: Path, skip: int = 0) -> dict[str, npt.NDArray[np.float64]]:
+    """The columns of a table of numbers, after `skip` lines of another kind; none where there is no file."""
+    names, rows = _read(path, skip)
+    return {name: np.array([float(row[name]) for row in rows]) for name in names}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a table as one. Its columns are those of all rows; where a row lacks one, the cell is empty."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Table:
+    """A table to append to. An existing file is continued, and gains the columns that it lacks."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns = _read(path, 0)[0]
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row at the end."""
+        if row.keys() <= set(self._columns):
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        else:
+            write_rows(self.path, [*read_rows(self.path), row])
+            self._columns = _read(self.path, 0)[0]
+
+
+def _read(path: Path, skip: int) -> tuple[list[str], list[dict[str, str]]]:
+    if not path.is_file():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        for _ in range(skip):
+            file.readline()
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if None not in row.values()]  # a last line may be incomplete
+        return list(reader.fieldnames or ()), rows

@@ -1,0 +1,100 @@
+"""The folder of a run, and what ran in it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from npg.runs.files import replacing
+
+__all__ = ["RunFolder", "refuse_existing", "run_of", "versions"]
+
+
+class RunFolder:
+    """What every run leaves: ``config.yaml``, ``command.txt`` and ``checkpoints/``; JSON files beside them.
+
+    Args:
+        path: of the folder, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            FileExistsError: as `refuse_existing`.
+        """
+        refuse_existing(self.path)
+        self.checkpoints.mkdir(parents=True)
+
+    def begin(self, config: Mapping[str, Any], command: str) -> None:
+        """Write the configuration, and append the command that now works in the folder."""
+        with replacing(self.path / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+            file.write(command + "\n")
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write `content` to a file of the folder."""
+        path = self.path / name
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return path
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise FileExistsError if there is anything at `path` but an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"run folder {path} exists: continue it with --resume {path}, or name another with --run-dir"
+        )
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None for a file that lies anywhere else."""
+    parent = checkpoint.resolve().parent
+    return parent.parent if parent.name == "checkpoints" and (parent.parent / "config.yaml").is_file() else None
+
+
+def versions(packages: Iterable[str]) -> dict[str, Any]:
+    """The date, the versions of Python and of the packages (None is not installed), the machine, and the git commit."""
+    found: dict[str, Any] = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    found["python"] = platform.python_version()
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["platform"] = platform.platform()
+    found["processors"] = os.cpu_count()
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found["git_commit"] = _git("rev-parse", "HEAD")
+    found["git_modified"] = bool(_git("status", "--porcelain", "--untracked-files=no")) if found["git_commit"] else None
+    return found
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from npg.runs.checkpoints import CheckpointError, Checkpoints
+
+
+def filled(folder: Path) -> Checkpoints:
+    checkpoints = Checkpoints(folder, "model_", "_steps.zip")
+    for number in (9, 10, 256, 0):
+        checkpoints.path(number).touch()
+    for other in ("model_x_steps.zip", "model_9_steps.pkl", ".model_7_steps.zip.1.partial", "model_-1_steps.zip"):
+        (folder / other).touch()
+    return checkpoints
+
+
+def test_names_and_numbers(tmp_path: Path) -> None:
+    padded = Checkpoints(tmp_path, "epoch_", ".pt", digits=4)
+    assert [padded.path(n).name for n in (7, 12345)] == ["epoch_0007.pt", "epoch_12345.pt"]
+    assert [padded.number(padded.path(n)) for n in (0, 7, 12345)] == [0, 7, 12345]
+    assert padded.number(tmp_path / "epoch_0007xpt") is None
+    assert Checkpoints(tmp_path, "model_", "_steps.zip").path(256).name == "model_256_steps.zip"
+
+
+def test_the_newest_is_the_last_by_its_number(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path)
+    assert [checkpoints.number(path) for path in checkpoints.all()] == [0, 9, 10, 256]
+    assert Checkpoints(tmp_path / "none", "a", "b").all() == []
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [0, 9, 10, 256, 300]), (2, [256, 300]), (9, [0, 9, 10, 256, 300])])
+def test_the_newest_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path)
+    files = len(list(tmp_path.iterdir()))
+    assert checkpoints.write(300, {}, keep) == checkpoints.path(300)
+    assert [checkpoints.number(path) for path in checkpoints.all()] == left
+    assert len(list(tmp_path.iterdir())) == files - 4 + len(left)
+
+
+def test_another_is_offered_for_a_damaged_one(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path)
+    newest, second = checkpoints.path(256), checkpoints.path(10)
+    assert checkpoints.instead_of(newest) == f"; go on from an earlier one: --resume {second}"
+    assert checkpoints.instead_of(tmp_path / "last.zip") == f"; go on from an earlier one: --resume {newest}"
+    newest.unlink()
+    assert checkpoints.instead_of(newest).endswith(f"--resume {second}")
+    assert Checkpoints(tmp_path / "none", "a", "b").instead_of(newest) == ""
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt", digits=4)
+    path = checkpoints.write(3, {"config": {"lr": 0.1}, "a": torch.arange(3), "b": [1, None, "c"]})
+    assert path.name == "epoch_0003.pt"
+    state = checkpoints.read(path)
+    assert torch.equal(state.pop("a"), torch.arange(3))
+    assert state == {"config": {"lr": 0.1}, "b": [1, None, "c"]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("ran"),)  # type: ignore[return-value]
+
+
+def test_reading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
+    path = checkpoints.write(1, {"config": {}, "a": Code()})
+    with pytest.raises(CheckpointError, match=r"epoch_1.pt is truncated or damaged$"):
+        checkpoints.read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints, path = Checkpoints(tmp_path, "epoch_", ".pt"), tmp_path / "x.pt"
+    for content in ([1], {"a": 1}):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"x.pt is no checkpoint"):
+            checkpoints.read(path)
+    good = checkpoints.write(1, {"config": {}})
+    with pytest.raises(CheckpointError, match=f"truncated or damaged; go on from an earlier one: --resume {good}"):
+        checkpoints.read(tmp_path / "none.pt")

@@ -1,0 +1,97 @@
+import errno
+import shlex
+import sys
+
+import pytest
+
+from npg.runs.command_line import Parser, command
+
+
+@pytest.fixture
+def parser() -> Parser:
+    parser = Parser("train MODEL [options]", "Train.", "examples:\n  train it --timesteps 3 " + "x" * 30)
+    parser.add_argument("model")
+    parser.add_argument("--timesteps", type=int, help="how many steps of a kind that needs a long explanation " * 3)
+    return parser
+
+
+def test_options_are_parsed_in_any_order(parser: Parser) -> None:
+    args = parser.parse(["--timesteps", "3", "a"])
+    assert (args.model, args.timesteps) == ("a", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--timestep", "3"], "unknown option '--timestep': did you mean --timesteps"),
+        (["a", "--timestep=3"], "unknown option '--timestep': did you mean --timesteps"),
+        (["a", "b"], "unexpected argument 'b'"),
+        (["a", "--timesteps", "x"], "invalid int value: 'x'"),
+        ([], "the following arguments are required: model"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], message: str, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parser.parse(arguments)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"{parser.prog}: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_one_process_speaks_for_all(
+    parser: Parser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        parser.error("no")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        parser.error("several\n  lines")
+    assert capsys.readouterr().err == f"{parser.prog}: error: several lines\n"
+
+
+def test_help_fits_80_columns(
+    parser: Parser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        parser.parse(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "examples:\n  train it" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device. Go on."),
+        (FloatingPointError("loss is nan"), 1, "loss is nan. Go on."),
+        (KeyboardInterrupt(), 130, "ended at once. Go on."),
+    ],
+)
+def test_what_ends_a_training_says_how_to_go_on(
+    error: BaseException, status: int, message: str, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, parser.training("Go on.", FloatingPointError):
+        raise error
+    assert end.value.code == status
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("of an environment"), FloatingPointError(), RuntimeError()])
+def test_other_errors_keep_their_traceback(error: Exception, parser: Parser) -> None:
+    with pytest.raises(type(error)), parser.training("Go on."):
+        raise error
+
+
+def test_the_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--set", "a=[1, 2]"])
+    assert shlex.split(command()) == [sys.executable, "train.py", "--set", "a=[1, 2]"]

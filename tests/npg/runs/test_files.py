@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npg.runs.files import Table, read_columns, read_rows, replacing, write_rows
+
+
+def test_a_file_is_replaced_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("end", [OSError, KeyboardInterrupt])
+def test_what_is_not_whole_leaves_the_old_file(end: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def write() -> None:
+        with replacing(path) as partial:
+            partial.write_text("ne")
+            raise end
+
+    with pytest.raises(end):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_gains_the_columns_that_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    table = Table(path)
+    assert not path.exists()
+    table.append({"step": 1, "loss": 0.5})
+    table.append({"loss": 0.25, "step": 2})
+    assert path.read_text().splitlines() == ["step,loss", "1,0.5", "2,0.25"]
+    again = Table(path)
+    again.append({"step": 3})
+    again.append({"step": 4, "eval": 7.0})
+    again.append({"eval": 8.0, "step": 5, "loss": 0.1})
+    assert path.read_text().splitlines() == ["step,loss,eval", "1,0.5,", "2,0.25,", "3,,", "4,,7.0", "5,0.1,8.0"]
+    assert read_rows(path)[3] == {"step": "4", "loss": "", "eval": "7.0"}
+
+
+def test_columns(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    assert read_columns(path) == {}
+    assert read_rows(path) == []
+    write_rows(path, [{"a": 1, "b": 2.5}, {"a": 3, "b": -1}])
+    columns = read_columns(path)
+    assert list(columns) == ["a", "b"]
+    np.testing.assert_array_equal(columns["b"], [2.5, -1.0])
+    path.write_text("#{}\n" + path.read_text())
+    np.testing.assert_array_equal(read_columns(path, skip=1)["a"], [1.0, 3.0])
+    path.write_text("a,b\n")
+    assert [len(column) for column in read_columns(path).values()] == [0, 0]
+
+
+def test_an_incomplete_last_row_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1,2\n3")
+    assert read_rows(path) == [{"a": "1", "b": "2"}]
+    np.testing.assert_array_equal(read_columns(path)["a"], [1.0])
+
+
+def test_rows_are_replaced_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    write_rows(path, [{"a": 1}, {"a": 2, "b": 3}])
+    assert path.read_text().splitlines() == ["a,b", "1,", "2,3"]
+    write_rows(path, [{"c": 1}])
+    assert path.read_text().splitlines() == ["c", "1"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,78 @@
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from npg.runs import folder as module
+from npg.runs.folder import RunFolder, refuse_existing, run_of, versions
+
+
+def test_what_a_run_begins_with(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "run")
+    folder.make()
+    assert folder.checkpoints.is_dir()
+    config = {"seed": 3, "algo": "x", "options": {"lr": 0.1}}
+    folder.begin(config, "first")
+    folder.begin(config | {"seed": 4}, "second")
+    text = (folder.path / "config.yaml").read_text()
+    assert yaml.safe_load(text) == config | {"seed": 4}
+    assert text.startswith("seed: 4\nalgo: x\n")  # in the order that was given
+    assert (folder.path / "command.txt").read_text() == "first\nsecond\n"
+    path = folder.write_json("s.json", {"b": [1, None]})
+    assert json.loads(path.read_text()) == {"b": [1, None]}
+    assert sorted(p.name for p in folder.path.iterdir()) == ["checkpoints", "command.txt", "config.yaml", "s.json"]
+
+
+def test_an_empty_folder_is_taken_and_anything_else_is_left(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").make()
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "empty").make()
+    (tmp_path / "file").touch()
+    for name in ("new", "file"):
+        path = tmp_path / name
+        with pytest.raises(FileExistsError, match=f"{name} exists: continue it with --resume {path}, or name another"):
+            RunFolder(path).make()
+        with pytest.raises(FileExistsError):
+            refuse_existing(path)
+    refuse_existing(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_run_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    checkpoint = folder.checkpoints / "1.pt"
+    assert run_of(checkpoint) is None
+    folder.begin({}, "")
+    assert run_of(checkpoint) == folder.path
+    assert run_of(folder.path / "1.pt") is None
+    monkeypatch.chdir(folder.checkpoints)
+    assert run_of(Path("1.pt")) == folder.path
+
+
+def test_what_ran_where() -> None:
+    found = versions(["numpy", "no-such-package"])
+    assert list(found)[:4] == ["date", "python", "numpy", "no-such-package"]
+    assert found["numpy"] == importlib.metadata.version("numpy") == np.__version__
+    assert found["no-such-package"] is None
+    assert found["platform"] == platform.platform()
+
+
+def test_the_commit_is_that_of_this_source() -> None:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    assert versions([])["git_commit"] == (commit or None)
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object, **kwargs: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(module.subprocess, "run", missing)
+    found = versions([])
+    assert found["git_commit"] is found["git_modified"] is None

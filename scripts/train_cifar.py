@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from npg.parallel import World, open_world
+from npg.runs.command_line import MISTAKES, Parser
+from npg.runs.folder import run_of
+from npg.runs.presets import parse_settings
 from npg.vision import data
+from npg.vision.checkpoint import find_checkpoint, load_checkpoint
 from npg.vision.config import PRESETS, Config, load_config
 from npg.vision.models import KNOWN_MODELS
 from npg.vision.optimizers import OPTIMIZERS
-from npg.vision.run_folder import find_checkpoint, load_checkpoint, run_of
 from npg.vision.training import Trainer, TrainingStopped
 
 DEFAULT_PRESET = "tuned"
@@ -40,102 +42,59 @@ examples:
 CHANGEABLE = {"data", "device", "epochs", "keep_checkpoints", "stop_above", "threads"}
 
 
-def value(text: str) -> Any:
-    """A number, boolean, null, list or word, as YAML reads it; and 1e-3 is a number too."""
-    try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set has a value that is not YAML: {text!r}") from error
-    if isinstance(parsed, str):
-        try:
-            return float(parsed)
-        except ValueError:
-            return parsed
-    return parsed
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s MODEL OPTIMIZER [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+def make_parser() -> Parser:
+    parser = Parser("%(prog)s MODEL OPTIMIZER [options]", __doc__, EXAMPLES, argument_default=argparse.SUPPRESS)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="such as densenet-19 or wrn-16-4; see below")
     parser.add_argument("optimizer", metavar="OPTIMIZER", nargs="?", help="such as sgd or online-ngd; see below")
+    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"{' or '.join(PRESETS)}, or a YAML file of your own [{DEFAULT_PRESET}]",
-    )
-    run.add_argument("--run-dir", type=Path, metavar="DIR", help="a new folder for all results [runs/…]")
-    run.add_argument(
-        "--resume",
-        type=Path,
-        metavar="PATH",
-        help="go on from a run folder, or from one checkpoint file; with --run-dir in a folder of its own",
-    )
-    run.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
-    run.add_argument(
-        "--stop-above", type=float, metavar="PERCENT", help="end after the first epoch above this accuracy"
-    )
-    run.add_argument("--seed", type=int, metavar="N", help="of initial weights, order and augmentation [0]")
-    run.add_argument("--keep-checkpoints", type=int, metavar="N", help="keep the newest N; 0 keeps all")
+    add = parser.add_argument_group("run").add_argument
+    presets = f"{' or '.join(PRESETS)}, or a YAML file of your own [{DEFAULT_PRESET}]"
+    add("--preset", metavar="NAME", help=presets)
+    add("--run-dir", type=Path, metavar="DIR", help="a new folder for all results [runs/…]")
+    resume = "go on from a run folder, or from one checkpoint file; with --run-dir in a folder of its own"
+    add("--resume", type=Path, metavar="PATH", help=resume)
+    add("--epochs", type=int, metavar="N", help="passes over the training images")
+    add("--stop-above", type=float, metavar="PERCENT", help="end after the first epoch above this accuracy")
+    add("--seed", type=int, metavar="N", help="of initial weights, order and augmentation [0]")
+    add("--keep-checkpoints", type=int, metavar="N", help="keep the newest N; 0 keeps all")
 
-    images = parser.add_argument_group("data")
-    images.add_argument(
-        "--data",
-        metavar="PATH",
-        help="CIFAR-10's archive, or images in train/<class>/ and test/<class>/, in a folder or an archive [download]",
-    )
-    images.add_argument("--limit-train", type=int, metavar="N", help="train on N images only")
-    images.add_argument("--validation-size", type=int, metavar="N", help="training images held out [5000]")
-    images.add_argument(
-        "--eval-on",
-        choices=("validation", "test"),
-        help="test: hold nothing out, and look at the test set after each epoch, as the report did [validation]",
-    )
-    images.add_argument("--augment", action=argparse.BooleanOptionalAction, help="random crops and mirror images")
+    add = parser.add_argument_group("data").add_argument
+    layouts = "CIFAR-10's archive, or images in train/<class>/ and test/<class>/, in a folder or an archive [download]"
+    add("--data", metavar="PATH", help=layouts)
+    add("--limit-train", type=int, metavar="N", help="train on N images only")
+    add("--validation-size", type=int, metavar="N", help="training images held out [5000]")
+    test = "test: hold nothing out, and look at the test set after each epoch, as the report did [validation]"
+    add("--eval-on", choices=("validation", "test"), help=test)
+    add("--augment", **switch, help="random crops and mirror images")
 
-    step = parser.add_argument_group("optimisation")
-    step.add_argument("--lr", type=float, metavar="F", help="learning rate, at its highest")
-    step.add_argument("--momentum", type=float, metavar="F", help="where the optimizer has one")
-    step.add_argument("--weight-decay", type=float, metavar="F", help="in the optimizer's own sense")
-    step.add_argument(
-        "--set", type=str, nargs="+", action="extend", metavar="KEY=VALUE", help="any option of the optimizer"
-    )
-    step.add_argument("--batch-size", type=int, metavar="N", help="of all processes together")
-    step.add_argument("--schedule", choices=("constant", "step", "cosine"), help="of the learning rate")
-    step.add_argument(
-        "--milestones", type=float, nargs="*", metavar="F", help="of the step schedule, as fractions of the run"
-    )
-    step.add_argument("--gamma", type=float, metavar="F", help="factor of the learning rate at a milestone")
-    step.add_argument("--warmup", type=float, metavar="F", help="fraction of the run with a growing learning rate")
-    step.add_argument("--label-smoothing", type=float, metavar="F", help="share of the target spread over all classes")
-    step.add_argument("--ema", type=float, metavar="DECAY", help="evaluate an average of the weights, such as 0.999")
-    step.add_argument("--dropout", type=float, metavar="P", help="inside the models' blocks")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=float, metavar="F", help="learning rate, at its highest")
+    add("--momentum", type=float, metavar="F", help="where the optimizer has one")
+    add("--weight-decay", type=float, metavar="F", help="in the optimizer's own sense")
+    add("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="any option of the optimizer")
+    add("--batch-size", type=int, metavar="N", help="of all processes together")
+    add("--schedule", choices=("constant", "step", "cosine"), help="of the learning rate")
+    milestones = "of the step schedule, as fractions of the run"
+    add("--milestones", type=float, nargs="*", metavar="F", help=milestones)
+    add("--gamma", type=float, metavar="F", help="factor of the learning rate at a milestone")
+    add("--warmup", type=float, metavar="F", help="fraction of the run with a growing learning rate")
+    add("--label-smoothing", type=float, metavar="F", help="share of the target spread over all classes")
+    add("--ema", type=float, metavar="DECAY", help="evaluate an average of the weights, such as 0.999")
+    add("--dropout", type=float, metavar="P", help="inside the models' blocks")
 
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … [cuda where there is one]")
-    speed.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU [its own choice]")
-    for name, text in (
-        ("amp", "bfloat16 autocast"),
-        ("channels-last", "NHWC layout"),
-        ("compile", "torch.compile"),
-        ("deterministic", "deterministic algorithms only"),
-    ):
-        speed.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    add = parser.add_argument_group("speed").add_argument
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, … [cuda where there is one]")
+    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU [its own choice]")
+    add("--amp", **switch, help="bfloat16 autocast")
+    add("--channels-last", **switch, help="NHWC layout")
+    add("--compile", **switch, help="torch.compile")
+    add("--deterministic", **switch, help="deterministic algorithms only")
 
-    many = parser.add_argument_group("several processes (torchrun)")
-    many.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="BatchNorm over all processes (CUDA)")
-    many.add_argument(
-        "--average-every", type=int, metavar="K", help="average parameters every K steps, not gradients at each"
-    )
-    return parser.parse_args(arguments)
+    add = parser.add_argument_group("several processes (torchrun)").add_argument
+    add("--sync-bn", **switch, help="BatchNorm over all processes (CUDA)")
+    add("--average-every", type=int, metavar="K", help="average parameters every K steps, not gradients at each")
+    return parser
 
 
 def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
@@ -144,12 +103,7 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     preset, resume = options.pop("preset", None), options.pop("resume", None)
     if "data" in options and Path(options["data"]).exists():
         options["data"] = str(Path(options["data"]).resolve())  # a run may go on from another folder
-    optimizer_options: dict[str, Any] = {}
-    for pair in options.pop("set", []):
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes KEY=VALUE, such as rank=40; got {pair!r}")
-        optimizer_options[key] = value(text)
+    optimizer_options = parse_settings(options.pop("set", []))
     optimizer_options |= {key: options.pop(key) for key in ("lr", "momentum", "weight_decay") if key in options}
     if resume is None:
         if model is None or optimizer is None:
@@ -171,42 +125,48 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     return dataclasses.replace(Config(**saved), **asked), checkpoint
 
 
-def train(config: Config, run_dir: Path, checkpoint: Path | None, world: World) -> int:
-    """Train and tell; what goes wrong in all processes alike is told by the main one."""
+def prepare(config: Config, run_dir: Path | None, checkpoint: Path | None, world: World) -> Trainer:
+    if run_dir is None and checkpoint is not None:
+        run_dir = run_of(checkpoint)
+        if run_dir is None:
+            raise ValueError(f"{checkpoint} lies in no run folder: say with --run-dir NEW where to go on")
+    elif run_dir is None:
+        name = f"{config.model}_{config.optimizer}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = Path("runs") / name
+    images = world.main_first(lambda: data.load(config.data, progress=sys.stderr.isatty() and world.is_main))
+    return Trainer(config, images, run_dir, world, checkpoint=checkpoint)
+
+
+def train(trainer: Trainer, parser: Parser) -> int:
+    folder = trainer.folder
+    go_on = folder and f"Whole epochs are kept, and go on with:\n  python {sys.argv[0]} --resume {folder.path}"
     try:
-        images = world.main_first(lambda: data.load(config.data, progress=sys.stderr.isatty() and world.is_main))
-        summary = Trainer(config, images, run_dir, world, checkpoint=checkpoint).run()
-    except (ValueError, TrainingStopped) as error:
-        if world.is_main:
-            print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingStopped) else 2
-    if world.is_main:
+        with parser.training(go_on or ""):
+            summary = trainer.run()
+    except TrainingStopped as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except ValueError as error:  # an optimizer met what it cannot do
+        parser.error(str(error))
+    if folder is not None:
         print(
             f"{summary['evaluated_on']} top-1: best {summary['best_top1']:.2f}, final {summary['final_top1']:.2f}; "
-            f"test top-1 {summary['test_top1']:.2f}; {summary['train_seconds']:.0f} s of training; see {run_dir}"
+            f"test top-1 {summary['test_top1']:.2f}; {summary['train_seconds']:.0f} s of training; see {folder.path}"
         )
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = vars(parse(arguments))
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = vars(parser.parse(arguments))
     run_dir = options.pop("run_dir", None)
-    try:
-        config, checkpoint = configure(options)
-        if run_dir is None and checkpoint is not None:
-            run_dir = run_of(checkpoint)
-            if run_dir is None:
-                raise ValueError(f"{checkpoint} lies in no run folder: say with --run-dir NEW where to go on")
-        elif run_dir is None:
-            run_dir = (
-                Path("runs") / f"{config.model}_{config.optimizer}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-            )
-        with open_world(config.device) as world:
-            return train(config, run_dir, checkpoint, world)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    with ExitStack() as stack:
+        try:
+            config, checkpoint = configure(options)
+            world = stack.enter_context(open_world(config.device))
+            trainer = prepare(config, run_dir, checkpoint, world)
+        except MISTAKES as error:
+            parser.error(str(error))
+        return train(trainer, parser)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
 from npg.vision.optimizers import check_optimizer, takes_batches
 
 __all__ = ["PRESETS", "Config", "load_config"]
@@ -94,24 +91,23 @@ class Config:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_kind(f.name, str(f.type), getattr(self, f.name))
+        check_kinds(self)
         for name in ("milestones", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("epochs", "batch_size", "validation_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("average_every", "keep_checkpoints", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("label_smoothing", "ema", "warmup", "dropout"):
-            _require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
-        _require(
+            require(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "in [0, 1)")
+        require(
             all(0.0 < m < 1.0 for m in self.milestones),
             "milestones",
             self.milestones,
             "fractions of the run, between 0 and 1",
         )
-        _require(self.gamma > 0.0, "gamma", self.gamma, "above 0")
-        _require(
+        require(self.gamma > 0.0, "gamma", self.gamma, "above 0")
+        require(
             len(self.mean) == 3 and len(self.std) == 3 and min(self.std) > 0.0,
             "mean and std",
             (self.mean, self.std),
@@ -119,16 +115,16 @@ class Config:
         )
         for name in ("limit_train", "threads"):
             number = getattr(self, name)
-            _require(number is None or number >= 1, name, number, "at least 1")
+            require(number is None or number >= 1, name, number, "at least 1")
         stop = self.stop_above
-        _require(stop is None or 0.0 <= stop < 100.0, "stop_above", stop, "a percentage in [0, 100)")
-        _require(self.schedule in ("constant", "step", "cosine"), "schedule", self.schedule, "constant, step or cosine")
-        _require(self.eval_on in ("validation", "test"), "eval_on", self.eval_on, "validation or test")
+        require(stop is None or 0.0 <= stop < 100.0, "stop_above", stop, "a percentage in [0, 100)")
+        require(self.schedule in ("constant", "step", "cosine"), "schedule", self.schedule, "constant, step or cosine")
+        require(self.eval_on in ("validation", "test"), "eval_on", self.eval_on, "validation or test")
         check_optimizer(self.optimizer, self.optimizer_options)
         if takes_batches(self.optimizer):
             why = f"with {self.optimizer}, which differentiates the model's log-likelihood itself"
-            _require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {why}")
-            _require(not self.compile, "compile", self.compile, f"off {why}")
+            require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {why}")
+            require(not self.compile, "compile", self.compile, f"off {why}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and strings, which YAML and checkpoints hold."""
@@ -156,53 +152,15 @@ def load_config(
     Raises:
         ValueError: no such preset, or it has a key that means nothing.
     """
-    if preset in PRESETS:
-        text = (resources.files("npg.vision") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
-    elif Path(preset).is_file():
-        text = Path(preset).read_text(encoding="utf-8")
+    path = None if preset in PRESETS else preset_file(preset)
+    if path is None:
+        check_names("preset", [preset], PRESETS, remedy="Or give a YAML file.")
+        values = read_yaml(resources.files("npg.vision") / "presets" / f"{preset}.yaml")
     else:
-        raise ValueError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}, or give a YAML file")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the preset {preset} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the preset {preset} must be a mapping of fields to values")
-    optimizers = values.pop("optimizers", None) or {}
-    options = (optimizers.get(optimizer) or {}) if isinstance(optimizers, dict) else None
-    if not isinstance(options, dict):
-        raise ValueError(f"the preset {preset} must have, under optimizers, a mapping of options for each optimizer")
-    known = [f.name for f in fields(Config)]
+        values = read_yaml(path)
+    options = mapping(f"optimizers of preset {preset}", values.pop("optimizers", None))
+    options = mapping(f"the options of {optimizer} in preset {preset}", options.get(optimizer))
     merged = values | dict(overrides or {})
-    for key in merged:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; is {near[0]} meant?" if near else f"; there are {', '.join(known)}"
-            raise ValueError(f"the preset {preset} has a key {key!r}, which means nothing{hint}")
+    check_names("key", merged, [f.name for f in fields(Config)], f"of preset {preset}")
     merged["optimizer_options"] = options | dict(optimizer_overrides or {})
     return Config(**(merged | {"model": model, "optimizer": optimizer}))
-
-
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "a word"),
-    "tuple[float, ...]": ((list, tuple), "a list of numbers"),
-    "dict[str, Any]": (Mapping, "a mapping"),
-}
-
-
-def _check_kind(name: str, annotation: str, value: object) -> None:
-    """Refuse what a YAML file, or a caller, gives of another kind than the field is annotated with."""
-    kind, optional, _ = annotation.partition(" | ")
-    types, words = _KINDS[kind]
-    ok = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
-    if kind.startswith("tuple") and ok:
-        ok = all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)  # type: ignore[attr-defined]
-    _require(ok or (bool(optional) and value is None), name, repr(value), words)
-
-
-def _require(ok: bool, name: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {remedy}; got {value}")

@@ -25,7 +25,6 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,10 +34,12 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from npg.runs.files import replacing
+
 Members = Iterable[tuple[PurePosixPath, bytes]]
 Labelled = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
-__all__ = ["CIFAR10_URL", "DataError", "ImageData", "cache_folder", "load", "replacing"]
+__all__ = ["CIFAR10_URL", "DataError", "ImageData", "cache_folder", "load"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
@@ -330,14 +331,3 @@ def _rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
         rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
         return ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     return np.asarray(image.convert("RGB"))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file at, which takes `path`'s place only when the block ends without an exception."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,12 +14,13 @@ A model's name, as the command line takes it, says all that there is to choose::
 
 from __future__ import annotations
 
-import difflib
 import re
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from npg.runs.presets import unknown
 
 __all__ = ["KNOWN_MODELS", "DenseNet", "WideResNet", "densenet", "model_from_name", "wide_resnet"]
 
@@ -241,11 +242,8 @@ def model_from_name(name: str, num_classes: int = 10, *, dropout: float = 0.0) -
     if match := _WIDE_RESNET.fullmatch(name):
         depth, width, stride = match.groups()
         return wide_resnet(int(depth), int(width), num_classes, dropout=dropout, stem_stride=int(stride or 1))
-    near = difflib.get_close_matches(name, KNOWN_MODELS, n=3, cutoff=0.4) or list(KNOWN_MODELS)
-    raise ValueError(
-        f"no model is called {name!r}; near it: {', '.join(near)}. "
-        "Names are densenet-DEPTH[-GROWTH], densenet-basic-DEPTH[-GROWTH] and wrn-DEPTH-WIDTH[-sSTRIDE]"
-    )
+    names = "densenet-DEPTH[-GROWTH], densenet-basic-DEPTH[-GROWTH] and wrn-DEPTH-WIDTH[-sSTRIDE]"
+    raise unknown("model", name, KNOWN_MODELS, remedy=f"Names are {names}.")
 
 
 def _require_depth(what: str, depth: int, smallest: int, step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from npg import optim
 from npg.families import Categorical
+from npg.runs.presets import check_names
 from npg.trust_region import LevenbergMarquardt
 
 __all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "takes_batches"]
@@ -92,15 +92,9 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the names that there are.
     """
-    if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=3, cutoff=0.4)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"no optimizer is called {name!r}{hint}. There are {', '.join(OPTIMIZERS)}")
+    check_names("optimizer", [name], OPTIMIZERS)
     signature = inspect.signature(OPTIMIZERS[name]).parameters
-    accepted = [option for option in signature if option not in _GIVEN_BY_THE_TRAINER]
-    for option in options:
-        if option not in accepted:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(accepted)}")
+    check_names("option", options, [o for o in signature if o not in _GIVEN_BY_THE_TRAINER], f"of {name}")
     if (control := options.get("damping_control")) is not None:
         _check_damping_control(control)
     if "lr" not in options and signature["lr"].default is inspect.Parameter.empty:

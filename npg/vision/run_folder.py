@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import platform
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from npg.runs import folder
+from npg.runs.checkpoints import CheckpointError
+from npg.runs.command_line import command
+from npg.runs.files import read_rows, write_rows
+from npg.runs.folder import run_of, versions
+from npg.vision.checkpoint import checkpoints_in, load_checkpoint
 from npg.vision.config import Config
-from npg.vision.data import replacing
-from npg.vision.models import model_from_name
 
-__all__ = ["CheckpointError", "RunFolder", "find_checkpoint", "load_checkpoint", "load_model", "run_of"]
+__all__ = ["THRESHOLDS", "RunFolder", "summarize"]
 
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another run; the message says what to do."""
+#: Accuracies, in percent, to which epochs and seconds are counted in a run's summary.
+THRESHOLDS = (60, 70, 75, 80, 85, 90, 92, 94)
 
 
-class RunFolder:
+class RunFolder(folder.RunFolder):
     """Writes a run's files; every file is whole after every epoch.
 
     ``config.yaml``, ``command.txt`` and ``versions.txt`` say what was run; ``metrics.csv`` has a row per epoch, and
@@ -43,43 +38,35 @@ class RunFolder:
         epoch: the checkpoint's.
 
     Raises:
-        ValueError: the folder exists, and it is not the checkpoint's own; or it is, and has later checkpoints.
+        FileExistsError: the folder exists, and it is not the checkpoint's own.
+        ValueError: it is the checkpoint's own, and has later checkpoints.
     """
 
     def __init__(self, path: Path, config: Config, checkpoint: Path | None = None, epoch: int = 0) -> None:
+        super().__init__(path)
+        self._saved, self._keep = checkpoints_in(path), config.keep_checkpoints
         past = None if checkpoint is None else run_of(checkpoint)
-        if path.exists() and path.resolve() != past and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"the run folder {path} exists; go on with --resume {path}, or choose another --run-dir")
-        later = [p for p in checkpoints_in(path) if epoch_of(p) > epoch]
+        if path.resolve() != past:
+            self.make()
+        later = [p for p in self._saved.all() if (self._saved.number(p) or 0) > epoch]
         if whole := [p for p in later if _is_whole(p)]:
             raise ValueError(
                 f"the run went on to {whole[-1]}, which would be lost if it went on from epoch {epoch} here: give "
                 "--run-dir NEW to do so in a folder of its own"
             )
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._keep = config.keep_checkpoints
-        self._rows: list[dict[str, Any]] = []
-        begin = epoch + 1
-        if past is not None:
-            self._rows = [row for row in _read_rows(past / "metrics.csv") if int(row["epoch"]) < begin]
+        earlier = [] if past is None else read_rows(past / "metrics.csv")
+        self.rows: list[dict[str, Any]] = [row for row in earlier if int(row["epoch"]) <= epoch]
+        """The rows written so far; those of a resumed run's past are strings."""
         for damaged in later:
             damaged.unlink()
-        (path / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-        with (path / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(" ".join(sys.argv) + "\n")
+        self.begin(config.to_dict(), command())
         (path / "versions.txt").write_text(_versions(), encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(path), purge_step=begin)
+        self._tensorboard = SummaryWriter(str(path), purge_step=epoch + 1)
 
     def write_epoch(self, row: Mapping[str, Any]) -> None:
         """Add a row to ``metrics.csv`` and to TensorBoard; names before the first ``_`` become TensorBoard's groups."""
-        self._rows.append(dict(row))
-        columns = list(dict.fromkeys(name for row in self._rows for name in row))
-        with replacing(self.path / "metrics.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
+        self.rows.append(dict(row))
+        write_rows(self.path / "metrics.csv", self.rows)
         for name, value in row.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 group, _, rest = name.partition("_")
@@ -87,73 +74,34 @@ class RunFolder:
                 self._tensorboard.add_scalar(tag, value, row["epoch"])
         self._tensorboard.flush()
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows written so far; those of a resumed run's past are strings."""
-        return self._rows
-
     def write_checkpoint(self, epoch: int, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, whole or not at all, and drop those that are too old to keep."""
-        path = self.checkpoints / f"epoch_{epoch:04d}.pt"
-        with replacing(path) as partial:
-            torch.save(dict(state), partial)
-        if self._keep:
-            for stale in checkpoints_in(self.path)[: -self._keep]:
-                stale.unlink()
-        return path
+        return self._saved.write(epoch, state, self._keep)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        with replacing(self.path / "summary.json") as partial:
-            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        self.write_json("summary.json", dict(summary))
 
     def close(self) -> None:
         """Close TensorBoard's file."""
         self._tensorboard.close()
 
 
-def run_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in; None for a file that lies anywhere else."""
-    parent = checkpoint.resolve().parent
-    return parent.parent if parent.name == "checkpoints" and (parent.parent / "config.yaml").is_file() else None
-
-
-def checkpoints_in(path: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first."""
-    return sorted((path / "checkpoints").glob("epoch_[0-9]*.pt"), key=epoch_of)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: the file itself, or the newest one of a run folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if path.is_file():
-        return path
-    if found := checkpoints_in(path):
-        return found[-1]
-    raise CheckpointError(
-        f"there is no checkpoint at {path}; --resume takes a run folder or a file of its checkpoints/"
-    )
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing but tensors and plain values is unpickled.
-
-    Raises:
-        CheckpointError: the file is truncated or no checkpoint.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        run = run_of(path)
-        others = [p for p in checkpoints_in(run) if p.resolve() != path.resolve()] if run else []
-        remedy = f"; go on from an earlier one: --resume {others[-1]}" if others else ""
-        raise CheckpointError(f"the checkpoint {path} is truncated or damaged{remedy}") from error
-    if not isinstance(state, dict) or "config" not in state:
-        raise CheckpointError(f"{path} is no checkpoint of train_cifar.py")
-    return state
+def summarize(rows: Sequence[Mapping[str, Any]], evaluated_on: str) -> dict[str, Any]:
+    """Best, last and mean of the last five accuracies, and when each of `THRESHOLDS` was first passed."""
+    curve = [(int(row["epoch"]), float(row["seconds"]), float(row[f"{evaluated_on}_top1"])) for row in rows]
+    accuracies = [accuracy for _, _, accuracy in curve]
+    reached: dict[str, Any] = {}
+    for threshold in THRESHOLDS:
+        first = next(((e, s) for e, s, accuracy in curve if accuracy > threshold), None)
+        reached[str(threshold)] = first and {"epoch": first[0], "seconds": first[1]}
+    return {
+        "evaluated_on": evaluated_on,
+        "best_top1": max(accuracies),
+        "final_top1": accuracies[-1],
+        "last_five_top1": sum(accuracies[-5:]) / len(accuracies[-5:]),
+        "first_above": reached,
+    }
 
 
 def _is_whole(path: Path) -> bool:
@@ -164,54 +112,14 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def load_model(path: Path | str) -> tuple[nn.Module, Config]:
-    """The model of a run, on the CPU and in evaluation mode, with the weights that the run evaluates; and its `Config`.
-
-    Args:
-        path: the run's folder, whose newest checkpoint it is, or a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    state = load_checkpoint(find_checkpoint(Path(path)))
-    config, weights = Config(**state["config"]), state["model"]
-    if state["ema"] is not None:
-        weights = {name.removeprefix("module."): w for name, w in state["ema"].items() if name != "n_averaged"}
-    model = model_from_name(config.model, len(weights["classifier.bias"]), dropout=config.dropout)
-    model.load_state_dict(weights)
-    return model.eval(), config
-
-
-def epoch_of(path: Path) -> int:
-    """The epoch after which a checkpoint was written, by its name."""
-    return int(path.stem.removeprefix("epoch_"))
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _versions() -> str:
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    commit = git("rev-parse", "HEAD") or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no"):
-        commit += " with changes"
+    found = versions(["numpy"])
     lines = {
-        "git commit": commit,
-        "python": platform.python_version(),
+        "git commit": (found["git_commit"] or "unknown") + (" with changes" if found["git_modified"] else ""),
+        "python": found["python"],
         "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
-        "cuda": f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "none",
+        "numpy": found["numpy"],
+        "machine": f"{found['platform']}, {torch.get_num_threads()} threads",
+        "cuda": f"{torch.version.cuda}, {found['gpu']}" if found["gpu"] else "none",
     }
     return "".join(f"{name}: {value}\n" for name, value in lines.items())

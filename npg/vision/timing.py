@@ -1,5 +1,7 @@
-"""Where a step's seconds go, measured without stopping the device."""
+"""Where a step's seconds and bytes go, measured without stopping the device."""
 
+import resource
+import sys
 import time
 from collections import defaultdict
 
@@ -9,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from npg.parallel import mean_
 
-__all__ = ["Mark", "Stopwatch"]
+__all__ = ["Mark", "Stopwatch", "peak_memory"]
 
 Mark = float | torch.cuda.Event
 
@@ -82,3 +84,11 @@ def _seconds(origin: Mark, mark: Mark) -> float:
     if isinstance(mark, float):
         return mark - float(origin)  # type: ignore[arg-type]
     return 1e-3 * float(origin.elapsed_time(mark))  # type: ignore[union-attr]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the CUDA device in the epoch, or the largest resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,13 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,22 +20,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from npg.parallel import World
+from npg.runs.signals import StopRequest
 from npg.step import StepReport
+from npg.vision.checkpoint import load_matching, restore, state_of
 from npg.vision.config import Config
-from npg.vision.data import ImageData
+from npg.vision.data import ImageData, Labelled
+from npg.vision.evaluation import evaluate, hits
 from npg.vision.loader import Normalization, TrainLoader, split_validation
 from npg.vision.models import model_from_name
 from npg.vision.optimizers import make_optimizer, takes_batches
-from npg.vision.run_folder import CheckpointError, RunFolder, load_checkpoint
-from npg.vision.timing import Mark, Stopwatch
+from npg.vision.run_folder import RunFolder, summarize
+from npg.vision.timing import Mark, Stopwatch, peak_memory
 
-__all__ = ["EVALUATION_BATCH", "THRESHOLDS", "Trainer", "TrainingStopped", "hits", "learning_rate_factor"]
+__all__ = ["Trainer", "TrainingStopped", "learning_rate_factor"]
 
-#: Accuracies, in percent, to which epochs and seconds are counted in a run's summary.
-THRESHOLDS = (60, 70, 75, 80, 85, 90, 92, 94)
 #: Steps between the looks that the host takes at a CUDA device; on the CPU, where looking is free, it is every step.
 LOOK_EVERY = 50
-EVALUATION_BATCH = 500
 #: DistributedDataParallel's option for copying the main process's buffers at every step, as this PyTorch calls it.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -109,20 +106,12 @@ class Trainer:
         checkpoint: Path | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        state = None if checkpoint is None else self._matching_checkpoint(checkpoint, config, world)
+        state = None if checkpoint is None else load_matching(checkpoint, config, world)
         self.config, self.world = config, world
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         device = world.device
         if config.sync_bn and device.type != "cuda":
             raise ValueError("sync_bn must be off on a CPU: PyTorch synchronises BatchNorm on CUDA only")
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        elif device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-
+        _set_backends(config, device)
         torch.manual_seed(config.seed)
         if model is None:
             model = model_from_name(config.model, len(data.classes), dropout=config.dropout)
@@ -132,7 +121,8 @@ class Trainer:
         self.model = model.to(device)
         self.model = self.model.to(memory_format=layout)  # type: ignore[call-overload]
         dtype = next(self.model.parameters()).dtype
-        self._prepare_data(data, Normalization(config.mean, config.std, device, dtype, layout))
+        self.normalize = Normalization(config.mean, config.std, device, dtype, layout)
+        self._prepare_data(data)
         self.total_steps = config.epochs * len(self.loader)
         self.stopwatch = Stopwatch(device)
         self.optimizer = make_optimizer(
@@ -151,37 +141,24 @@ class Trainer:
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         torch.manual_seed(config.seed + world.rank)  # dropout and sampled labels differ from process to process
 
-        self.epoch, self.seconds, self._stop_signal = 0, 0.0, 0
+        self.epoch, self.seconds, self._stop = 0, 0.0, StopRequest(world)
         self.accuracy = -math.inf  # after the last epoch, in percent
         if state is not None:
-            self._restore(state)
-        self.folder: RunFolder | None = world.main_first(lambda: self._open_folder(run_dir, checkpoint))
+            restore(self, state)
+        self.folder: RunFolder | None = world.main_first(
+            lambda: RunFolder(run_dir, config, checkpoint, self.epoch) if world.is_main else None
+        )
 
     # --- setting up
 
-    def _prepare_data(self, data: ImageData, normalize: Normalization) -> None:
+    def _prepare_data(self, data: ImageData) -> None:
         config, device = self.config, self.world.device
-        images, labels = data.train_images, data.train_labels
-        test = (torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.test_labels).to(device))
-        if config.eval_on == "test":
-            train = split_validation(len(images), 1)[0] if config.limit_train else slice(None)
-            self.evaluation, self.test = test, None
-        else:
-            train, held_out = split_validation(len(images), config.validation_size)
-            self.evaluation = (
-                torch.from_numpy(images[held_out]).to(device),
-                torch.from_numpy(labels[held_out]).to(device),
-            )
-            self.test = test
-        images, labels = images[train], labels[train]
-        if config.limit_train and config.limit_train > len(images):
-            raise ValueError(f"limit_train must be at most {len(images)} here; got {config.limit_train}")
-        self.normalize = normalize
+        train, evaluated, test = _parts(config, data)
+        self.evaluation, self.test = _on(device, evaluated), None if test is None else _on(device, test)
         self.loader = TrainLoader(
-            images[: config.limit_train],
-            labels[: config.limit_train],
+            *train,
             config.batch_size,
-            normalize,
+            self.normalize,
             seed=config.seed,
             augment=config.augment,
             rank=self.world.rank,
@@ -209,9 +186,6 @@ class Trainer:
             forward.register_comm_hook(world.group, self.stopwatch.all_reduce_hook)
         return torch.compile(forward) if config.compile else forward
 
-    def _open_folder(self, run_dir: Path, checkpoint: Path | None) -> RunFolder | None:
-        return RunFolder(run_dir, self.config, checkpoint, self.epoch) if self.world.is_main else None
-
     # --- training
 
     def run(self) -> dict[str, Any]:
@@ -228,7 +202,7 @@ class Trainer:
             disable=True if not self.world.is_main else None,
         )
         try:
-            with bar, self._catching_signals():
+            with bar, self._stop:
                 stop = math.inf if self.config.stop_above is None else self.config.stop_above
                 while self.epoch < self.config.epochs and self.accuracy <= stop:
                     row = self._train_epoch(bar)
@@ -292,7 +266,7 @@ class Trainer:
                 for name in ("forward_backward", "optimizer", "communication")
             },
             "seconds_step": seconds["epoch"] / steps,
-            "memory_peak_bytes": _peak_memory(device),
+            "memory_peak_bytes": peak_memory(device),
         }
 
     def _train_step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,7 +313,7 @@ class Trainer:
         finite = torch.isfinite(losses[first : last + 1])
         places = torch.arange(first, last + 1, device=device)
         bad = torch.where(finite, steps, places).min()
-        status = self.world.min_(torch.stack((bad, torch.tensor(-self._stop_signal, device=device))))
+        status = self.world.min_(torch.stack((bad, torch.tensor(-self._stop.number, device=device))))
         bad_step, signalled = status.tolist()
         where = f"in epoch {self.epoch + 1}"
         if bad_step < steps:
@@ -358,40 +332,12 @@ class Trainer:
             return "No epoch was whole, so there is no checkpoint: start anew"
         return f"The checkpoint of epoch {self.epoch} is kept: go on from it with --resume"
 
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM, for all processes to stop at the same step; a second one interrupts at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._stop_signal = number
-            signal.signal(number, previous[number])
-
-        previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in previous:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     # --- evaluation
 
-    @torch.no_grad()
     def evaluate(self, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
-        """Mean loss, top-1 and top-5 in percent; each process takes every N-th batch and none is padded."""
+        """`npg.vision.evaluation.evaluate` of the model, or of the average of its weights."""
         model = self.model if self.ema is None else self.ema
-        model.eval()
-        totals = torch.zeros(3, device=images.device, dtype=torch.float64)
-        batches = zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH))
-        for number, (pixels, targets) in enumerate(batches):
-            if number % self.world.size == self.world.rank:
-                with self._autocast():
-                    logits = model(self.normalize(pixels))
-                totals[0] += F.cross_entropy(logits.double(), targets, reduction="sum")
-                totals[1:] += hits(logits, targets)
-        loss, top1, top5 = (self.world.sum_(totals) / len(labels)).tolist()
-        return loss, 100.0 * top1, 100.0 * top5
+        return evaluate(model, self.normalize, images, labels, self.world, amp=self.config.amp)
 
     def _evaluate_epoch(self) -> dict[str, float]:
         loss, top1, top5 = self.evaluate(*self.evaluation)
@@ -404,128 +350,76 @@ class Trainer:
         return {f"{name}_loss": loss, f"{name}_top1": top1, f"{name}_top5": top5}
 
     def _write_epoch(self, row: dict[str, float]) -> None:
-        state = self._state()
+        state = state_of(self)
         if self.folder is None:
             return
         self.folder.write_epoch(row)
         self.folder.write_checkpoint(self.epoch, state)
-        name = self.config.eval_on
-        train_top1 = f" top-1 {row['train_top1']:.2f}" if "train_top1" in row else ""
-        tqdm.write(
-            f"epoch {self.epoch:3d}/{self.config.epochs}  train loss {row['train_loss']:.4f}{train_top1}  "
-            f"{name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:.2f}  "
-            f"lr {row['lr']:.2e}  {row['seconds_step']:.4f} s/step",
-            file=sys.stdout,
-        )
-        sys.stdout.flush()
+        _print_epoch(self.config, row)
 
     def _summary(self) -> dict[str, Any]:
-        """Best, last and mean of the last five accuracies, and when each threshold was first passed."""
+        """What summary.json says; every process evaluates."""
         test = None if self.test is None else self.evaluate(*self.test)
         if self.folder is None:
             return {}
-        name = self.config.eval_on
-        curve = [(int(row["epoch"]), float(row["seconds"]), float(row[f"{name}_top1"])) for row in self.folder.rows]
-        accuracies = [accuracy for _, _, accuracy in curve]
-        reached: dict[str, Any] = {}
-        for threshold in THRESHOLDS:
-            first = next(((e, s) for e, s, accuracy in curve if accuracy > threshold), None)
-            reached[str(threshold)] = first and {"epoch": first[0], "seconds": first[1]}
+        curve = summarize(self.folder.rows, self.config.eval_on)
         summary = {
             "model": self.config.model,
             "optimizer": self.config.optimizer,
             "seed": self.config.seed,
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "evaluated_on": name,
-            "best_top1": max(accuracies),
-            "final_top1": accuracies[-1],
-            "last_five_top1": sum(accuracies[-5:]) / len(accuracies[-5:]),
-            "test_top1": accuracies[-1] if test is None else test[1],
+            **curve,
+            "test_top1": curve["final_top1"] if test is None else test[1],
             "train_seconds": self.seconds,
-            "first_above": reached,
         }
         self.folder.write_summary(summary)
         return summary
 
-    # --- checkpoints
 
-    def _state(self) -> dict[str, Any]:
-        """All that an exact resume needs; in the main process."""
-        device = self.world.device
-        own = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            # Processes that train alone have momenta and curvature of their own.
-            "optimizer": self.optimizer.state_dict() if self.averager or self.world.is_main else None,
-        }
-        return {
-            "config": self.config.to_dict(),
-            "world_size": self.world.size,
-            "epoch": self.epoch,
-            "seconds": self.seconds,
-            "accuracy": self.accuracy,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "data_generator": self.loader.generator.get_state(),
-            "averager_step": 0 if self.averager is None else self.averager.step,
-            "processes": self.world.gather(own),
-        }
-
-    @staticmethod
-    def _matching_checkpoint(path: Path, config: Config, world: World) -> dict[str, Any]:
-        state = load_checkpoint(path)
-        saved = state["config"]
-        for name in ("model", "optimizer"):
-            if saved[name] != getattr(config, name):
-                raise CheckpointError(
-                    f"the checkpoint {path} is of {name} {saved[name]}, not of {getattr(config, name)}; "
-                    f"resume with {saved['model']} {saved['optimizer']}, or start a new run"
-                )
-        if state["world_size"] != world.size:
-            raise CheckpointError(
-                f"the checkpoint {path} is of {state['world_size']} processes, and here are {world.size}; "
-                f"resume with torchrun --nproc_per_node={state['world_size']}"
-            )
-        if state["epoch"] > config.epochs:
-            raise CheckpointError(
-                f"the checkpoint {path} is of epoch {state['epoch']}, beyond the {config.epochs} epochs asked for"
-            )
-        return state
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        own = state["processes"][self.world.rank]
-        optimizer = own["optimizer"] or state["processes"][0]["optimizer"]
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(optimizer)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint does not fit {self.config.model}: {error}") from error
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.averager is not None:
-            self.averager.step = state["averager_step"]
-        self.loader.generator.set_state(state["data_generator"])
-        torch.set_rng_state(own["torch"])
-        if own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], self.world.device)
-        self.epoch, self.seconds, self.accuracy = state["epoch"], state["seconds"], state["accuracy"]
+def _set_backends(config: Config, device: torch.device) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
 
 
-def hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many targets are the largest, and among the five largest, of their logits, (2,)."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return torch.stack((ranked[:, 0].sum(), ranked.sum())).double()
+def _parts(config: Config, data: ImageData) -> tuple[Labelled, Labelled, Labelled | None]:
+    """The images to train on, to evaluate after each epoch, and the test set where it is apart from those."""
+    images, labels = data.train_images, data.train_labels
+    test: Labelled | None = (data.test_images, data.test_labels)
+    if config.eval_on == "test":
+        train = split_validation(len(images), 1)[0] if config.limit_train else slice(None)
+        evaluated, test = (data.test_images, data.test_labels), None
+    else:
+        train, held_out = split_validation(len(images), config.validation_size)
+        evaluated = (images[held_out], labels[held_out])
+    images, labels = images[train], labels[train]
+    if config.limit_train and config.limit_train > len(images):
+        raise ValueError(f"limit_train must be at most {len(images)} here; got {config.limit_train}")
+    return (images[: config.limit_train], labels[: config.limit_train]), evaluated, test
+
+
+def _on(device: torch.device, part: Labelled) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(part[0]).to(device), torch.from_numpy(part[1]).to(device)
+
+
+def _print_epoch(config: Config, row: dict[str, float]) -> None:
+    name = config.eval_on
+    train_top1 = f" top-1 {row['train_top1']:.2f}" if "train_top1" in row else ""
+    tqdm.write(
+        f"epoch {row['epoch']:3d}/{config.epochs}  train loss {row['train_loss']:.4f}{train_top1}  "
+        f"{name} loss {row[f'{name}_loss']:.4f} top-1 {row[f'{name}_top1']:.2f}  "
+        f"lr {row['lr']:.2e}  {row['seconds_step']:.4f} s/step",
+        file=sys.stdout,
+    )
+    sys.stdout.flush()
 
 
 def _finite_mean(values: list[float]) -> float:
     """The mean of the values that were measured, NaN where none was."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the CUDA device in the epoch, or the largest resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,6 @@ optimizers take turns, so that whatever else slows the machine down slows all of
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -25,9 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from interleaved import write_csv
 
+from npg.runs.files import read_rows
+from npg.runs.presets import read_yaml
 from npg.vision.optimizers import OPTIMIZERS
 
 MODEL = "wrn-10-1-s2"
@@ -86,11 +86,6 @@ def summary(run_dir: Path) -> dict[str, Any]:
         return {"best_top1": nan, "train_seconds": nan}
     values: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return values
-
-
-def metrics(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # --- learning rates
@@ -174,8 +169,8 @@ def crossing(positions: Sequence[float], accuracies: Sequence[float], threshold:
 
 def row(run_dir: Path, optimizer: str, seed: int) -> dict[str, Any]:
     """A line of the CSV file: empty where an accuracy was not reached."""
-    result, curve = summary(run_dir), metrics(run_dir)
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    result, curve = summary(run_dir), read_rows(run_dir / "metrics.csv")
+    config = read_yaml(run_dir / "config.yaml")
     epochs, seconds, accuracies = (
         [float(point[name]) for point in curve] for name in ("epoch", "seconds", "validation_top1")
     )

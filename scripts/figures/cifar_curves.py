@@ -18,8 +18,10 @@ from pathlib import Path
 from statistics import median
 
 import matplotlib.pyplot as plt
-import yaml
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, WIDTH, save
+
+from npg.runs.files import read_rows
+from npg.runs.presets import read_yaml
 
 #: Colours tell the optimizers apart, and line styles where the colours have run out.
 STYLES = {
@@ -50,9 +52,9 @@ class Curve:
 
 def read_run(folder: Path) -> list[Curve]:
     """The curve of a run folder; its seconds are of training alone."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    config, rows = read_yaml(folder / "config.yaml"), read_rows(folder / "metrics.csv")
+    if not rows:
+        raise ValueError("metrics.csv has no row")
     epochs, seconds, accuracy = (
         [float(row[name]) for row in rows] for name in ("epoch", "seconds", f"{config['eval_on']}_top1")
     )

@@ -94,7 +94,7 @@ def test_known_models_can_all_be_built() -> None:
         (lambda: wide_resnet(16, 1, stem_stride=0), "stem_stride must be at least 1; got 0"),
         (lambda: wide_resnet(16, 1, num_classes=0), "num_classes must be at least 1; got 0"),
         (lambda: wide_resnet(16, 1, dropout=1.0), "dropout must be a probability"),
-        (lambda: model_from_name("wrn-16"), "no model is called 'wrn-16'; near it: wrn-16-"),
+        (lambda: model_from_name("wrn-16"), "unknown model 'wrn-16': did you mean wrn-16-"),
         (lambda: model_from_name("resnet-50"), "Names are densenet-DEPTH"),
         (lambda: model_from_name("wrn-18-10"), "nearest legal ones are 16 and 22"),
     ],

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from npg.parallel import World
+from npg.runs.checkpoints import CheckpointError
+from npg.vision.checkpoint import state_of
 from npg.vision.config import Config
 from npg.vision.data import ImageData
 from npg.vision.optimizers import takes_batches
-from npg.vision.run_folder import CheckpointError
 from npg.vision.training import Trainer, TrainingStopped, learning_rate_factor
 
 ALONE = World(torch.device("cpu"))
@@ -69,7 +70,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     torch.manual_seed(12345)  # nothing may depend on what went on before
     resumed = Trainer(what, make_images(), tmp_path / "resumed", ALONE, checkpoint=checkpoint)
     resumed.run()
-    states = [t._state() | {"seconds": None} for t in (whole, resumed)]
+    states = [state_of(t) | {"seconds": None} for t in (whole, resumed)]
     assert_equal(*states)
     timeless = [
         [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in metrics(tmp_path / name)]

@@ -1,0 +1,151 @@
+"""The checkpoints of a training run of images: what is in one, and how it is found, checked and gone on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from npg.parallel import World
+from npg.runs.checkpoints import CheckpointError, Checkpoints
+from npg.vision.config import Config
+from npg.vision.models import model_from_name
+
+if TYPE_CHECKING:
+    from npg.vision.training import Trainer
+
+__all__ = [
+    "checkpoints_in",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_matching",
+    "load_model",
+    "restore",
+    "state_of",
+]
+
+
+def checkpoints_in(run: Path) -> Checkpoints:
+    """The checkpoints of a run folder, by their epochs."""
+    return _epochs(run / "checkpoints")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: the file itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_file():
+        return path
+    if found := checkpoints_in(path).all():
+        return found[-1]
+    raise CheckpointError(
+        f"there is no checkpoint at {path}; --resume takes a run folder or a file of its checkpoints/"
+    )
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        CheckpointError: the file is truncated or no checkpoint.
+    """
+    return _epochs(path.parent).read(path)
+
+
+def load_matching(path: Path, config: Config, world: World) -> dict[str, Any]:
+    """Read the checkpoint of a run that goes on as `config` says.
+
+    Raises:
+        CheckpointError: it is damaged, of another model, optimizer or number of processes, or of a later epoch.
+    """
+    state = load_checkpoint(path)
+    saved = state["config"]
+    for name in ("model", "optimizer"):
+        if saved[name] != getattr(config, name):
+            raise CheckpointError(
+                f"the checkpoint {path} is of {name} {saved[name]}, not of {getattr(config, name)}; "
+                f"resume with {saved['model']} {saved['optimizer']}, or start a new run"
+            )
+    if state["world_size"] != world.size:
+        raise CheckpointError(
+            f"the checkpoint {path} is of {state['world_size']} processes, and here are {world.size}; "
+            f"resume with torchrun --nproc_per_node={state['world_size']}"
+        )
+    if state["epoch"] > config.epochs:
+        raise CheckpointError(
+            f"the checkpoint {path} is of epoch {state['epoch']}, beyond the {config.epochs} epochs asked for"
+        )
+    return state
+
+
+def load_model(path: Path | str) -> tuple[nn.Module, Config]:
+    """The model of a run, on the CPU and in evaluation mode, with the weights that the run evaluates; and its `Config`.
+
+    Args:
+        path: the run's folder, whose newest checkpoint it is, or a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    state = load_checkpoint(find_checkpoint(Path(path)))
+    config, weights = Config(**state["config"]), state["model"]
+    if state["ema"] is not None:
+        weights = {name.removeprefix("module."): w for name, w in state["ema"].items() if name != "n_averaged"}
+    model = model_from_name(config.model, len(weights["classifier.bias"]), dropout=config.dropout)
+    model.load_state_dict(weights)
+    return model.eval(), config
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """All that an exact resume needs; whole in the main process, and every process must ask."""
+    world = trainer.world
+    own = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
+        # Processes that train alone have momenta and curvature of their own.
+        "optimizer": trainer.optimizer.state_dict() if trainer.averager or world.is_main else None,
+    }
+    return {
+        "config": trainer.config.to_dict(),
+        "world_size": world.size,
+        "epoch": trainer.epoch,
+        "seconds": trainer.seconds,
+        "accuracy": trainer.accuracy,
+        "model": trainer.model.state_dict(),
+        "ema": None if trainer.ema is None else trainer.ema.state_dict(),
+        "data_generator": trainer.loader.generator.get_state(),
+        "averager_step": 0 if trainer.averager is None else trainer.averager.step,
+        "processes": world.gather(own),
+    }
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Put a trainer where `state_of` found it.
+
+    Raises:
+        CheckpointError: the state does not fit the model or the optimizer.
+    """
+    own = state["processes"][trainer.world.rank]
+    optimizer = own["optimizer"] or state["processes"][0]["optimizer"]
+    try:
+        trainer.model.load_state_dict(state["model"])
+        trainer.optimizer.load_state_dict(optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint does not fit {trainer.config.model}: {error}") from error
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(state["ema"])
+    if trainer.averager is not None:
+        trainer.averager.step = state["averager_step"]
+    trainer.loader.generator.set_state(state["data_generator"])
+    torch.set_rng_state(own["torch"])
+    if own["cuda"] is not None:
+        torch.cuda.set_rng_state(own["cuda"], trainer.world.device)
+    trainer.epoch, trainer.seconds, trainer.accuracy = state["epoch"], state["seconds"], state["accuracy"]
+
+
+def _epochs(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, "epoch_", ".pt", digits=4)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +14,13 @@ from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tqdm import tqdm
 
+from agents.base import NaturalPolicyAlgorithm
 from agents.config import RunConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.runs import EpisodeFile, RunFolder, save_agent
 from envs.seeding import Purpose, purpose_seed
 from npg.parallel import World, size
+from npg.runs.signals import StopRequest
 
 __all__ = [
     "CommonStatistics",
@@ -29,7 +28,7 @@ __all__ = [
     "Evaluator",
     "ProgressBar",
     "Saver",
-    "StopRequest",
+    "Stop",
     "evaluation_seed",
 ]
 
@@ -67,9 +66,9 @@ class EpisodeRecorder(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         for episodes in self._world.gather(self._unwritten):
-            for episode, timesteps in episodes:
-                self._file.add(episode, timesteps)
-                self.model.ep_info_buffer.append(episode)  # over which the log takes its means
+            for episode, timesteps in episodes:  # in the main process, which has the file
+                self._file.add(episode, timesteps)  # type: ignore[union-attr]
+                self.model.ep_info_buffer.append(episode)  # type: ignore[union-attr]  # the log takes its means
         self._unwritten = []
 
     def _on_training_end(self) -> None:
@@ -205,6 +204,8 @@ class Saver(_Periodic):
 class ProgressBar(BaseCallback):
     """Steps, speed, remaining time, and the mean return of the latest training episodes."""
 
+    model: NaturalPolicyAlgorithm
+
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self._timesteps = config.timesteps
@@ -238,42 +239,20 @@ class ProgressBar(BaseCallback):
             self._bar.close()
 
 
-class StopRequest(BaseCallback):
-    """Ctrl-C and SIGTERM end the training after the present step or update; a second Ctrl-C ends it at once.
+class Stop(BaseCallback):
+    """Ends the training at the first step after a stop was asked for.
 
-    An interrupt in the middle of an update would leave parameters between two policies. Where one of several processes
-    is told to stop, all do so at the same step: at the next multiple of `LOOK_EVERY`.
+    Where one of several processes is told to stop, all do so at the same step: at the next multiple of `LOOK_EVERY`.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, request: StopRequest) -> None:
         super().__init__()
-        self._world = world
-        self._signalled = self._agreed = False
-        self._former: dict[int, Any] = {}
+        self._request, self._agreed = request, False
 
     def _on_step(self) -> bool:
-        if self._world.group is None:
-            return not self._signalled
-        if self.n_calls % LOOK_EVERY == 0:
-            go_on = torch.tensor(float(not self._signalled), device=self._world.device)
-            self._agreed = not self._world.min_(go_on)
+        request = self._request
+        if request.world.group is None:
+            return not request.requested
+        if self.n_calls % LOOK_EVERY == 0 and request.agree():
+            self._agreed = request.requested = True
         return not self._agreed
-
-    @property
-    def requested(self) -> bool:
-        """Whether this process, or one of its peers, was told to stop."""
-        return self._signalled or self._agreed
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
-            raise KeyboardInterrupt
-        self._signalled = True

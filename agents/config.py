@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 import agents
+from agents.base import NaturalPolicyAlgorithm
 from envs import VecNormalize
 from envs.atari import Game
+from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
 
-__all__ = [
-    "ALGORITHMS",
-    "PRESET_KEYS",
-    "RunConfig",
-    "check_names",
-    "hyperparameters_of",
-    "parse_settings",
-    "read_yaml",
-    "resolve",
-]
+__all__ = ["ALGORITHMS", "PRESET_KEYS", "RunConfig", "hyperparameters_of", "load_preset", "resolve"]
 
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {
+ALGORITHMS: dict[str, type[NaturalPolicyAlgorithm]] = {
     name.lower(): algorithm
     for name in agents.__all__
-    if isinstance(algorithm := getattr(agents, name), type) and issubclass(algorithm, BaseAlgorithm)
+    if isinstance(algorithm := getattr(agents, name), type) and issubclass(algorithm, NaturalPolicyAlgorithm)
 }
 """The name on the command line → the class: all that `agents` exports."""
 
@@ -84,27 +73,27 @@ class RunConfig:
     policy: str | None = None
     normalize: dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    eval_freq: int | None = None
+    eval_freq: int = None  # type: ignore[assignment]  # a twentieth of the timesteps
     eval_episodes: int = 10
-    n_eval_envs: int | None = None
-    save_freq: int | None = None
+    n_eval_envs: int = None  # type: ignore[assignment]  # one per episode
+    save_freq: int = None  # type: ignore[assignment]  # a fifth of the timesteps
     hyperparameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_kinds(self, "timesteps", "eval_episodes")
         filled_in = {
-            "eval_freq": lambda: max(1, self.timesteps // 20),
-            "save_freq": lambda: max(1, self.timesteps // 5),
-            "n_eval_envs": lambda: self.eval_episodes,
+            "eval_freq": max(1, self.timesteps // 20),
+            "save_freq": max(1, self.timesteps // 5),
+            "n_eval_envs": self.eval_episodes,
         }
+        for name, value in filled_in.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        check_kinds(self)
         for name in ("timesteps", "n_envs", "eval_episodes", *filled_in, "threads"):
             value = getattr(self, name)
-            if value is None and name in filled_in:
-                object.__setattr__(self, name, filled_in[name]())
-            elif value is not None or name != "threads":
-                _whole(name, value, 1)
-        _whole("seed", self.seed, 0)
-        if self.seed >= 2**28:
-            raise ValueError(f"seed={self.seed} must be less than 2**28")
+            require(value is None or value >= 1, name, value, "at least 1")
+        require(0 <= self.seed < 2**28, "seed", self.seed, "at least 0 and less than 2**28")
         _device(self.device)
 
     def check_device(self) -> None:
@@ -160,9 +149,9 @@ def resolve(
     given = {key: values.pop(key) for key in list(values) if key not in PRESET_KEYS}
     hyperparameters = defaults | {key: _like(defaults[key], key, value) for key, value in given.items()}
     if given.get("policy_kwargs") is not None:
-        hyperparameters["policy_kwargs"] = _mapping("policy_kwargs", given["policy_kwargs"])
+        hyperparameters["policy_kwargs"] = mapping("policy_kwargs", given["policy_kwargs"])
     values |= {key: _like(1, key, values[key]) for key in ("timesteps", "n_envs") if key in values}
-    values["env_kwargs"] = _mapping("env_kwargs", values.get("env_kwargs"))
+    values["env_kwargs"] = mapping("env_kwargs", values.get("env_kwargs"))
     values["normalize"] = _normalize(values.get("normalize"), hyperparameters)
     values |= {key: value for key, value in options.items() if value is not None}
     return RunConfig(algo=algo, env=env, hyperparameters=hyperparameters, **values)
@@ -189,19 +178,16 @@ def load_preset(algo: str, env: str, preset: str | None = None) -> dict[str, Any
     Raises:
         ValueError: if there is no such file or preset, or the file is damaged.
     """
-    if preset is not None and (preset.endswith((".yaml", ".yml")) or Path(preset).is_file()):
-        source, path = Path(preset), Path(preset)
-        if not path.is_file():
-            raise ValueError(f"preset {preset!r}: there is no such file")
-        preset = None
+    path = None if preset is None else preset_file(preset)
+    if path is not None:
+        presets, name, preset = read_yaml(path), str(path), None
     else:
-        source = Path(f"{algo}.yaml")
-        path = resources.files("agents") / "presets" / source.name
-        if not path.is_file() and preset is None:
+        builtin = resources.files("agents") / "presets" / f"{algo}.yaml"
+        if not builtin.is_file() and preset is None:
             return {}
-    presets = read_yaml(path)
-    for name, entry in presets.items():
-        _mapping(f"{source}: {name}", entry)
+        presets, name = read_yaml(builtin), builtin.name
+    for key, entry in presets.items():
+        mapping(f"{name}: {key}", entry)
     if preset is not None:
         check_names("preset", [preset], presets, f"for {algo}", "Or give a .yaml file.")
     elif env in presets:
@@ -211,49 +197,6 @@ def load_preset(algo: str, env: str, preset: str | None = None) -> dict[str, Any
     else:
         preset = "default"
     return {**(presets.get("default") or {}), **(presets.get(preset) or {})}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one, where PyYAML by itself reads a string."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: Any) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        ValueError: if it cannot be read, or is anything else.
-    """
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return _mapping(str(path), content)
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """``["target_kl=0.02", …]`` → ``{"target_kl": 0.02, …}``; values are YAML.
-
-    Raises:
-        ValueError: for a setting that is not ``key=value``, or whose value is not YAML.
-    """
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not (key and equals):
-            raise ValueError(f"setting {setting!r} must have the form key=value")
-        try:
-            parsed[key] = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"setting {setting!r}: the value is not YAML") from error
-    return parsed
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -268,7 +211,7 @@ def _normalize(value: Any, hyperparameters: dict[str, Any]) -> dict[str, Any] | 
     """All arguments of VecNormalize; rewards are scaled with the algorithm's own discount unless told otherwise."""
     if not value and value != {}:
         return None
-    given = {} if value is True else _mapping("normalize", value)
+    given = {} if value is True else mapping("normalize", value)
     parameters = list(inspect.signature(VecNormalize.__init__).parameters.values())
     defaults = {p.name: p.default for p in parameters if p.name not in ("self", "venv", "training")}
     if "gamma" in hyperparameters:
@@ -280,38 +223,14 @@ def _normalize(value: Any, hyperparameters: dict[str, Any]) -> dict[str, Any] | 
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def check_names(what: str, names: Iterable[str], known: Iterable[str], where: str = "", remedy: str = "") -> None:
-    """Raise ValueError for the first of `names` that is not `known`, and tell the nearest known ones, or all."""
-    known = list(known)
-    for name in names:
-        if name in known:
-            continue
-        lower = {str(k).lower(): str(k) for k in known}
-        nearest = [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower)]
-        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(map(str, known))}."
-        message = f"unknown {what} {str(name)!r} {where}".rstrip()
-        raise ValueError(f"{message}: {hint} {remedy}".rstrip())
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a mapping, got {value!r}")
-    return dict(value)
-
-
 def _like(default: Any, name: str, value: Any) -> Any:
     """`value`, if it is of the kind of a `default` that is a truth value or a number."""
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be true or false")
+        require(isinstance(value, bool), name, value, "true or false")
     elif isinstance(default, int | float):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be a number")
+        require(isinstance(value, int | float) and not isinstance(value, bool), name, value, "a number")
         if isinstance(default, int):
-            if value != (value // 1):
-                raise ValueError(f"{name}={value!r} must be a whole number")
+            require(value == value // 1, name, value, "a whole number")
             return int(value)
     return value
 
@@ -320,9 +239,4 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device("cpu" if name == "auto" else name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={name!r} must be auto, cpu, cuda or cuda:<number>") from error
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error

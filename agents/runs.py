@@ -14,18 +14,11 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
-import importlib.metadata
 import json
-import os
 import pickle
-import platform
 import random
-import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -36,11 +29,17 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat, filter_excluded_keys
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecNormalize as AnyVecNormalize
 
+from agents.base import NaturalPolicyAlgorithm
 from agents.config import ALGORITHMS, RunConfig
 from envs import VecNormalize
+from npg.runs import folder
+from npg.runs.checkpoints import Checkpoints
+from npg.runs.files import Table, read_columns, replacing
+from npg.runs.folder import run_of, versions
 
-__all__ = ["RunFolder", "SavedAgent", "load_agent", "normalized", "restore_rng", "save_agent", "versions"]
+__all__ = ["RunFolder", "SavedAgent", "load_agent", "normalized", "restore_rng", "save_agent"]
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "envpool", "mujoco", "ale-py", "npg-toolkit")
 
@@ -55,35 +54,29 @@ class SavedAgent(NamedTuple):
     """The states of the random number generators."""
 
 
-@dataclass(frozen=True)
-class RunFolder:
+class RunFolder(folder.RunFolder):
     """The paths of a run, and its text files."""
-
-    path: Path
 
     @classmethod
     def create(cls, path: Path | None, config: RunConfig, command: str) -> Self:
         """Make the folder; without a path it is ``runs/<algo>-<env>-s<seed>-<n>`` with the first free n.
 
         Raises:
-            FileExistsError: if `path` exists.
+            FileExistsError: if `path` exists, and is not an empty folder.
         """
-        if path is None:
-            name = f"{config.algo}-{config.env.replace('/', '_').replace(':', '_')}-s{config.seed}"
-            n = 1
-            while True:
-                path = Path("runs") / f"{name}-{n}"
-                try:
-                    path.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    n += 1
-        else:
-            path.mkdir(parents=True)
-        folder = cls(path)
-        folder.checkpoints.mkdir()
-        folder.begin(config, command)
-        return folder
+        name = f"{config.algo}-{config.env.replace('/', '_').replace(':', '_')}-s{config.seed}"
+        n = 1
+        while True:
+            made = cls(path or Path("runs") / f"{name}-{n}")
+            try:
+                made.make()
+                break
+            except FileExistsError:
+                if path is not None:
+                    raise
+                n += 1
+        made.begin(config.to_dict(), command)
+        return made
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -96,13 +89,11 @@ class RunFolder:
             raise FileNotFoundError(f"{path} is not a run folder: it has no config.yaml")
         return cls(path)
 
-    def begin(self, config: RunConfig, command: str) -> None:
+    def begin(self, config: Mapping[str, Any], command: str) -> None:
         """Write the configuration, and append the command and the versions that now work in the folder."""
-        _replace(self.path / "config.yaml", lambda p: p.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False)))
-        with (self.path / "command.txt").open("a") as file:
-            file.write(command + "\n")
-        with (self.path / "versions.yaml").open("a") as file:
-            yaml.safe_dump(versions(), file, sort_keys=False, explicit_start=True)
+        super().begin(config, command)
+        with (self.path / "versions.yaml").open("a", encoding="utf-8") as file:
+            yaml.safe_dump(versions(_PACKAGES), file, sort_keys=False, explicit_start=True)
 
     @property
     def config(self) -> RunConfig:
@@ -110,9 +101,9 @@ class RunFolder:
         return RunConfig.read(self.path / "config.yaml")
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of the agents on the way."""
-        return self.path / "checkpoints"
+    def agents(self) -> Checkpoints:
+        """The agents on the way, by their environment steps."""
+        return Checkpoints(self.checkpoints, "model_", "_steps.zip")
 
     @property
     def last(self) -> SavedAgent:
@@ -124,10 +115,10 @@ class RunFolder:
         """The agent of the best evaluation during training."""
         return SavedAgent(self.path / "best_model.zip", self.path / "best_vecnormalize.pkl", self.path / "best_rng.pkl")
 
-    def checkpoint(self, steps: int | str) -> SavedAgent:
+    def checkpoint(self, steps: int) -> SavedAgent:
         """The agent after `steps` environment steps."""
-        names = (f"model_{steps}_steps.zip", f"vecnormalize_{steps}_steps.pkl", f"rng_{steps}_steps.pkl")
-        return SavedAgent(*(self.checkpoints / name for name in names))
+        names = (f"vecnormalize_{steps}_steps.pkl", f"rng_{steps}_steps.pkl")
+        return SavedAgent(self.agents.path(steps), *(self.checkpoints / name for name in names))
 
     # Records ----------------------------------------------------------------------------------------------------------
 
@@ -141,34 +132,21 @@ class RunFolder:
 
     def training_episodes(self) -> dict[str, np.ndarray]:
         """The columns of monitor.csv: ``r``, ``l``, ``t`` and ``timesteps``."""
-        return _columns(self.path / "monitor.csv", skip=1)
+        return read_columns(self.path / "monitor.csv", skip=1)
 
     def add_evaluation(self, row: dict[str, float]) -> None:
         """Append a row to evaluations.csv."""
-        path = self.path / "evaluations.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        Table(self.path / "evaluations.csv").append(row)
 
     def evaluations(self) -> dict[str, np.ndarray]:
         """The columns of evaluations.csv; none before the first evaluation."""
-        path = self.path / "evaluations.csv"
-        return _columns(path) if path.exists() else {}
+        return read_columns(self.path / "evaluations.csv")
 
     @property
     def final_timesteps(self) -> int | None:
         """The environment steps of the agent that the final evaluation was of; None before there is one."""
         path = self.path / "final_evaluation.json"
         return json.loads(path.read_text())["last"]["timesteps"] if path.exists() else None
-
-    def write_json(self, name: str, content: Any) -> Path:
-        """Write `content` to a file of the folder."""
-        path = self.path / name
-        _replace(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
-        return path
 
 
 class EpisodeFile:
@@ -180,11 +158,11 @@ class EpisodeFile:
 
     def __init__(self, path: Path, env_id: str) -> None:
         exists = path.exists()
-        header = {"t_start": time.time(), "env_id": env_id}
+        header: dict[str, float | str] = {"t_start": time.time(), "env_id": env_id}
         if exists:
             with path.open() as file:
                 header = json.loads(file.readline().lstrip("#"))
-        self._start = header["t_start"]
+        self._start = float(header["t_start"])
         self._writer = ResultsWriter(str(path), header=header, extra_keys=("timesteps",), override_existing=not exists)
 
     def add(self, episode: dict[str, Any], timesteps: int) -> None:
@@ -198,44 +176,16 @@ class EpisodeFile:
 
 
 class _Progress(KVWriter):
-    """progress.csv: a row for each update. An existing file is continued, and gains the columns that it lacks."""
+    """progress.csv: a row for each update."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._columns: list[str] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self._columns = next(csv.reader(file), [])
+        self._table = Table(path)
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        row = filter_excluded_keys(key_values, key_excluded, "csv")
-        if new := [key for key in row if key not in self._columns]:
-            rows = []
-            if self._path.exists():
-                with self._path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
-            self._columns += new
-            _replace(self._path, lambda path: self._write(path, "w", rows))
-        self._write(self._path, "a", [row])
-
-    def _write(self, path: Path, mode: str, rows: list[dict[str, Any]]) -> None:
-        with path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+        self._table.append(filter_excluded_keys(key_values, key_excluded, "csv"))
 
     def close(self) -> None:
         pass
-
-
-def _columns(path: Path, skip: int = 0) -> dict[str, np.ndarray]:
-    with path.open(newline="") as file:
-        for _ in range(skip):
-            file.readline()
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values()]  # a last line may be incomplete
-    return {name: np.array([float(row[name]) for row in rows]) for name in reader.fieldnames or ()}
 
 
 # Agents ---------------------------------------------------------------------------------------------------------------
@@ -245,20 +195,23 @@ def save_agent(model: BaseAlgorithm, files: SavedAgent) -> None:
     """Save model, statistics and generators. Each file is replaced whole, the model's last, or stays as it was."""
     statistics = model.get_vec_normalize_env()
     if statistics is not None:
-        _replace(files.statistics, lambda p: statistics.save(str(p)))
+        with replacing(files.statistics) as partial:
+            statistics.save(str(partial))
     rng = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002  what Stable-Baselines3 draws from
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    _replace(files.rng, lambda p: p.write_bytes(pickle.dumps(rng)))
-    _replace(files.model, lambda p: model.save(p))
+    with replacing(files.rng) as partial:
+        partial.write_bytes(pickle.dumps(rng))
+    with replacing(files.model) as partial:
+        model.save(partial)
 
 
 def load_agent(
     files: SavedAgent, config: RunConfig, make_env: Callable[[], VecEnv], *, training: bool
-) -> tuple[BaseAlgorithm, VecEnv]:
+) -> tuple[NaturalPolicyAlgorithm, VecEnv]:
     """A saved agent, and the environments that `make_env` makes with its statistics.
 
     Args:
@@ -282,16 +235,12 @@ def load_agent(
         return ALGORITHMS[config.algo].load(files.model, env, device=config.device), env
     except Exception as error:  # unpickling damaged data can raise anything
         env.close()
-        remedy = "" if "saved by" in str(error) else _other_agents(files)
-        raise ValueError(f"{files.model} cannot be loaded: {error}.{remedy}") from error
+        remedy = "" if "saved by" in str(error) else _instead_of(files)
+        raise ValueError(f"{files.model} cannot be loaded: {error}{remedy}") from error
 
 
-def _other_agents(files: SavedAgent) -> str:
-    checkpoints = list((files.model.parent / "checkpoints").glob("model_*_steps.zip"))
-    if not checkpoints:
-        return ""
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-    return f" An earlier agent of the run is whole: {newest}"
+def _instead_of(files: SavedAgent) -> str:
+    return RunFolder(run_of(files.model) or files.model.parent).agents.instead_of(files.model)
 
 
 def normalized(env: VecEnv, config: RunConfig, statistics: Path | None = None, *, training: bool) -> VecEnv:
@@ -303,7 +252,7 @@ def normalized(env: VecEnv, config: RunConfig, statistics: Path | None = None, *
     if config.normalize is None:
         return env
     if statistics is None:
-        wrapped = VecNormalize(env, training=training, **config.normalize)
+        wrapped: AnyVecNormalize = VecNormalize(env, training=training, **config.normalize)
     else:
         try:
             wrapped = VecNormalize.load(str(statistics), env)
@@ -326,41 +275,4 @@ def restore_rng(files: SavedAgent) -> None:
         if len(rng["cuda"]) == torch.cuda.device_count() > 0:
             torch.cuda.set_rng_state_all(rng["cuda"])
     except Exception as error:  # unpickling damaged data can raise anything
-        raise ValueError(f"{files.rng} is damaged ({error}).{_other_agents(files)}") from error
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    # A reader, or a run that is killed, sees the old file or the new one and nothing between.
-    temporary = path.with_name(f".{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, Any]:
-    """The software and the machine."""
-    found: dict[str, Any] = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    found["python"] = platform.python_version()
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["platform"] = platform.platform()
-    found["processors"] = os.cpu_count()
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found["git_commit"] = _git("rev-parse", "HEAD")
-    found["git_modified"] = bool(_git("status", "--porcelain", "--untracked-files=no")) if found["git_commit"] else None
-    return found
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
+        raise ValueError(f"{files.rng} is damaged ({error}){_instead_of(files)}") from error

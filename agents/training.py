@@ -14,32 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
+from gymnasium.error import Error as GymnasiumError
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.base import saved_values
-from agents.callbacks import (
-    CommonStatistics,
-    EpisodeRecorder,
-    Evaluator,
-    ProgressBar,
-    Saver,
-    StopRequest,
-    evaluation_seed,
-)
-from agents.config import ALGORITHMS, RunConfig, check_names
+from agents.base import NaturalPolicyAlgorithm, saved_values
+from agents.callbacks import CommonStatistics, EpisodeRecorder, Evaluator, ProgressBar, Saver, Stop, evaluation_seed
+from agents.config import ALGORITHMS, RunConfig
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, restore_rng, save_agent
 from envs.seeding import Purpose, purpose_seed
 from npg.parallel import World
+from npg.runs import command_line
+from npg.runs.folder import refuse_existing
+from npg.runs.presets import check_names
+from npg.runs.signals import StopRequest
 
-__all__ = ["FINAL_EPISODES", "Outcome", "Run", "find_agent", "resume", "start"]
+__all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "find_agent", "resume", "start"]
 
 FINAL_EPISODES = 20
+MISTAKES = (*command_line.MISTAKES, TypeError, NotImplementedError, AssertionError, ImportError, GymnasiumError)
+"""What `start` and `resume`, and the environments and constructors that they call, raise for bad input."""
 _ALONE = World(torch.device("cpu"))
 
 
@@ -77,7 +76,7 @@ class Run:
 
     config: RunConfig
     folder: RunFolder | None
-    model: BaseAlgorithm
+    model: NaturalPolicyAlgorithm
     world: World = _ALONE
 
     def train(self, *, progress: bool = True, video: bool = False) -> Outcome:
@@ -94,20 +93,13 @@ class Run:
         bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
         evaluator = Evaluator(config, folder, normalized(bare, config, training=False))
         recorder, stop = EpisodeRecorder(folder.episodes(config.env), self.world), StopRequest(self.world)
-        statistics = CommonStatistics(model.get_vec_normalize_env(), self.world)
         bar = [ProgressBar(config)] if progress else []
         before = model.num_timesteps
         if not folder.last.model.exists():
             save_agent(model, folder.last)
-        started = time.perf_counter()
         try:
             with stop:
-                model.learn(
-                    config.timesteps - before,
-                    callback=[recorder, statistics, evaluator, Saver(config, folder), *bar, stop],
-                    reset_num_timesteps=before == 0,
-                )
-                seconds = time.perf_counter() - started - evaluator.seconds
+                seconds = self._learn(stop, recorder, evaluator, Saver(config, folder), *bar) - evaluator.seconds
                 save_agent(model, folder.last)
                 if not (stop.requested or evaluator.is_done):
                     evaluator.evaluate()
@@ -119,12 +111,13 @@ class Run:
                 learning_curve(folder)
             raise
         finally:
-            for callback in (recorder, *bar):
-                callback.close()
+            recorder.close()
+            for shown in bar:
+                shown.close()
             bare.close()
             model.logger.close()
         learning_curve(folder)
-        finals = () if stop.requested else self._final_evaluations(video)
+        finals = () if stop.requested else self._final_evaluations(folder, video)
         return Outcome(
             interrupted=stop.requested,
             timesteps=model.num_timesteps,
@@ -136,27 +129,31 @@ class Run:
 
     def _help(self) -> Outcome:
         """The training of a process beside the main one: it steps its environments and adds up, and writes nothing."""
-        model, stop = self.model, StopRequest(self.world)
-        model.set_logger(Logger(None, []))
-        recorder = EpisodeRecorder(None, self.world)
-        statistics = CommonStatistics(model.get_vec_normalize_env(), self.world)
-        before, started = model.num_timesteps, time.perf_counter()
-        with stop:
-            model.learn(
-                self.config.timesteps - before,
-                callback=[recorder, statistics, stop],
-                reset_num_timesteps=before == 0,
-            )
-        seconds = time.perf_counter() - started
-        return Outcome(stop.requested, model.num_timesteps, model.num_timesteps - before, seconds, 0.0, ())
+        self.model.set_logger(Logger(None, []))
+        before = self.model.num_timesteps
+        with StopRequest(self.world) as stop:
+            seconds = self._learn(stop, EpisodeRecorder(None, self.world))
+        trained = self.model.num_timesteps
+        return Outcome(stop.requested, trained, trained - before, seconds, 0.0, ())
 
-    def _final_evaluations(self, video: bool) -> tuple[tuple[str, Evaluation], ...]:
+    def _learn(self, stop: StopRequest, recorder: EpisodeRecorder, *others: BaseCallback) -> float:
+        """Learn up to the configured number of steps; returns the seconds. The processes' callbacks begin alike."""
+        before, started = self.model.num_timesteps, time.perf_counter()
+        statistics = CommonStatistics(self.model.get_vec_normalize_env(), self.world)
+        self.model.learn(
+            self.config.timesteps - before,
+            callback=[recorder, statistics, *others, Stop(stop)],
+            reset_num_timesteps=before == 0,
+        )
+        return time.perf_counter() - started
+
+    def _final_evaluations(self, folder: RunFolder, video: bool) -> tuple[tuple[str, Evaluation], ...]:
         seed = evaluation_seed(self.config, final=True)
-        agents = {"last": self.folder.last, "best": self.folder.best}
+        agents = {"last": folder.last, "best": folder.best}
         rows = {name: evaluate_saved(files, self.config, FINAL_EPISODES, seed) for name, files in agents.items()}
-        self.folder.write_json("final_evaluation.json", {name: e.to_dict() for name, e in rows.items()})
+        folder.write_json("final_evaluation.json", {name: e.to_dict() for name, e in rows.items()})
         if video:
-            record_video(self.folder.best, self.config, self.folder.path / "video" / "best.mp4", seed)
+            record_video(folder.best, self.config, folder.path / "video" / "best.mp4", seed)
         return tuple((f"{name} model", e) for name, e in rows.items())
 
 
@@ -172,15 +169,16 @@ def start(config: RunConfig, run_dir: Path | None = None, command: str = "", wor
         ImportError: if a package is missing.
     """
 
-    def make() -> tuple[RunConfig, BaseAlgorithm]:
-        _refuse_existing(run_dir)
+    def make() -> tuple[RunConfig, NaturalPolicyAlgorithm]:
+        if run_dir is not None:
+            refuse_existing(run_dir)
         part = _part(config, world)
         part.check_device()
         _set_threads(config)
         env = make_env(part, part.n_envs, config.seed, evaluation=False)
         try:
             policy = config.policy or _policy_for(env.observation_space)
-            model = _build(replace(part, policy=policy), normalized(env, config, training=True))
+            model = _build(part, policy, normalized(env, config, training=True))
             _draw_apart(model, config, world)
         except BaseException:
             env.close()
@@ -199,7 +197,9 @@ def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
     """
     if path.suffix == ".zip" and path.parent.name == "checkpoints":
         folder = RunFolder.open(path.parent.parent)
-        return folder, folder.checkpoint(path.stem.removeprefix("model_").removesuffix("_steps"))
+        if (steps := folder.agents.number(path)) is None:
+            raise FileNotFoundError(f"{path} is no agent of a run: those are called model_<steps>_steps.zip")
+        return folder, folder.checkpoint(steps)
     folder = RunFolder.open(path)
     return folder, folder.last
 
@@ -242,9 +242,10 @@ def resume(
             raise ValueError(f"the {name} of {path} is {found}, not {expected}")
     config = replace(config, **{key: value for key, value in changes.items() if value is not None})
 
-    def make() -> BaseAlgorithm:
-        _refuse_existing(run_dir)
-        if run_dir is None and (why := _newer(folder, files)):
+    def make() -> NaturalPolicyAlgorithm:
+        if run_dir is not None:
+            refuse_existing(run_dir)
+        elif why := _newer(folder, files):
             raise ValueError(why)
         part = _part(config, world)
         _set_threads(config)
@@ -270,17 +271,10 @@ def resume(
     def begin() -> RunFolder:
         if run_dir is not None:
             return RunFolder.create(run_dir, config, command)
-        folder.begin(config, command)
+        folder.begin(config.to_dict(), command)
         return folder
 
     return _joined(config, world.main_first(make), world, begin)
-
-
-def _refuse_existing(run_dir: Path | None) -> None:
-    if run_dir is not None and run_dir.exists():
-        raise FileExistsError(
-            f"run folder {run_dir} exists: continue it with --resume {run_dir}, or name another with --run-dir"
-        )
 
 
 def _newer(folder: RunFolder, files: SavedAgent) -> str:
@@ -311,36 +305,38 @@ def _part(config: RunConfig, world: World) -> RunConfig:
     return replace(config, n_envs=config.n_envs // world.size, device=str(world.device))
 
 
-def _training_seed(config: RunConfig, model: BaseAlgorithm) -> int:
+def _training_seed(config: RunConfig, model: NaturalPolicyAlgorithm) -> int:
     """The seed of the training environments, another one where training goes on."""
     steps = model.num_timesteps
     return purpose_seed(config.seed, Purpose.RESUMED_TRAINING, steps) if steps else config.seed
 
 
-def _draw_apart(model: BaseAlgorithm, config: RunConfig, world: World) -> None:
+def _draw_apart(model: NaturalPolicyAlgorithm, config: RunConfig, world: World) -> None:
     """Give a process beside the main one random numbers of its own; environment i of all is environment i of one."""
     if world.is_main:
         return
     begun = _training_seed(config, model)
     own = np.random.SeedSequence((begun, world.rank)).generate_state(1)
     set_random_seed(int(own[0]), using_cuda=world.device.type == "cuda")
-    model.get_env().unwrapped.seed(begun, first=world.rank * model.n_envs)
+    model.get_env().unwrapped.seed(begun, first=world.rank * model.n_envs)  # type: ignore[union-attr]
 
 
-def _joined(config: RunConfig, model: BaseAlgorithm, world: World, open_folder: Callable[[], RunFolder]) -> Run:
+def _joined(
+    config: RunConfig, model: NaturalPolicyAlgorithm, world: World, open_folder: Callable[[], RunFolder]
+) -> Run:
     """The run, once all processes have its parameters, and the main one its folder."""
     try:
         model.join(world.group)
         folder = world.main_first(lambda: open_folder() if world.is_main else None)
     except BaseException:
-        model.get_env().close()
+        model.get_env().close()  # type: ignore[union-attr]
         raise
     return Run(config, folder, model, world)
 
 
-def _build(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
+def _build(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgorithm:
     algorithm = ALGORITHMS[config.algo]
-    check_names("policy", [config.policy], algorithm.policy_aliases, f"for {config.algo}")
+    check_names("policy", [policy], algorithm.policy_aliases, f"for {config.algo}")
     hyperparameters = dict(config.hyperparameters)
     policy_kwargs = dict(hyperparameters.get("policy_kwargs") or {})
     if isinstance(name := policy_kwargs.get("activation_fn"), str):
@@ -349,10 +345,10 @@ def _build(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
             raise ValueError(f"activation_fn={name!r} is not a class of torch.nn, such as Tanh or ReLU")
         policy_kwargs["activation_fn"] = activation
         hyperparameters["policy_kwargs"] = policy_kwargs
-    parameters = inspect.signature(algorithm.policy_aliases[config.policy]).parameters.values()
+    parameters = inspect.signature(algorithm.policy_aliases[policy]).parameters.values()
     if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        check_names("argument", policy_kwargs, [p.name for p in parameters], f"of {config.policy}, in 'policy_kwargs'")
-    return algorithm(config.policy, env, seed=config.seed, device=config.device, verbose=0, **hyperparameters)
+        check_names("argument", policy_kwargs, [p.name for p in parameters], f"of {policy}, in 'policy_kwargs'")
+    return algorithm(policy, env, seed=config.seed, device=config.device, verbose=0, **hyperparameters)
 
 
 def _policy_for(space: spaces.Space[Any]) -> str:

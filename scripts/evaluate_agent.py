@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agents.command_line import MISTAKES, Parser
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.runs import RunFolder
+from agents.training import MISTAKES
 from envs.seeding import Purpose, purpose_seed
+from npg.runs.command_line import Parser
 
 DESCRIPTION = """\
 Let the agent of a run play whole episodes, with the run's own frozen observation

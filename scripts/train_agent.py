@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from agents.command_line import MISTAKES, Parser
-from agents.config import ALGORITHMS, RunConfig, parse_settings, resolve
+from agents.config import ALGORITHMS, RunConfig, resolve
 from agents.evaluation import check_video, table
-from agents.training import FINAL_EPISODES, Outcome, Run, find_agent, resume, start
+from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, find_agent, resume, start
 from npg.parallel import World, open_world
+from npg.runs.command_line import Parser, command
+from npg.runs.presets import parse_settings
 
 USAGE = """train_agent.py ALGO ENV_ID [options]
        train_agent.py --resume RUN_DIR [options]"""
@@ -100,13 +100,12 @@ def configure(args: argparse.Namespace) -> RunConfig:
 
 
 def prepare(args: argparse.Namespace, config: RunConfig, world: World) -> Run:
-    command = shlex.join([sys.executable, *sys.argv])
     if args.video:
         check_video(config)
     if args.resume is None:
-        return start(config, args.run_dir, command, world)
+        return start(config, args.run_dir, command(), world)
     changes = {name: getattr(args, name) for name in MAY_CHANGE}
-    return resume(args.resume, command, args.run_dir, algo=args.algo, env=args.env, world=world, **changes)
+    return resume(args.resume, command(), args.run_dir, algo=args.algo, env=args.env, world=world, **changes)
 
 
 def report(run: Run, outcome: Outcome) -> None:
@@ -129,14 +128,8 @@ def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
         go_on = f"What was last saved continues with:\n  python {sys.argv[0]} --resume {run.folder.path}"
         processes = f", {run.world.size} processes" if run.world.group is not None else ""
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
-    try:
+    with parser.training(go_on, FloatingPointError):
         outcome = run.train(progress=not args.no_progress, video=args.video)
-    except (FloatingPointError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # not of the system, such as a disk that is full
-            raise
-        parser.exit(1, f"{parser.prog}: error: {error}. {go_on}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"ended at once. {go_on}\n")
     if run.folder is not None:
         report(run, outcome)
     return 130 if outcome.interrupted else 0

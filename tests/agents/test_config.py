@@ -5,7 +5,8 @@ import pytest
 from stable_baselines3.common.vec_env import VecNormalize
 
 import agents
-from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, load_preset, parse_settings, read_yaml, resolve
+from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, load_preset, resolve
+from npg.runs.presets import read_yaml
 
 
 def preset_names(algo):
@@ -55,26 +56,16 @@ def test_rewards_are_scaled_with_the_discount_of_the_algorithm():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("1e-3", 1e-3), ("1.5", 1.5), ("3", 3), ("true", True), ("[64, 64]", [64, 64]), ("null", None), ("a=b", "a=b")],
-)
-def test_settings_are_typed_as_yaml(text, value):
-    (parsed,) = parse_settings([f"key={text}"]).values()
-    assert parsed == value
-    assert type(parsed) is type(value)
-
-
-@pytest.mark.parametrize(
     ("algo", "settings", "message"),
     [
         ("tpro", {}, "unknown algorithm 'tpro': did you mean trpo"),
         ("trpo", {"taget_kl": 1}, "unknown setting 'taget_kl' for trpo: did you mean target_kl"),
         ("trpo", {"normalize.clip": 1}, "unknown argument 'clip' of VecNormalize"),
-        ("trpo", {"target_kl": "much"}, "target_kl='much' must be a number"),
-        ("trpo", {"n_steps": 1.5}, "n_steps=1.5 must be a whole number"),
-        ("trpo", {"use_sde": 1}, "use_sde=1 must be true or false"),
-        ("trpo", {"env_kwargs": 3}, "env_kwargs must be a mapping"),
-        ("trpo", {"timesteps": 0}, "timesteps=0 must be"),
+        ("trpo", {"target_kl": "much"}, "target_kl must be a number; got 'much'"),
+        ("trpo", {"n_steps": 1.5}, "n_steps must be a whole number; got 1.5"),
+        ("trpo", {"use_sde": 1}, "use_sde must be true or false; got 1"),
+        ("trpo", {"env_kwargs": 3}, "env_kwargs must be a mapping; got 3"),
+        ("trpo", {"timesteps": 0}, "timesteps must be at least 1; got 0"),
     ],
 )
 def test_what_is_not_known_is_named_with_the_nearest(algo, settings, message):
@@ -85,11 +76,14 @@ def test_what_is_not_known_is_named_with_the_nearest(algo, settings, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": -1}, "seed=-1"),
-        ({"n_envs": 0}, "n_envs=0"),
-        ({"eval_freq": 0}, "eval_freq=0"),
-        ({"threads": 0}, "threads=0"),
-        ({"device": "gpu"}, "device='gpu' must be auto, cpu"),
+        ({"seed": -1}, "seed must be at least 0 and less than 2\\*\\*28; got -1"),
+        ({"n_envs": 0}, "n_envs must be at least 1; got 0"),
+        ({"eval_freq": 0}, "eval_freq must be at least 1; got 0"),
+        ({"threads": 0}, "threads must be at least 1; got 0"),
+        ({"timesteps": 1e5}, "timesteps must be a whole number; got 100000.0"),
+        ({"n_envs": True}, "n_envs must be a whole number; got True"),
+        ({"normalize": True}, "normalize must be a mapping; got True"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:<number>; got 'gpu'"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):

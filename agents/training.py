@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from agents.config import ALGORITHMS, RunConfig
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, restore_rng, save_agent
-from envs.seeding import Purpose, purpose_seed
+from envs.seeding import IndependentSeeds, Purpose, purpose_seed
 from npg.parallel import World
 from npg.runs import command_line
 from npg.runs.folder import refuse_existing
@@ -318,7 +318,8 @@ def _draw_apart(model: NaturalPolicyAlgorithm, config: RunConfig, world: World) 
     begun = _training_seed(config, model)
     own = np.random.SeedSequence((begun, world.rank)).generate_state(1)
     set_random_seed(int(own[0]), using_cuda=world.device.type == "cuda")
-    model.get_env().unwrapped.seed(begun, first=world.rank * model.n_envs)  # type: ignore[union-attr]
+    env = cast(IndependentSeeds, cast(VecEnv, model.get_env()).unwrapped)
+    env.seed(begun, first=world.rank * model.n_envs)
 
 
 def _joined(

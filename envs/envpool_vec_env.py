@@ -166,7 +166,13 @@ class EnvPoolVecEnv(ArrayVecEnv):
             assert envpool is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._pool = envpool.make_gymnasium(self._task, seed=seeds, **self._config)
+                try:
+                    self._pool = envpool.make_gymnasium(self._task, seed=seeds, **self._config)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"EnvPool cannot start {self._task}: {error}. Its packages lack a file or are damaged: install "
+                        "EnvPool again, or choose another task."
+                    ) from error
         self._pool._reset(self._indices)
         return self._observations(self._pool._recv())
 

@@ -389,6 +389,18 @@ def test_the_spec_is_that_of_what_was_asked_for():
     assert gym.spec("CartPole-v1").max_episode_steps == 500  # the registry is as before
 
 
+def test_what_envpool_cannot_start_is_named(monkeypatch):
+    def absent(*args, **kwargs):
+        raise RuntimeError("failed to open a database")
+
+    env = make_vec_env("CartPole-v1", seed=0)
+    monkeypatch.setattr(import_envpool(), "make_gymnasium", absent)
+    with pytest.raises(
+        RuntimeError, match=r"cannot start CartPole-v1: failed to open a database.*install EnvPool again"
+    ):
+        env.reset()
+
+
 def test_an_interrupted_step_does_not_shift_the_answers(monkeypatch):
     env = make_vec_env("CartPole-v1", 2, seed=0)
     env.reset()

@@ -1,4 +1,5 @@
 import csv
+import errno
 import importlib.util
 import json
 import os
@@ -6,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+
+from npg.vision.run_folder import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_cifar.py"
 
@@ -248,6 +252,41 @@ def test_a_loss_that_explodes_ends_with_status_1(
 ) -> None:
     assert status(script, ["wrn-10-1", "sgd", *arguments(folder, tmp_path / "run"), "--lr", "1e38"]) == 1
     assert "is not finite. No epoch was whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (KeyboardInterrupt(), 130, "ended at once"),
+    ],
+)
+def test_what_ends_a_run_is_told_with_the_way_to_go_on(
+    error: BaseException,
+    expected: int,
+    message: str,
+    script: ModuleType,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        write = RunFolder.write_checkpoint
+
+        def fail_after_the_first(self: RunFolder, epoch: int, state: dict[str, Any]) -> Path:
+            if epoch == 2:
+                raise error
+            return write(self, epoch, state)
+
+        patch.setattr(RunFolder, "write_checkpoint", fail_after_the_first)
+        assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run)]) == expected
+    told = capsys.readouterr().err
+    assert message in told
+    assert f"--resume {run}" in told
+    assert status(script, ["--resume", str(run)]) == 0
+    assert [row["epoch"] for row in rows(run)] == ["1", "2"]
 
 
 def test_curves_are_drawn_from_runs_and_from_a_csv(script: ModuleType, folder: Path, tmp_path: Path) -> None:

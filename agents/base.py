@@ -9,8 +9,7 @@ import json
 import zipfile
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
@@ -119,17 +118,6 @@ def saved_values(path: Any) -> dict[str, Any]:
         ) from error
     finally:
         file.seek(0) if file is path else file.close()
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    """PyTorch with ``n`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
@@ -432,10 +420,15 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
         def act(observations: Any) -> Sequence[Tensor]:
             nonlocal run
-            with torch.no_grad(), _threads(threads):
-                if run is not None and not (actor.policy is self.policy and actor.unchanged()):
-                    run = actor.acting(observations) if actor.policy is self.policy else None
-                return self.policy(observations) if run is None else run(observations)
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with torch.no_grad():
+                    if run is not None and not (actor.policy is self.policy and actor.unchanged()):
+                        run = actor.acting(observations) if actor.policy is self.policy else None
+                    return self.policy(observations) if run is None else run(observations)
+            finally:
+                torch.set_num_threads(before)
 
         return act
 

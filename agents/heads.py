@@ -79,6 +79,8 @@ _KNOWN = {
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish),
 }
 
+_MODED = (nn.BatchNorm1d, nn.BatchNorm2d)  # those of them that do another thing in training
+
 _GLOBAL_HOOKS = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
 
 
@@ -215,8 +217,8 @@ class _Head(nn.Module):
     ) -> Callable[..., Sequence[Tensor]] | None:
         """`npg.program.straight_line` of a function of tensors by name, for `functional_call`, and of ``inputs``.
 
-        It takes the tensors as they are in each call. A program is kept for shapes like these, and traced anew where
-        it no longer ``agrees``; None where there can be none.
+        It takes the tensors as they are in each call, without gradients. A program is kept for shapes like these, and
+        traced anew where it no longer ``agrees``; None where there can be none.
         """
         tensors = list(named.values())
         key = tuple((t.shape, t.dtype, t.device) for t in (*tensors, *inputs))
@@ -234,7 +236,9 @@ class _Head(nn.Module):
             if self._programs[key] is None:
                 break
             run = partial(self._programs[key], *tensors)
-            if agrees(run):
+            with torch.no_grad():
+                agreed = agrees(run)
+            if agreed:
                 return run
             self._programs.pop(key)
             if fresh:
@@ -315,7 +319,8 @@ class ActorHead(_Head):
         Modules take longer over a few rows than the arithmetic in them. So this is a traced program where there can be
         one, and after it was seen to give the network's outputs on this batch. It draws the same random numbers, and
         takes the parameters as they are in each call. None where only the policy itself knows all that it does in a
-        forward pass: where a method, its distribution or a module is not Stable-Baselines3's or PyTorch's own.
+        forward pass: where a method, its distribution or a module is not Stable-Baselines3's or PyTorch's own. To be
+        called without gradients.
         """
         policy = self.policy
         if not (
@@ -323,7 +328,7 @@ class ActorHead(_Head):
         ):
             return None
         parts = self._parts()
-        if any(module.training for module in parts if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)):
+        if any(module.training for module in parts if isinstance(module, _MODED)):
             return None
         self._watch(parts)
 
@@ -350,22 +355,28 @@ class ActorHead(_Head):
     def _watch(self, parts: list[nn.Module]) -> None:
         # What a forward pass reads beside values of tensors: attributes, children, parameters and hooks of its modules.
         policy = self.policy
-        self._parts_seen = parts
-        self._watched = [(vars(policy), itemgetter("training", "action_dist", "observation_space", "normalize_images"))]
-        self._watched += [
-            (vars(m), itemgetter("training", *(n for n in vars(m) if not n.startswith("_")))) for m in parts[1:]
-        ]
+        self._watched = [(vars(policy), itemgetter("action_dist", "observation_space", "normalize_images"))]
+        for m in parts[1:]:
+            unread = (
+                {"in_features", "out_features"}
+                if isinstance(m, _MODED)
+                else {"in_features", "out_features", "training"}
+            )
+            if names := [name for name in vars(m) if not (name.startswith("_") or name in unread)]:
+                self._watched.append((vars(m), itemgetter(*names)))
         self._sizes = [*map(vars, parts), vars(policy.action_dist)]
-        self._held = [d for m in parts for d in (m._modules, m._parameters, m._buffers) if d]
+        self._slots = [d for m in parts for d in (m._modules, m._parameters, m._buffers) if d]
         self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + _GLOBAL_HOOKS
+        self._of_actor = parts
+        self._held = [*chain.from_iterable(map(dict.values, self._slots))]  # alive, so that no other has its id
         self._seen = self._state()
 
     def _state(self) -> tuple[Any, ...]:
         return (
-            [*map(type, self._parts_seen)],
+            [*map(type, self._of_actor)],
             [read(values) for values, read in self._watched],
             [*map(len, self._sizes)],  # an attribute more may hide a method
-            [*map(id, chain.from_iterable(map(dict.values, self._held)))],
+            [*map(id, chain.from_iterable(map(dict.values, self._slots)))],
             any(self._hooks),
         )
 
@@ -470,7 +481,7 @@ class CriticHead(_Head):
             [prepared, targets],
             lambda run: _close(run(prepared, targets), expected),
         )
-        return run or by_autograd
+        return by_autograd if run is None else torch.no_grad()(run)
 
 
 def _close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

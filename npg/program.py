@@ -109,14 +109,14 @@ def straight_line(
 ) -> Callable[..., Sequence[Tensor]]:
     """``function`` of tensors as a straight-line program, equal to it for all inputs of the shapes traced.
 
-    Nothing is computed ahead, and random numbers are drawn anew in every call.
+    Nothing is computed ahead, and random numbers are drawn anew in every call. To be called without gradients.
 
     Raises:
         Exception: whatever an operation raises that looks at values.
     """
     traced, _, _ = _trace(function, inputs)
     _fuse(traced.graph)
-    return torch.no_grad()(GraphModule(traced, _specialised(traced.graph, one_dnn=_one_dnn(inputs[0]))).forward)
+    return GraphModule(traced, _specialised(traced.graph, one_dnn=_one_dnn(inputs[0]))).forward
 
 
 def _trace(

@@ -71,6 +71,11 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
         env.reset()
 
     @torch.no_grad()
+    def program() -> None:
+        if agent._actor.unchanged():
+            act(observations)
+
+    @torch.no_grad()
     def by_modules() -> None:
         agent._actor.family.sample(agent._actor(agent._actor.prepare(observations)))
 
@@ -86,7 +91,7 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
         agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
 
     return {
-        "act, program": (lambda: act(observations), 1),
+        "act, program": (program, 1),
         "act, modules": (by_modules, 1),
         "normalise, ours": (stepped[VecNormalize].step_wait, 1),
         "normalise, Stable-Baselines3": (stepped[vec_env.VecNormalize].step_wait, 1),

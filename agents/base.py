@@ -134,7 +134,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     Args:
         fisher_fraction: the part of the batch, in (0, 1], on which the Fisher is taken; gradient, KL and search use
-            all of it. It holds for the natural steps of the critic as well.
+            all of it. Its rows are drawn at random for every step, of the actor and of a natural critic.
         preconditioner: None, ``"diagonal"`` or ``"kfac"``, for the actor's conjugate gradients
             (`npg.curvature.preconditioners`).
         critic: ``"adam"``: ``n_critic_updates`` epochs of mini-batch Adam; ``"natural"``: as many Gauss–Newton steps
@@ -690,10 +690,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._log(report, value_loss, perf_counter() - started)
 
     def _batch(self, rollout: Any) -> Batch:
-        # One shuffle serves all parts of the batch: a k-th of the rows for the step, the first of those for the Fisher.
-        n = len(rollout.advantages)
-        whole = self.sub_sampling_factor == 1 and self.fisher_fraction == 1
-        part = slice(None) if whole else torch.randperm(n, device=self.device)[:: self.sub_sampling_factor]
+        n, k = len(rollout.advantages), self.sub_sampling_factor
+        part = slice(None) if k == 1 else torch.randperm(n, device=self.device)[::k]
         inputs = self._actor.prepare(_rows(rollout.observations, part))
         advantages = rollout.advantages[part]
         if self.normalize_advantage:
@@ -709,8 +707,11 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         )
 
     def _fisher_part(self, inputs: Any, rows: int) -> Any:
-        """The rows on which the Fisher is taken; None for all."""
-        return None if self.fisher_fraction == 1 else _rows(inputs, slice(max(1, round(self.fisher_fraction * rows))))
+        """The rows on which the Fisher is taken, drawn at random, for they are in the order of time; None for all."""
+        if self.fisher_fraction == 1:
+            return None
+        order = torch.randperm(rows, device=self.device)
+        return _rows(inputs, order[: max(1, round(self.fisher_fraction * rows))])
 
     def _fit_critic_by_adam(self, observations: Any, returns: Tensor) -> float:
         """``n_critic_updates`` epochs of mini-batches; the loss is the mean squared error over the last epoch."""

@@ -48,7 +48,7 @@ class NPG(NaturalPolicyAlgorithm):
         verbose: 0 for silence, 1 for information.
         seed: of all random numbers.
         device: where the networks live.
-        fisher_fraction: the part of the batch on which the Fisher is taken.
+        fisher_fraction: the part of the batch on which the Fisher is taken, drawn at random for every step.
         preconditioner: None, ``"diagonal"`` or ``"kfac"``.
         metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with
             discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one.

@@ -59,7 +59,7 @@ class TRPO(NaturalPolicyAlgorithm):
         kl_reduction: ``"sum"``: the KL of the whole action, the paper's; ``"mean"``: that divided by the number of
             action components of a Box or MultiBinary space, which is what ``sb3_contrib`` bounds and damps there
             (for n components its ``target_kl`` and ``cg_damping`` are n times as large in terms of the true KL).
-        fisher_fraction: the part of the batch on which the Fisher is taken.
+        fisher_fraction: the part of the batch on which the Fisher is taken, drawn at random for every step.
         preconditioner: None, ``"diagonal"`` or ``"kfac"``.
         metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with
             discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one.

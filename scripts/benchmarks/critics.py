@@ -2,9 +2,9 @@ r"""How good a critic is for its milliseconds: explained variance of the next ro
 
     python scripts/benchmarks/critics.py --csv docs/results/critics.csv
 
-TRPO trains for a while and records rollouts of 2,048 steps, with the returns that its critic was to be fitted to. Each
-way begins with the same critic, scores it on each rollout before and after fitting it to that rollout, and goes on to
-the next. The score before is of returns that the critic has not seen, and is what its advantages are made of.
+TRPO trains for a while and records rollouts, as long as its preset's, with the returns that its critic was to be fitted
+to. Each way begins with the same critic, scores it on each rollout before and after fitting it to that rollout, and
+goes on to the next. The score before is of returns that the critic has not seen: its advantages are made of those.
 """
 
 from __future__ import annotations

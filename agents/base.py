@@ -129,8 +129,9 @@ def _in_range(name: str, value: float, low: float, high: float, *, open_low: boo
 class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
     """On-policy actor-critic learning where the actor moves by natural steps.
 
-    The constructor takes the arguments of ``sb3_contrib.TRPO`` by the same names and with the same meaning, as far as
-    they concern all natural policy algorithms, and adds the following.
+    The constructor takes the arguments of ``sb3_contrib.TRPO`` by the same names, as far as they concern all natural
+    policy algorithms, and adds the following. One has another meaning: ``cg_damping`` is added to the Fisher of the
+    whole action, which for n components of a Box or MultiBinary space is n times that of ``sb3_contrib``.
 
     Args:
         fisher_fraction: the part of the batch, in (0, 1], on which the Fisher is taken; gradient, KL and search use
@@ -153,6 +154,9 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     metric: Metric = "fisher"
     """The geometry of the actor's natural step."""
+
+    _of_sb3_contrib: ClassVar[dict[str, Any]] = {}
+    """Arguments with which this algorithm is that of ``sb3_contrib``."""
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": ActorCriticPolicy,
@@ -379,7 +383,10 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
 
     @classmethod
     def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model, as Stable-Baselines3 does; models saved by ``sb3_contrib.TRPO`` load into `TRPO`.
+        """Load a saved model, as Stable-Baselines3 does.
+
+        Models saved by ``sb3_contrib.TRPO`` load into `TRPO` and keep their trust region: ``kl_direction="new_old"``
+        and ``kl_reduction="mean"``, unless given here.
 
         Raises:
             ValueError: if the file was saved by another algorithm, or is damaged.
@@ -391,6 +398,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             raise ValueError(
                 f"path={str(path)!r} was saved by {saved}, not by {cls._name()}: load it with its own class"
             )
+        if "algorithm" not in data:
+            kwargs = {name: value for name, value in cls._of_sb3_contrib.items() if name not in data} | kwargs
         return super().load(path, *args, **kwargs)
 
     def learn(

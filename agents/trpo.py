@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ class TRPO(NaturalPolicyAlgorithm):
     radius and shortened until the true KL and the true surrogate agree. A step that never does is refused, and the
     policy stays bit for bit what it was.
 
-    The arguments up to ``device`` are those of ``sb3_contrib.TRPO``, with the same meaning and defaults, so that
-    changing the import is all it takes to come here; those after it are our own.
+    The arguments up to ``device`` are those of ``sb3_contrib.TRPO`` with the same defaults; those after it are our own.
+    Two mean something else for a Box or MultiBinary space of n components: ``target_kl`` bounds the KL of the whole
+    action, and ``cg_damping`` is added to the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its
+    trust region is that of ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
 
     Args:
         policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or an actor-critic policy class.
@@ -69,8 +71,11 @@ class TRPO(NaturalPolicyAlgorithm):
         train_shared_features: let the critic train features that it shares with the actor.
 
     Raises:
+        TypeError: if an argument is not of its kind; a float is no whole number.
         ValueError: if an argument is out of its range.
     """
+
+    _of_sb3_contrib: ClassVar[dict[str, Any]] = {"kl_direction": "new_old", "kl_reduction": "mean"}
 
     def __init__(
         self,

@@ -15,8 +15,10 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from agents.checks import not_finite
 from agents.config import RunConfig
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
@@ -91,8 +93,51 @@ def make_env(config: RunConfig, n_envs: int, seed: int, *, evaluation: bool) -> 
     )
 
 
+class _Finite(VecEnvWrapper):
+    """Environments whose observations and rewards are finite, or else named.
+
+    Raises:
+        FloatingPointError: with the environment, and the step since the first reset.
+    """
+
+    steps = 0
+
+    def reset(self) -> VecEnvObs:
+        self.steps = 0
+        observations = self.venv.reset()
+        self._check(observations)
+        return observations
+
+    def step_wait(self) -> VecEnvStepReturn:
+        self.steps += 1
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self._check({"reward": rewards})
+        self._check(observations)
+        return observations, rewards, dones, infos
+
+    def _check(self, values: Any) -> None:
+        for name, rows in values.items() if isinstance(values, dict) else [("observation", values)]:
+            if envs := not_finite(rows):
+                raise FloatingPointError(
+                    f"{name} of environment {', '.join(map(str, envs))} is not finite in step {self.steps} of an "
+                    "evaluation: mend the environment, or wrap it; or, where it is normalised, take an earlier agent"
+                )
+
+
+def _check_parameters(model: BaseAlgorithm) -> None:
+    for name, parameter in model.policy.named_parameters():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(f"the policy's {name} is not finite: take an earlier agent")
+
+
 def evaluate(model: BaseAlgorithm, env: VecEnv, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
-    """Let `model` play `episodes` whole episodes, shared evenly among the environments of `env`."""
+    """Let `model` play `episodes` whole episodes, shared evenly among the environments of `env`.
+
+    Raises:
+        FloatingPointError: if parameters, observations or rewards are not finite; it names which, and where.
+    """
+    _check_parameters(model)
+    env = _Finite(env)
     env.seed(seed)
     started = time.perf_counter()
     returns, lengths = evaluate_policy(
@@ -116,6 +161,7 @@ def evaluate_saved(
     Raises:
         ValueError: if a file is damaged or belongs to another algorithm or environment.
         FileNotFoundError: if a file is missing.
+        FloatingPointError: as `evaluate`.
     """
     n_envs = min(episodes, config.n_eval_envs)
     model, env = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
@@ -169,12 +215,15 @@ def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, de
 
     Raises:
         ValueError: if the agent cannot be loaded, as `evaluate_saved`.
+        FloatingPointError: as `evaluate`.
     """
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     model, env = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
     started = time.perf_counter()
     try:
+        _check_parameters(model)
+        env = _Finite(env)
         frames = []
         env.seed(seed)
         observation = env.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
     try:
+        evaluate_run(args, parser)
+    except FloatingPointError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
+    try:
         folder = RunFolder.open(args.run_dir)
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
         files = folder.best if args.model == "best" else folder.last
@@ -57,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         video = folder.path / "video" / f"{name}.mp4"
         episode = record_video(files, config, video, seed, args.deterministic)
         print(f"written: {video} (return {episode.mean_return:.1f})")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""Evaluations: what is not finite is named, with its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from agents import NPG, TRPO
+from agents.evaluation import evaluate
+
+
+def poisoned(env: str, what: str, at: int) -> Any:
+    """Two environments, of which the second has one NaN."""
+    venv = make_vec_env(env, 2, seed=0)
+    step, reset, steps = venv.step_wait, venv.reset, iter(range(1, 1000))
+
+    def step_wait() -> Any:
+        observations, rewards, dones, infos = step()
+        if next(steps) == at:
+            {"observation": observations, "reward": rewards}[what][1] = np.nan
+        return observations, rewards, dones, infos
+
+    def first() -> Any:
+        observations = reset()
+        if at == 0:
+            observations[1] = np.nan
+        return observations
+
+    venv.step_wait, venv.reset = step_wait, first
+    return venv
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(("what", "at"), [("observation", 0), ("observation", 3), ("reward", 3)])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_not_finite_is_named(env, what, at, deterministic):
+    model = NPG("MlpPolicy", env, seed=0, device="cpu")
+    with pytest.raises(
+        FloatingPointError, match=f"{what} of environment 1 is not finite in step {at} of an evaluation"
+    ):
+        evaluate(model, poisoned(env, what, at), 2, seed=0, deterministic=deterministic)
+
+
+def test_parameters_and_statistics_that_are_not_finite_are_named():
+    model = TRPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, seed=0), training=False, norm_reward=False)
+    assert len(evaluate(model, env, 2, seed=0).returns) == 2
+    env.obs_rms.mean[2] = np.nan
+    with pytest.raises(FloatingPointError, match=r"observation of environment 0, 1 .*step 0 .*take an earlier agent"):
+        evaluate(model, env, 2, seed=0)
+    with torch.no_grad():
+        model.policy.action_net.bias[0] = np.inf
+    with pytest.raises(FloatingPointError, match=r"policy's action_net.bias is not finite: take an earlier agent"):
+        evaluate(model, env, 2, seed=0)

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf, isfinite, nan
+from os import PathLike
 from time import perf_counter
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -28,24 +29,28 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.save_util import open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from agents.afterstate import AfterstatePolicy
 from agents.buffer import RolloutBuffer
+from agents.checks import flag, kind, not_finite, number, whole
 from agents.heads import ActorHead, CriticHead, is_standard
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.families import Gaussian, Geometry
+from npg.linearize import Buffers, frozen_statistics
 from npg.parallel import average_, equal, mean_, moments, size
 from npg.solvers import Status, conjugate_gradient
 from npg.step import StepReport, natural_step
 from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
-__all__ = ["Batch", "NaturalPolicyAlgorithm", "saved_values"]
+__all__ = ["Batch", "NaturalPolicyAlgorithm", "all_finite", "copy_of_state", "saved_values"]
 
 Critic = Literal["adam", "natural"]
 Preconditioner = Literal["diagonal", "kfac"]
@@ -120,10 +125,49 @@ def saved_values(path: Any) -> dict[str, Any]:
         file.seek(0) if file is path else file.close()
 
 
-def _in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if not (low < value <= high if open_low else low <= value <= high):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must lie in {bracket}{low}, {high}], got {value}")
+def copy_of_state(owner: torch.nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+    """What `load_state_dict` brings back as it is now."""
+    return pytree.tree_map_only(Tensor, torch.clone, owner.state_dict())
+
+
+def all_finite(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Whether the parameters, and what the optimizer remembers of them, are finite.
+
+    A gradient whose square overflows leaves finite parameters, which Adam never moves again.
+    """
+    kept = [t for p in parameters for t in (p, *optimizer.state[p].values()) if isinstance(t, Tensor)]
+    here = parameters[0].device  # on a GPU, Adam's step counts are not
+    norms = torch._foreach_norm([t.detach() for t in kept if t.is_floating_point() and t.device == here], inf)
+    return bool(torch.stack(norms).isfinite().all())
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """One kernel per step of Adam in place of a dozen per tensor, with the same numbers, unless told otherwise.
+
+    Raises:
+        ValueError: for an optimizer that is to be differentiated through.
+    """
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise ValueError(
+                "optimizer_kwargs has differentiable=True, which PyTorch's optimizers refuse for parameters of a "
+                "module: leave it out"
+            )
+        if type(optimizer) is torch.optim.Adam and group["fused"] is None and group["foreach"] is None:
+            group["fused"] = True
+
+
+class _Reads(TorchDispatchMode):
+    """Notes the memory of every tensor that an operation takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        self.memory |= {t.untyped_storage().data_ptr() for t in tensors}
+        return func(*args, **(kwargs or {}))
 
 
 class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
@@ -141,11 +185,13 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         critic: ``"adam"``: ``n_critic_updates`` epochs of mini-batch Adam; ``"natural"``: as many Gauss–Newton steps
             on the whole batch, the natural gradient of a Gaussian likelihood.
         train_shared_features: let the critic also train a feature extractor that it shares with the actor. That
-            moves the policy outside the trust region; by default only the actor's step does.
+            moves the policy outside the trust region; by default only the actor's step does, and running statistics
+            that the policy depends on, such as those of BatchNorm, never move.
 
     Several processes can learn as one: see `join`.
 
     Raises:
+        TypeError: if an argument is not of its kind; a float is no whole number.
         ValueError: if an argument is out of its range.
     """
 
@@ -196,16 +242,32 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         train_shared_features: bool,
         _init_setup_model: bool,
     ) -> None:
-        _in_range("gamma", gamma, 0, 1)
-        _in_range("gae_lambda", gae_lambda, 0, 1)
-        _in_range("cg_damping", cg_damping, 0, inf)
-        _in_range("cg_max_steps", cg_max_steps, 1, inf)
-        _in_range("n_steps", n_steps, 1, inf)
-        _in_range("batch_size", batch_size, 1, inf)
-        _in_range("n_critic_updates", n_critic_updates, 0, inf)
-        _in_range("sub_sampling_factor", sub_sampling_factor, 1, inf)
-        _in_range("stats_window_size", stats_window_size, 1, inf)
-        _in_range("fisher_fraction", fisher_fraction, 0, 1, open_low=True)
+        if not isinstance(policy, str | type):
+            raise TypeError(f"policy must be the name of a policy, or its class, got {policy!r}")
+        rate = learning_rate(1.0) if callable(learning_rate) else learning_rate
+        number("learning_rate", rate.item() if isinstance(rate, Tensor) else rate, 0)
+        number("gamma", gamma, 0, 1)
+        number("gae_lambda", gae_lambda, 0, 1)
+        number("cg_damping", cg_damping, 0)
+        number("fisher_fraction", fisher_fraction, 0, 1, above=True)
+        whole("cg_max_steps", cg_max_steps, 1)
+        whole("n_steps", n_steps, 1)
+        whole("batch_size", batch_size, 1)
+        whole("n_critic_updates", n_critic_updates, 0)
+        whole("sub_sampling_factor", sub_sampling_factor, 1)
+        whole("stats_window_size", stats_window_size, 1)
+        whole("sde_sample_freq", sde_sample_freq, -1)
+        whole("verbose", verbose, 0)
+        if seed is not None:
+            whole("seed", seed, 0, 2**32 - 1)
+            seed = int(seed)  # Python's own generator takes no other integers
+        flag("use_sde", use_sde)
+        flag("normalize_advantage", normalize_advantage)
+        flag("train_shared_features", train_shared_features)
+        kind("policy_kwargs", policy_kwargs, dict, "a dict of arguments of the policy")
+        kind("rollout_buffer_kwargs", rollout_buffer_kwargs, dict, "a dict of arguments of the buffer")
+        kind("rollout_buffer_class", rollout_buffer_class, type, "a class of rollout buffers")
+        kind("tensorboard_log", tensorboard_log, str | PathLike, "the path of a folder")
         if preconditioner not in list(_PRECONDITIONERS):  # also what has no hash is refused by name
             raise ValueError(f"preconditioner must be None, 'diagonal' or 'kfac', got {preconditioner!r}")
         if critic not in ("adam", "natural"):
@@ -250,9 +312,10 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self.critic = critic
         self.train_shared_features = train_shared_features
         self.critic_damping = 0.1
-        if self.env is not None and self.normalize_advantage and self.env.num_envs * self.n_steps < 2:
+        if self.env is not None and self.normalize_advantage and self.env.num_envs * n_steps <= sub_sampling_factor:
             raise ValueError(
-                f"n_steps * n_envs must be at least 2 to normalise advantages, got {self.n_steps} * {self.env.num_envs}"
+                f"n_steps * n_envs must be larger than sub_sampling_factor to normalise advantages, got {n_steps} * "
+                f"{self.env.num_envs} and {sub_sampling_factor}"
             )
         if _init_setup_model:
             self._setup_model()
@@ -272,19 +335,13 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         self._known = self._signature()
         self._owned: tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]] | None = None
         self._set_geometry()
-        self._fuse_optimizer()
+        _fuse(self.policy.optimizer)
 
     def _set_geometry(self) -> None:
         if self._actor.family is not None or self.metric != "wasserstein":
             self._geometry = geometry(self.metric, self._actor.family)
         if self.metric != "fisher" and self.preconditioner is not None:
             raise ValueError(f"preconditioner={self.preconditioner!r} needs metric='fisher', which it approximates")
-
-    def _fuse_optimizer(self) -> None:
-        if type(self.policy.optimizer) is torch.optim.Adam:
-            for group in self.policy.optimizer.param_groups:
-                if group.get("fused") is None:
-                    group["fused"] = True  # one kernel per step in place of a dozen per tensor; the same numbers
 
     @property
     def _actor_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -342,7 +399,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
             self.policy.optimizer = self.policy.optimizer_class(
                 self.policy.parameters(), lr=self.lr_schedule(1), **self.policy.optimizer_kwargs
             )
-            self._fuse_optimizer()
+            _fuse(self.policy.optimizer)
 
     def join(self, process_group: dist.ProcessGroup | None) -> None:
         """Learn as one with the other processes of the group, each of which steps as many environments of its own.
@@ -411,9 +468,42 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """Learn, as Stable-Baselines3's algorithms do; TensorBoard's runs have the name of the class by default."""
+        """Learn, as Stable-Baselines3's algorithms do; TensorBoard's runs have the name of the class by default.
+
+        Raises:
+            FloatingPointError: if observations, rewards or the critic's loss are not finite.
+        """
         name = type(self).__name__ if tb_log_name is None else tb_log_name
-        return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        try:
+            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+        except (RuntimeError, ValueError) as error:  # of a distribution whose parameters are not finite
+            if found := self._not_finite():
+                raise FloatingPointError(found) from error
+            raise
+
+    def _not_finite(self) -> str | None:
+        """Which rewards or observations of the present rollout are not finite, and where."""
+        buffer = self.rollout_buffer
+
+        def named(observations: Any) -> list[tuple[str, Any]]:
+            return [*observations.items()] if isinstance(observations, dict) else [("observation", observations)]
+
+        # Stable-Baselines3's buffers are flattened once they were read: their steps are not known any more.
+        grids = [
+            (name, array)
+            for name, array in [*named(buffer.observations), ("reward", buffer.rewards)]
+            if array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
+        ]
+        places = [(name, step, array[step]) for step in range(buffer.pos) for name, array in grids]
+        if self._last_obs is not None:
+            places += [(name, buffer.pos, rows) for name, rows in named(self._last_obs)]
+        for name, step, rows in places:
+            if envs := not_finite(rows):
+                return (
+                    f"{name} of environment {', '.join(map(str, envs))} is not finite in step {step} of the rollout: "
+                    "mend the environment, or wrap it"
+                )
+        return None
 
     # ---------------------------------------------------------------------------------------------------- collecting
 
@@ -664,7 +754,7 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         )
 
     def train(self) -> None:
-        """Move the actor by one natural step, then fit the critic.
+        """Move the actor by one natural step, then fit the critic: both, or after an error nothing at all.
 
         Raises:
             FloatingPointError: if the critic's loss is not finite; in all processes alike.
@@ -672,13 +762,38 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         """
         self._follow_changes()
         self._update_learning_rate(self.policy.optimizer)
+        with self._undone_on_error():
+            self._update()
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put back all that an update moves, if an error or an interrupt leaves the block."""
+        owners = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0] if name != "policy"]
+        states = [copy_of_state(owner) for owner in owners]
+        parameters = [(p, p.detach().clone()) for p in self.policy.parameters()]
+        buffers, damping = Buffers(self.policy), self.critic_damping
+        try:
+            yield
+        except BaseException:
+            for owner, state in zip(owners, states):
+                owner.load_state_dict(state)
+            for p, before in parameters:
+                p.data.copy_(before)
+            buffers.restore()
+            self.critic_damping = damping
+            raise
+
+    def _update(self) -> None:
         # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
         self.policy.set_training_mode(False)
         rollout = next(self.rollout_buffer.get(batch_size=None))
         batch = self._batch(rollout)
+        statistics = self._actor_statistics(rollout.observations)
         report = self._actor_step(batch) if self._actor_parameters else self._no_step(batch)
         started = perf_counter()
         self.policy.set_training_mode(True)
+        for module, *_ in statistics:
+            module.training = False
         value_loss = nan
         if not self._critic_parameters:
             pass  # all of it is frozen
@@ -687,16 +802,34 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         else:
             value_loss = self._fit_critic_by_natural_steps(rollout.observations, rollout.returns)
         self.policy.set_training_mode(False)
+        for module, name, buffer, before in statistics:
+            module._buffers[name] = buffer.copy_(before)
         average_(self.policy.buffers(), self.process_group)
-        self._n_updates += 1
+        update = self._n_updates + 1
         if self.n_critic_updates and self._critic_parameters and not isfinite(value_loss):
-            raise FloatingPointError(
-                f"the critic's loss is not finite in update {self._n_updates}: rewards or observations are not, "
-                "or learning_rate is too large"
-            )
+            found = self._not_finite() or "rewards or observations are not, or learning_rate is too large"
+            raise FloatingPointError(f"the critic's loss is not finite in update {update}: {found}")
         if not equal(self.policy.parameters(), self.process_group):
-            raise RuntimeError(f"the processes have different parameters after update {self._n_updates}")
+            raise RuntimeError(f"the processes have different parameters after update {update}")
+        self._n_updates = update
         self._log(report, value_loss, perf_counter() - started)
+
+    def _actor_statistics(self, observations: Any) -> list[tuple[torch.nn.Module, str, Tensor, Tensor]]:
+        """The buffers that the actor's outputs depend on: module, name, buffer, value; none where these may move.
+
+        A policy that is evaluated with other statistics of BatchNorm, or with other vectors of a spectral norm, is
+        another policy than the one whose KL was bounded. So they stay, and their modules in evaluation mode.
+        """
+        if self.train_shared_features or next(self.policy.buffers(), None) is None:
+            return []
+        with torch.no_grad(), frozen_statistics(self._actor), _Reads() as reads:
+            self._actor(self._actor.prepare(_rows(observations, slice(1))))
+        return [
+            (module, name, buffer, buffer.clone())
+            for module in self.policy.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel() and buffer.untyped_storage().data_ptr() in reads.memory
+        ]
 
     def _batch(self, rollout: Any) -> Batch:
         n, k = len(rollout.advantages), self.sub_sampling_factor
@@ -747,7 +880,10 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
                     p.grad = gradient
                 optimizer.step()
                 losses.append(loss)
-        return float(mean_(torch.stack(losses).mean(), self.process_group)) if losses else nan
+        if not losses:
+            return nan
+        loss = torch.stack(losses).mean() if all_finite(optimizer, parameters) else losses[0] * nan
+        return float(mean_(loss, self.process_group))
 
     def _fit_critic_by_natural_steps(self, observations: Any, returns: Tensor) -> float:
         """Levenberg–Marquardt on the whole batch: natural steps of a Gaussian likelihood over the returns."""
@@ -756,6 +892,8 @@ class NaturalPolicyAlgorithm(OnPolicyAlgorithm):
         # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
         variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))
         loss = nan
+        if not isfinite(variance):
+            return loss
         for _ in range(self.n_critic_updates):
             report = natural_step(
                 self._critic,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, isfinite, nan
+from math import isfinite, nan
 from time import perf_counter
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from torch import Tensor
 
-from agents.base import Batch, Critic, NaturalPolicyAlgorithm
+from agents.base import Batch, Critic, NaturalPolicyAlgorithm, all_finite, copy_of_state
+from agents.checks import number, whole
 from npg.fisher import Fisher
+from npg.linearize import Buffers
 from npg.parallel import average_, mean_
 from npg.parameters import Parameters
 from npg.solvers import Status
@@ -26,7 +29,8 @@ class MDPO(NaturalPolicyAlgorithm):
 
     ``max_θ E[(π_θ/π_k) A] − E[KL(π_θ ‖ π_k)]/t_k``, by several gradient steps on the whole batch. It is `TRPO`'s
     problem with the multiplier 1/t_k given in place of the radius (the report, equations 17 and 18), and its first
-    step from π_k is the ordinary policy gradient, since the KL is flat there.
+    step from π_k is the ordinary policy gradient, since the KL is flat there. Steps that end where something is not
+    finite are refused together: policy and optimizer stay bit for bit what they were.
 
     Args:
         policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or an actor-critic policy class.
@@ -56,6 +60,7 @@ class MDPO(NaturalPolicyAlgorithm):
         train_shared_features: let the critic train features that it shares with the actor.
 
     Raises:
+        TypeError: if an argument is not of its kind; a float is no whole number.
         ValueError: if an argument is out of its range.
     """
 
@@ -89,11 +94,9 @@ class MDPO(NaturalPolicyAlgorithm):
         critic: Critic = "adam",
         train_shared_features: bool = False,
     ) -> None:
-        for name, value in (("actor_learning_rate", actor_learning_rate), ("step_size", step_size)):
-            if not 0 < value < inf:
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
-        if n_actor_updates < 1:
-            raise ValueError(f"n_actor_updates must be at least 1, got {n_actor_updates}")
+        number("actor_learning_rate", actor_learning_rate, 0, above=True)
+        number("step_size", step_size, 0, above=True)
+        whole("n_actor_updates", n_actor_updates, 1)
         self.actor_learning_rate = actor_learning_rate
         self.n_actor_updates = n_actor_updates
         self.step_size = step_size
@@ -157,9 +160,15 @@ class MDPO(NaturalPolicyAlgorithm):
         (slope,) = torch.autograd.grad(surrogate_before, outputs)
         g = mean_(fisher.linearization.pull_back(slope), self.process_group)
         origin = parameters.copy()
+        optimizer_before, buffers = copy_of_state(self.actor_optimizer), Buffers(self._actor)
+
+        def forward() -> Tensor:
+            buffers.restore()  # every pass, as the one that acted, begins with these
+            return self._actor(batch.inputs)
+
         self.actor_optimizer.zero_grad()
         for _ in range(self.n_actor_updates):
-            outputs = self._actor(batch.inputs)
+            outputs = forward()
             objective = surrogate(outputs) - proximity * family.kl(outputs, old).mean()
             gradients = torch.autograd.grad(-objective, parameters.tensors)
             average_(gradients, self.process_group)
@@ -167,16 +176,19 @@ class MDPO(NaturalPolicyAlgorithm):
                 p.grad = gradient
             self.actor_optimizer.step()
         with torch.no_grad():
-            new = self._actor(batch.inputs)
+            new = forward()
             measured = torch.stack([surrogate_before.detach(), surrogate(new), family.kl(old, new).mean()])
             before, after, kl = mean_(measured, self.process_group).tolist()
+        buffers.restore()
+        accepted = isfinite(after - before) and isfinite(kl) and all_finite(self.actor_optimizer, parameters.tensors)
         # The quadratic model belongs to the old policy: look at the step from there.
         moved = parameters.copy()
         step = parameters.flatten([a - b for a, b in zip(moved, origin)])
         parameters.restore(origin)
-        accepted = isfinite(after - before) and isfinite(kl)
-        predicted_kl = nan
-        if accepted:
+        predicted_kl = 0.0
+        if not accepted:
+            self.actor_optimizer.load_state_dict(optimizer_before)
+        else:
             at_old = Fisher(
                 self._actor,
                 batch.inputs,
@@ -189,7 +201,7 @@ class MDPO(NaturalPolicyAlgorithm):
         return StepReport(
             accepted=accepted,
             objective=before,
-            predicted_gain=float(torch.dot(g, step)),
+            predicted_gain=float(torch.dot(g, step)) if accepted else 0.0,
             actual_gain=after - before,
             predicted_kl=predicted_kl,
             kl=kl,

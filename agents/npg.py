@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm, Preconditioner
+from agents.checks import number
 from npg.step import StepReport
 from npg.trust_region import TrustRegion
 
@@ -58,6 +58,7 @@ class NPG(NaturalPolicyAlgorithm):
         train_shared_features: let the critic train features that it shares with the actor.
 
     Raises:
+        TypeError: if an argument is not of its kind; a float is no whole number.
         ValueError: if an argument is out of its range.
     """
 
@@ -95,12 +96,9 @@ class NPG(NaturalPolicyAlgorithm):
         critic: Critic = "adam",
         train_shared_features: bool = False,
     ) -> None:
-        if not 0 < target_kl < inf:
-            raise ValueError(f"target_kl must be a positive finite KL in nats, got {target_kl}")
-        if step_size is not None and not (isinstance(step_size, int | float) and 0 < step_size < inf):
-            raise ValueError(
-                f"step_size must be a positive finite number, or None for the normalised step, got {step_size}"
-            )
+        number("target_kl", target_kl, 0, above=True)
+        if step_size is not None:
+            number("step_size", step_size, 0, above=True)
         self.target_kl = target_kl
         self.step_size = step_size
         self.metric = metric

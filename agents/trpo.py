@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from agents.base import Batch, Critic, Metric, NaturalPolicyAlgorithm, Preconditioner
+from agents.checks import number, whole
 from npg.step import StepReport
 from npg.trust_region import KLDirection, TrustRegion
 
@@ -154,21 +155,17 @@ class TRPO(NaturalPolicyAlgorithm):
         )
 
     def _trust_region(self) -> TrustRegion:
-        try:
-            return TrustRegion(
-                radius=self.target_kl,
-                shrink=self.line_search_shrinking_factor,
-                max_trials=self.line_search_max_iter,
-                kl_direction=self.kl_direction,
-            )
-        except ValueError as error:
-            names = {
-                "radius": "target_kl",
-                "shrink": "line_search_shrinking_factor",
-                "max_trials": "line_search_max_iter",
-            }
-            name, rest = str(error).split(" ", 1)
-            raise ValueError(f"{names.get(name, name)} {rest}") from None
+        number("target_kl", self.target_kl, 0, above=True)
+        number("line_search_shrinking_factor", self.line_search_shrinking_factor, 0, 1, above=True)
+        whole("line_search_max_iter", self.line_search_max_iter, 1)
+        if self.line_search_shrinking_factor == 1:
+            raise ValueError("line_search_shrinking_factor must be smaller than 1, got 1: the step would stay as it is")
+        return TrustRegion(
+            radius=self.target_kl,
+            shrink=self.line_search_shrinking_factor,
+            max_trials=self.line_search_max_iter,
+            kl_direction=self.kl_direction,
+        )
 
     def _actor_step(self, batch: Batch) -> StepReport:
         region = self._trust_region()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import types
 
@@ -14,6 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
@@ -156,8 +158,6 @@ def test_step_equals_that_of_sb3_contrib(action):
 
 
 def test_default_arguments_are_those_of_sb3_contrib():
-    import inspect
-
     contrib = pytest.importorskip("sb3_contrib")
     theirs = inspect.signature(contrib.TRPO.__init__).parameters
     ours = inspect.signature(TRPO.__init__).parameters
@@ -172,6 +172,44 @@ def test_models_saved_by_sb3_contrib_load(tmp_path):
     ours = TRPO.load(tmp_path / "theirs", env=toy())
     assert torch.equal(parameters_of(ours), parameters_of(theirs))
     ours.learn(128)
+    ours.save(tmp_path / "ours")
+    assert TRPO.load(tmp_path / "ours").kl_reduction == "mean"
+    assert TRPO.load(tmp_path / "theirs", kl_reduction="sum").kl_reduction == "sum"
+    small().save(tmp_path / "own")
+    assert (small().kl_direction, TRPO.load(tmp_path / "own").kl_direction) == ("old_new", "old_new")
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_a_model_saved_by_sb3_contrib_goes_on_as_it_would_there(action, use_sde, tmp_path):
+    """The next update on the same rollout: the actor's step, its KL in their units, and the critic with its Adam."""
+    contrib = pytest.importorskip("sb3_contrib")
+    if use_sde and action != "Box":
+        pytest.skip("gSDE is for Box alone")
+    # Full batches: then the order of the rows, which both draw from generators of their own, is of no account.
+    options = {"n_steps": 256, "batch_size": 512, "n_critic_updates": 3, "target_kl": 0.02, "cg_damping": 0.05}
+    theirs = contrib.TRPO("MlpPolicy", toy(action=ACTIONS[action]), seed=0, device="cpu", use_sde=use_sde, **options)
+    theirs.learn(2 * 512)
+    theirs.save(tmp_path / "theirs")
+    ours = TRPO.load(tmp_path / "theirs", env=theirs.env, device="cpu")
+    before = {name: p.detach().clone() for name, p in theirs.policy.named_parameters()}
+    _, callback = theirs._setup_learn(10**6, None)
+    assert theirs.collect_rollouts(theirs.env, callback, theirs.rollout_buffer, theirs.n_steps)
+    ours.rollout_buffer = copy.deepcopy(theirs.rollout_buffer)
+    ours._entropy = ours._collect_seconds = 0.0
+    ours.set_logger(Logger(None, []))
+    moved = []
+    for model in (theirs, ours):
+        model.train()
+        moved.append({name: p.detach() - before[name] for name, p in model.policy.named_parameters()})
+    for names in (ours._actor_parameters, ours._critic_parameters):
+        a, b = (torch.cat([m[name.removeprefix("policy.")].flatten() for name in names]) for m in moved)
+        assert a.norm() > 1e-3
+        assert (b - a).norm() <= 1e-3 * a.norm()
+    n = {"Box": 3, "MultiBinary": 4}.get(action, 1)
+    kl, theirs_kl = ours.logger.name_to_value["train/kl"] / n, theirs.logger.name_to_value["train/kl_divergence_loss"]
+    assert 0.3 * options["target_kl"] < theirs_kl <= options["target_kl"]
+    assert kl == pytest.approx(theirs_kl, rel=0.05)  # KL(old ‖ new) is logged, and KL(new ‖ old) is bounded
 
 
 # -------------------------------------------------------------------------------------------- the actor and the critic
@@ -617,6 +655,74 @@ def test_custom_rollout_buffer_is_used():
 def test_arguments_out_of_range_are_named(option, value):
     with pytest.raises(ValueError, match=option):
         small(**{option: value})
+
+
+MISTAKES = [
+    ("target_kl", None),
+    ("target_kl", "0.01"),
+    ("target_kl", np.array([0.01])),
+    ("target_kl", float("inf")),
+    ("cg_damping", float("nan")),
+    ("cg_damping", float("inf")),
+    ("cg_max_steps", 2.5),
+    ("line_search_shrinking_factor", None),
+    ("line_search_max_iter", 3.0),
+    ("fisher_fraction", "0.5"),
+    ("step_size", "large"),
+    ("step_size", float("nan")),
+    ("actor_learning_rate", None),
+    ("n_actor_updates", 2.0),
+    ("gamma", "0.9"),
+    ("gamma", float("nan")),
+    ("gae_lambda", None),
+    ("n_steps", 64.0),
+    ("n_steps", True),
+    ("batch_size", None),
+    ("n_critic_updates", 1.5),
+    ("sub_sampling_factor", "2"),
+    ("sub_sampling_factor", 128),
+    ("stats_window_size", 0),
+    ("learning_rate", -1e-3),
+    ("learning_rate", float("nan")),
+    ("learning_rate", None),
+    ("learning_rate", lambda remaining: -remaining),
+    ("sde_sample_freq", 4.0),
+    ("seed", -1),
+    ("seed", "0"),
+    ("verbose", None),
+    ("use_sde", None),
+    ("normalize_advantage", "false"),
+    ("train_shared_features", 1),
+    ("policy", 7),
+    ("policy_kwargs", [64, 64]),
+    ("rollout_buffer_kwargs", "none"),
+    ("rollout_buffer_class", "RolloutBuffer"),
+    ("tensorboard_log", 1),
+]
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+def test_mistakes_are_named_before_anything_is_built(algorithm):
+    known = inspect.signature(algorithm.__init__).parameters
+    env = toy()
+    for option, value in MISTAKES:
+        if option not in known:
+            continue
+        before = torch.get_rng_state()
+        with pytest.raises((TypeError, ValueError), match=rf"^{option}\b|^n_steps \* n_envs must.*{option}") as caught:
+            small(algorithm, env, **{option: value})
+        text = str(caught.value)
+        shown = -1.0 if callable(value) else value  # the rate that a schedule begins with
+        assert "must" in text
+        assert repr(shown) in text or f"got {shown}" in text or option == "sub_sampling_factor", text
+        assert torch.equal(torch.get_rng_state(), before), option
+
+
+def test_numbers_of_numpy_and_schedules_are_numbers():
+    options = {"n_steps": np.int64(64), "gamma": np.float32(0.5), "target_kl": np.float64(0.02), "seed": np.int32(3)}
+    model = small(learning_rate=lambda remaining: torch.tensor(1e-3) * remaining, **options)
+    model.learn(128)
+    assert model.logger.name_to_value["train/kl"] <= 0.02
 
 
 def test_npg_arguments_out_of_range_are_named():

@@ -229,7 +229,7 @@ def test_steps_of_all_are_counted(ranks: Any) -> None:
     [
         ("batch_size", "ValueError: batch_size must be a multiple of the 2 processes that share it, got 47"),
         ("apart", "RuntimeError: the processes have different parameters after update 3"),
-        ("poisoned", "FloatingPointError: the critic's loss is not finite in update 4"),
+        ("poisoned", "FloatingPointError: the critic's loss is not finite in update 3"),
     ],
 )
 def test_all_processes_meet_the_same_error(key: str, message: str, ranks: Any) -> None:

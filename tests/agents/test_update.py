@@ -1,0 +1,311 @@
+"""One update: which rows the Fisher sees, what stands still, and that it is taken whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from agents import MDPO, NPG, TRPO, base
+from agents.base import copy_of_state
+
+torch.set_num_threads(1)
+
+ALGORITHMS = [TRPO, NPG, MDPO]
+CRITICS = ["adam", "natural"]
+
+
+def filled(cls: Any = TRPO, env: str = "CartPole-v1", **kwargs: Any) -> Any:
+    """An agent with one rollout, not yet trained on."""
+    options = {"n_steps": 64, "batch_size": 32, "n_critic_updates": 2, "seed": 0, "device": "cpu"}
+    model = cls("MlpPolicy", make_vec_env(env, 2, seed=0), **{**options, **kwargs})
+    model.set_logger(Logger(None, []))
+    _, callback = model._setup_learn(10**6)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model
+
+
+def refilled(model: Any) -> Any:
+    """The agent with its next rollout."""
+    callback = model._init_callback(None)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """All that an update may move."""
+    names, _ = model._get_torch_save_params()
+    owners = {"policy": model.policy, "policy.optimizer": model.policy.optimizer}
+    if "actor_optimizer" in names:
+        owners["actor_optimizer"] = model.actor_optimizer
+    assert sorted(owners) == sorted(names)
+    states = {name: copy_of_state(owner) for name, owner in owners.items()}
+    return states | {"damping": model.critic_damping, "updates": model._n_updates}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the Fisher's rows
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_fisher_sees_all_times_of_the_rollout(critic, monkeypatch):
+    """Rows carry the step at which they were collected; a quarter of them must be spread over all quarters."""
+    model = filled(critic=critic, fisher_fraction=0.25, n_steps=256, n_critic_updates=2)
+    steps, envs = model.rollout_buffer.buffer_size, model.rollout_buffer.n_envs
+    model.rollout_buffer.observations[..., 0] = np.arange(steps)[:, None] / steps
+    seen = []
+    step = base.natural_step
+    monkeypatch.setattr(
+        base, "natural_step", lambda *a, **k: seen.append(k["curvature_inputs"][:, 0].clone()) or step(*a, **k)
+    )
+    model.train()
+    assert len(seen) == (1 if critic == "adam" else 3)  # the actor, and two steps of a natural critic
+    for times in seen:
+        assert len(times) == steps * envs // 4
+        counts = torch.histc(times, 4, 0, 1)
+        # hypergeometric, 32 of 128 in each quarter: a standard deviation of 4.2
+        assert (counts - 32).abs().max() <= 5 * 4.2
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_fisher_on_a_part_is_that_of_the_whole_in_expectation():
+    """The dense Fisher of the critic, averaged over draws: the first steps alone are far from it."""
+    model = filled(critic="natural", fisher_fraction=0.25, n_steps=128, policy_kwargs={"net_arch": []})
+    inputs = model._critic.prepare(torch.as_tensor(model.rollout_buffer.observations).flatten(0, 1)).double()
+    inputs[:, 0] += torch.linspace(-5, 5, len(inputs))  # what drifts in the course of a rollout
+
+    def gram(x: torch.Tensor) -> torch.Tensor:
+        return x.T @ x / len(x)
+
+    whole = gram(inputs)
+    drawn = torch.stack([gram(model._fisher_part(inputs, len(inputs))) for _ in range(300)])
+    error = (drawn.mean(0) - whole).abs()
+    assert (error <= 5 * drawn.std(0) / 300**0.5 + 1e-12).all()
+    assert (gram(inputs[: len(inputs) // 4]) - whole).abs().max() > 50 * error.max()
+
+
+def test_same_seed_same_run_with_a_part_of_the_batch():
+    runs = []
+    for _ in range(2):
+        model = filled(critic="natural", fisher_fraction=0.25, sub_sampling_factor=2)
+        model.train()
+        runs.append(state_of(model))
+    assert_same(*runs)
+
+
+# ---------------------------------------------------------------------------- what stands still while the critic learns
+
+
+class Normalized(BaseFeaturesExtractor):
+    """BatchNorm without parameters of its own, which no gradient finds, and a spectral norm with vectors of its own."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, 8)
+        self.norm = nn.BatchNorm1d(observation_space.shape[0], affine=False)
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(observation_space.shape[0], 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(self.norm(x)))
+
+
+class Counting(BaseFeaturesExtractor):
+    """Its mean moves in every forward pass, whatever the mode; it is used without a call of the module."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, observation_space.shape[0])
+        self.register_buffer("mean", torch.zeros(observation_space.shape[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = self.mean + 0.1 * (x.detach().mean(0) - self.mean)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("extractor", [Normalized, Counting])
+def test_the_policy_after_an_update_is_the_one_whose_kl_was_measured(algorithm, critic, extractor):
+    model = filled(algorithm, critic=critic, policy_kwargs={"features_extractor_class": extractor})
+    inputs = torch.as_tensor(model.rollout_buffer.observations).flatten(0, 1)
+
+    def outputs() -> torch.Tensor:
+        kept = copy.deepcopy(model.policy)
+        with torch.no_grad():
+            result = model._actor(inputs)
+        model.policy.load_state_dict(kept.state_dict())  # as if nobody had looked
+        return result
+
+    old = outputs()
+    model.train()
+    logged = model.logger.name_to_value
+    assert logged["train/accepted"] == 1.0
+    assert logged["train/kl"] == pytest.approx(float(model._actor.family.kl(old, outputs()).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_statistics_of_the_critic_alone_move_and_shared_ones_if_told_to(critic):
+    def moved(**kwargs: Any) -> set[str]:
+        options = {"features_extractor_class": Normalized, **kwargs.pop("policy_kwargs", {})}
+        model = filled(critic=critic, policy_kwargs=options, **kwargs)
+        before = {name: b.clone() for name, b in model.policy.named_buffers()}
+        model.train()
+        assert not any(m.training for m in model.policy.modules())
+        return {name.split(".")[0] for name, b in model.policy.named_buffers() if not torch.equal(b, before[name])}
+
+    assert moved() == set()
+    assert moved(train_shared_features=True) == {"features_extractor"}
+    assert moved(policy_kwargs={"share_features_extractor": False}) == {"vf_features_extractor"}
+
+
+# ------------------------------------------------------------------------------------------------- whole, or not at all
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_mdpo_refuses_a_batch_as_a_whole_and_goes_on(value):
+    """1e30: the gradient is finite, and its square, which Adam keeps, is not."""
+    model = filled(MDPO, normalize_advantage=False, n_critic_updates=0)
+    model.train()  # Adam has moments to lose
+    refilled(model)
+    model.rollout_buffer.advantages[3, 0] = value
+    before = state_of(model)
+    model.train()
+    assert model.logger.name_to_value["train/accepted"] == 0.0
+    assert_same(state_of(model), before | {"updates": 2})
+    refilled(model).train()
+    logged = model.logger.name_to_value
+    assert logged["train/accepted"] == 1.0
+    assert logged["train/actual_gain"] > 0
+    assert logged["train/step_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("critic", CRITICS)
+def test_an_update_whose_critic_fails_changes_nothing_and_the_next_one_learns(algorithm, critic):
+    model = filled(algorithm, critic=critic)
+    model.train()
+    refilled(model)
+    good = model.rollout_buffer.returns.copy()
+    before = state_of(model)
+    model.rollout_buffer.returns[3, 0] = np.nan
+    with pytest.raises(FloatingPointError, match=r"critic's loss is not finite in update 2: rewards or observations"):
+        model.train()
+    assert_same(state_of(model), before)
+    model.rollout_buffer.returns[:] = good
+    model.train()
+    assert model._n_updates == 2
+    assert np.isfinite(model.logger.name_to_value["train/value_loss"])
+    assert not torch.equal(model.policy.value_net.weight, before["policy"]["value_net.weight"])
+
+
+def test_moments_that_overflow_are_not_kept():
+    model = filled()
+    before = state_of(model)
+    model.rollout_buffer.returns[:] = 1e19  # the loss is finite, and the square of its gradient is not
+    with pytest.raises(FloatingPointError, match="critic's loss"):
+        model.train()
+    assert_same(state_of(model), before)
+
+
+def test_an_interrupt_changes_nothing(monkeypatch):
+    model = filled(policy_kwargs={"features_extractor_class": Normalized, "share_features_extractor": False})
+    before = state_of(model)
+    fit = model._fit_critic_by_adam
+
+    def interrupted(*args: Any) -> float:
+        fit(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_fit_critic_by_adam", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.train()
+    assert_same(state_of(model), before)
+
+
+# ---------------------------------------------------------------------------------------- what is not finite, and where
+
+
+class Poisoned:
+    """Makes an observation, or a reward, of environment 1 NaN in step 17."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, env: Any) -> Any:
+        step, steps = env.step_wait, iter(range(1000))
+
+        def step_wait() -> Any:
+            observations, rewards, dones, infos = step()
+            if next(steps) == 17:
+                (observations if self.what == "observation" else rewards)[1] = np.nan
+            return observations, rewards, dones, infos
+
+        env.step_wait = step_wait
+        return env
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize(("what", "step"), [("observation", 18), ("reward", 17)])
+def test_what_is_not_finite_in_training_is_named(env, what, step):
+    venv = Poisoned(what)(make_vec_env(env, 2, seed=0))
+    model = TRPO("MlpPolicy", venv, n_steps=64, seed=0, device="cpu")
+    before = state_of(model)
+    with pytest.raises(FloatingPointError, match=rf"{what} of environment 1 is not finite in step {step} .*: mend"):
+        model.learn(128)
+    assert_same(state_of(model), before)
+
+
+def test_other_errors_stay_what_they_were():
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    model = filled()
+    model.env.step_wait = failing
+    with pytest.raises(RuntimeError, match=r"^out of order$"):
+        model.learn(64)
+
+
+# ------------------------------------------------------------------------------------------------------- Adam's options
+
+
+@pytest.mark.parametrize("option", [{}, {"amsgrad": True}, {"maximize": True}, {"capturable": True}, {"eps": 1e-7}])
+def test_fused_adam_gives_the_numbers_of_the_plain_one(option):
+    after = []
+    for fused in (None, False):
+        if option.get("capturable") and fused is False:
+            option = {}  # PyTorch has no other kernel for it on a CPU
+        kwargs = {"optimizer_kwargs": {**option, **({} if fused is None else {"fused": False})}}
+        model = filled(policy_kwargs=kwargs)
+        assert model.policy.optimizer.param_groups[0]["fused"] is (fused is None)
+        model.train()
+        after.append(torch.cat([p.detach().flatten() for p in model._critic_parameters.values()]))
+    torch.testing.assert_close(*after, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_another_way_of_adam_is_left_alone(foreach):
+    model = filled(policy_kwargs={"optimizer_kwargs": {"foreach": foreach}})
+    model.train()
+    assert model.policy.optimizer.param_groups[0]["fused"] is None
+    assert model.policy.optimizer.param_groups[0]["foreach"] is foreach
+
+
+def test_other_optimizers_are_left_alone_and_differentiable_ones_refused_by_name():
+    class Own(torch.optim.Adam):
+        pass
+
+    for optimizer in (Own, torch.optim.AdamW):
+        model = filled(policy_kwargs={"optimizer_class": optimizer})
+        assert not model.policy.optimizer.param_groups[0].get("fused")
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+        options = {"optimizer_class": optimizer, "optimizer_kwargs": {"differentiable": True}}
+        with pytest.raises(ValueError, match=r"optimizer_kwargs has differentiable=True.*leave it out"):
+            filled(policy_kwargs=options)

@@ -9,7 +9,8 @@ import json
 import zipfile
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import inf, isfinite, nan
 from os import PathLike

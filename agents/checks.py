@@ -23,7 +23,8 @@ def number(name: str, value: Any, low: float, high: float = inf, *, above: bool 
     interval = f"{'(' if above else '['}{low}, {high}{')' if high == inf else ']'}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}): give one in {interval}")
-    if not (value > low or (value == low and not above)) or not (value < high or value == high < inf):
+    x = float(value)
+    if not (x > low or (x == low and not above)) or not (x < high or x == high < inf):
         raise ValueError(f"{name} must lie in {interval}, got {value}")
 
 

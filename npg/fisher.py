@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import nan
 from typing import Any, Literal
 
 import torch
@@ -100,8 +101,11 @@ class Fisher:
         if kind == "exact":
             self._metric = (metric or family.metric)(outputs)
         else:
-            labels = [targets] if targets is not None else [family.sample(outputs, generator) for _ in range(samples)]
-            self._scores = torch.stack([family.score(outputs, y) for y in labels])
+            # An event whose outputs are not finite has no label to draw and no score: all products are NaN with it.
+            finite = torch.isfinite(outputs).all(-1, keepdim=True)
+            at = torch.where(finite, outputs, 0.0)
+            labels = [targets] if targets is not None else [family.sample(at, generator) for _ in range(samples)]
+            self._scores = torch.stack([torch.where(finite, family.score(at, y), nan) for y in labels])
             # Not a method of this object, which would hold itself and all of its activations that way.
             self._metric = partial(_outer_products, self._scores)
 
@@ -233,7 +237,9 @@ class Fisher:
 
         Each has random signs of its own for every event. With ``probes``, they are so many u = Lε for M = LLᵀ, with
         signs ε over all outputs, or over all labels; with None one for each column of L, so that Σ uuᵀ is M within
-        every event, and only what is between two events is random.
+        every event, and only what is between two events is random. That is nothing where no event has a part in the
+        outputs of another. Through BatchNorm in training mode, or where events are the tokens of a sequence that attend
+        to each other, it remains in Σ (Jᵀu)(Jᵀu)ᵀ: `diagonal` and `dense` without probes are exact there too.
 
         Raises:
             ValueError: for ``probes`` below 1, or with another metric than the family's own, of which no factor is

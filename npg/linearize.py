@@ -9,19 +9,24 @@ The gradient of a step is pulled back over the recorded forward pass, by PyTorch
 products, and gets them from a straight-line `Program` of both maps, traced once per network and batch shape. No
 derivative is written here by hand: the program is what PyTorch's own forward and reverse mode executed.
 
-A program is only ever used after its outputs were seen to equal those of the network itself on this very batch, and
-its maps to be each other's adjoints and to give the recorded gradient; a network whose control flow or constants
-changed is traced again. Where an operation has no forward rule, the push forward falls back to differentiating the
-recorded pull back, u ↦ Jᵀu, in u (the double-backward trick), and says so once.
+The recorded pull back is the truth. A program is only ever used after its outputs were seen to equal those of the
+network itself on this very batch, its pull back to equal the recorded one in every parameter, and its push forward to
+be the adjoint of that; a network whose control flow or constants changed is traced again. Where an operation has no
+forward rule, the push forward falls back to differentiating the recorded pull back, u ↦ Jᵀu, in u (the double-backward
+trick), and says so once. That too must be the adjoint: a custom ``autograd.Function`` whose backward is
+``once_differentiable``, or computes without a graph, has no second derivative. Of such a network J is formed row by
+row if it is small, and refused by name if not.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import hypot, isfinite
+from types import MethodType
+from typing import Any, NamedTuple, Protocol, cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +54,22 @@ class Buffers:
     """The buffers of a model, running statistics among them, as they are now."""
 
     def __init__(self, model: Model) -> None:
-        modules = model.modules() if isinstance(model, nn.Module) else ()
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
         self._copies = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in modules
+            (module, path, name, buffer, buffer.detach().clone())
+            for path, module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
 
+    def named(self) -> dict[str, Tensor]:
+        """Their values as they were, by name."""
+        return {f"{path}.{name}" if path else name: copy for _, path, name, _, copy in self._copies}
+
     @torch.no_grad()
     def restore(self, keep: Tensor | None = None) -> None:
         """Put them back as they were, bit for bit; all but where ``keep``, (), is true."""
-        for module, name, buffer, copy in self._copies:
+        for module, _, name, buffer, copy in self._copies:
             now = module._buffers[name]
             if keep is not None and now is not None and now.shape == copy.shape:
                 copy = torch.where(keep, now, copy)
@@ -144,6 +153,15 @@ def uncompiled(model: Model) -> Model:
     return cast(Model, getattr(model, "_orig_mod", model))
 
 
+def _is_autocast(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For derivatives, which run in the types that the forward pass chose; autocast would choose for them again."""
+    return torch.autocast(device.type, enabled=False) if _is_autocast(device) else nullcontext()
+
+
 def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``values`` once for every place in the model that holds the tensor so named.
 
@@ -207,7 +225,15 @@ class Linearization:
             self.parameters.tensors if direct else [p.detach().requires_grad_() for p in self.parameters.tensors]
         )
         self._direct = direct
-        self.random_state = _random_state(self.parameters.device)
+        device = self.parameters.device
+        self.random_state = _random_state(device)
+        self._autocast = torch.get_autocast_dtype(device.type) if _is_autocast(device) else None
+        self._buffers = Buffers(model)
+        self._values = self.parameters.copy()
+        mine = set(map(id, self.parameters.tensors))
+        frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
+        others = [x for x in (*pytree.tree_leaves(self._inputs), *frozen) if isinstance(x, Tensor)]
+        self._fixed = [x for x in others if not x.is_inference()]  # which have no versions
         self._versions = self._present_versions()
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
             self._graph: Tensor | None = self.forward(self.leaves)
@@ -215,7 +241,7 @@ class Linearization:
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
         self._maps: Maps | None = None
-        self._seen: tuple[Tensor, Tensor] | None = None  # (u, ⟨Jᵀu, v⟩) of the first pull back, see _difference
+        self._seen: tuple[Tensor, Tensor] | None = None  # (u, Jᵀu) of the first pull back, see _reference
 
     def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
         """η at the given values of the parameters, by default at the present ones; (…, D)."""
@@ -227,12 +253,25 @@ class Linearization:
     def record(self) -> Tensor:
         """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing."""
         self._check()
-        with (
-            torch.enable_grad(),
-            frozen_statistics(self.model),
-            replayed_randomness(self.random_state, self.parameters.device),
-        ):
+        with torch.enable_grad(), self._as_before():
             return self.forward(self.leaves)
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Repeat the forward pass inside: with the same buffers, random numbers and autocast, and moving nothing."""
+        device, buffers = self.parameters.device, Buffers(self.model)
+        self._buffers.restore()
+        autocast = nullcontext() if self._autocast is None else torch.autocast(device.type, dtype=self._autocast)
+        try:
+            with (
+                _without_autocast(device),
+                cast(AbstractContextManager[Any], autocast),
+                frozen_statistics(self.model),
+                replayed_randomness(self.random_state, device),
+            ):
+                yield
+        finally:
+            buffers.restore()
 
     def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
         inputs = inputs or self._inputs
@@ -240,32 +279,44 @@ class Linearization:
             return functional_call(self.model, by_slot(self.model, parameters), inputs, tie_weights=False)
         return self.model(parameters, *inputs)
 
-    def _present_versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self.parameters.tensors]
+    def _present_versions(self) -> tuple[list[tuple[int, int]], list[int]]:
+        return [(p._version, p.data_ptr()) for p in self.parameters.tensors], [x._version for x in self._fixed]
 
-    def _check(self) -> None:
-        if self._versions != self._present_versions():
-            raise RuntimeError(
-                "the parameters have changed since they were linearised here: make a new Fisher (or Linearization) "
-                "at the present parameters"
-            )
+    def _check(self, *, values: bool = False) -> None:
+        """Raise RuntimeError if what was linearised is no more what it was.
+
+        A change through ``.data`` is not counted by PyTorch: to see it, the ``values`` have to be compared.
+        """
+        now = self._present_versions()
+        if now[0] != self._versions[0] or (values and not all(map(_same, self.parameters.tensors, self._values))):
+            what = "parameters"
+        elif now[1] != self._versions[1]:
+            what = "inputs or frozen parameters"
+        else:
+            return
+        raise RuntimeError(
+            f"the {what} have changed since they were linearised here: make a new Fisher (or Linearization) at the "
+            f"present {what}"
+        )
 
     # ------------------------------------------------------------------------------------------------ the two maps
 
     def pull_back(self, u: Tensor) -> Tensor:
         """Jᵀ u; (…, D) → (P,), or (K, …, D) → (P, K)."""
-        self._check()
+        p = self.parameters
+        self._check(values=self._graph is not None and p.device.type == "cpu")  # elsewhere the host would wait
         u = u.to(self.outputs.dtype).contiguous()  # see `npg.program._dense`
-        if u.ndim == self.outputs.ndim + 1:
-            columns = torch.vmap(self._reverse if self._maps is None else self._maps.plain_pull)(u)
-            return torch.cat([c.reshape(len(u), -1).to(self.parameters.dtype) for c in columns], 1).T
-        if self._maps is None:
-            pulled = self.parameters.flatten(self._reverse(u))
-            if self._seen is None:
-                self._seen = (u, torch.dot(pulled, _generic(pulled)))
-            return pulled
-        with torch.no_grad():
-            return self.parameters.flatten(self._maps.pull(u))
+        with _without_autocast(p.device):
+            if u.ndim == self.outputs.ndim + 1:
+                columns = _each(self._reverse if self._maps is None else self._maps.plain_pull, u)
+                return torch.cat([c.reshape(len(u), -1).to(p.dtype) for c in columns], 1).T
+            if self._maps is None:
+                pulled = p.flatten(self._reverse(u))
+                if self._seen is None:
+                    self._seen = (u.clone(), pulled.clone())
+                return pulled
+            with torch.no_grad():
+                return p.flatten(self._maps.pull(u))
 
     def _reverse(self, u: Tensor) -> Sequence[Tensor]:
         """Jᵀ u over the recorded forward pass."""
@@ -276,32 +327,65 @@ class Linearization:
 
     @torch.no_grad()
     def push_forward(self, v: Tensor) -> Tensor:
-        """J v; (P,) → (…, D), or (P, K) → (K, …, D)."""
-        self._check()
+        """J v; (P,) → (…, D), or (P, K) → (K, …, D).
+
+        Raises:
+            RuntimeError: if the parameters have changed, or if the network's backward pass is not a linear map that
+                PyTorch can differentiate.
+        """
+        self._check(values=self._graph is not None)
         self.parameters.check(v)
-        if self._maps is None:
-            self._maps = self._trace() or self._double_backward()
-        if v.ndim == 1:
-            return self._maps.push(self.parameters.unflatten(v.contiguous()))
-        push = self._maps.plain_push
-        return torch.vmap(lambda column: push(self.parameters.unflatten(column)))(v.T)
+        with _without_autocast(self.parameters.device):
+            if self._maps is None:
+                self._maps = self._first_that_agrees()
+                self._seen = None
+            if v.ndim == 1:
+                return self._maps.push(self.parameters.unflatten(v.contiguous()))
+            push = self._maps.plain_push
+            return _each(lambda column: [push(self.parameters.unflatten(column))], v.T)[0]
 
     # ------------------------------------------------------------------------------------ how the push forward is had
 
-    def _trace(self) -> Maps | None:
-        """The two maps by the traced program; None if this network has none."""
+    def _first_that_agrees(self) -> Maps:
+        """The two maps in the first way that is right."""
+        reference = self._reference()
+        ways = {
+            "forward mode": self._by_program,
+            "double backward": self._by_double_backward,
+            "double backward, with plain attention": self._by_plain_double_backward,
+            "row by row": self._by_rows,
+        }
+        reasons = {}
+        for way, make in ways.items():
+            try:
+                maps = make(reference)
+            except Exception as error:  # whatever an exotic operation raises, the next way may do without it
+                reasons[way] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                continue
+            if way != "forward mode":
+                _say_once(self.model, way, reasons)
+            return maps
+        raise RuntimeError(
+            f"{_name(self.model)} has no products J v: "
+            + "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
+            + ". Give its autograd.Function a jvp, or a backward of differentiable operations (no once_differentiable, "
+            "no_grad, NumPy); or use what needs Jᵀu alone: Fisher.diagonal(probes=1), DiagonalNGD, OnlineNGD"
+        )
+
+    def _by_program(self, reference: _Reference) -> Maps:
+        """By the traced program."""
+        model, device = self.model, self.parameters.device
         flat, spec = pytree.tree_flatten(self._inputs)
-        with frozen_statistics(self.model):
-            buffers = dict(self.model.named_buffers()) if isinstance(self.model, nn.Module) else {}
+        buffers = self._buffers.named()
         frozen = (
-            {n: p for n, p in self.model.named_parameters() if n not in set(self.parameters.names)}
-            if isinstance(self.model, nn.Module)
+            {n: p for n, p in model.named_parameters() if n not in set(self.parameters.names)}
+            if isinstance(model, nn.Module)
             else {}
         )
         constants = [*buffers.values(), *frozen.values()]
         names = [*buffers, *frozen]
         is_tensor = [isinstance(x, Tensor) for x in flat]
-        primals = [p.detach() for p in self.leaves]
+        primals = self._values
         arguments = [
             *primals,
             *(c.detach() for c in constants),
@@ -310,102 +394,55 @@ class Linearization:
 
         def first_order(*values: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
             n, c = len(primals), len(constants)
-            fixed = dict(zip(names, values[n : n + c]))
+            rest = dict(zip(names, values[n : n + c]))
             tensors = iter(values[n + c : len(arguments)])
             inputs = pytree.tree_unflatten([next(tensors) if t else x for t, x in zip(is_tensor, flat)], spec)
 
+            def network(*p: Tensor) -> Tensor:
+                moving = {name: rest[name].clone() for name in buffers}  # a forward pass may write to them
+                return _at_least_float(self._call({**self.parameters.named(p), **rest, **moving}, *inputs))
+
             def moved(*p: Tensor) -> Any:  # (η, J v): reverse mode over η takes J v along
-                return jvp(
-                    lambda *p: _at_least_float(self._call({**self.parameters.named(p), **fixed}, *inputs)),
-                    p,
-                    values[len(arguments) : -1],
-                )
+                return jvp(network, p, values[len(arguments) : -1])
 
             outputs, pull, tangent = vjp(moved, *values[:n], has_aux=True)  # type: ignore[misc]  # its stub forgets aux
-            return outputs, tangent, pull(values[-1])
+            with _without_autocast(device):
+                return outputs, tangent, pull(values[-1])
 
+        owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
         key = (
+            method,
             tuple((t.shape, t.dtype, t.device) for t in arguments),
             tuple(self.parameters.names),
             tuple(x for x, t in zip(flat, is_tensor) if not t and isinstance(x, (int, float, str, bool))),
             str(spec),
-            tuple(m.training for m in self.model.modules()) if isinstance(self.model, nn.Module) else (),
-            torch.is_autocast_enabled(self.parameters.device.type)
-            and torch.get_autocast_dtype(self.parameters.device.type),
+            tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else (),
+            self._autocast,
             torch.backends.mkldnn.enabled,
         )
         try:
-            programs = _programs.setdefault(self.model, {})
+            programs = _programs.setdefault(owner, {})
         except TypeError:  # a callable that cannot be hashed or weakly referenced: nothing is kept of it
             programs = {}
         for fresh in (False, True):
-            if fresh or key not in programs:
-                try:
-                    with self._tracing():
-                        tangents = [torch.zeros_like(p) for p in primals]
-                        programs[key] = Program(first_order, arguments, tangents, torch.zeros_like(self.outputs))
-                except Exception as error:  # whatever an exotic operation raises, the other mode is exact too
-                    _say_once(self.model, error)
-                    return None
+            if fresh:
+                with self._as_before(), _plain_attention(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tangents = [torch.zeros_like(p) for p in primals]
+                    programs[key] = Program(first_order, arguments, tangents, torch.zeros_like(self.outputs))
                 while len(programs) > _PROGRAMS_PER_MODEL:
                     programs.pop(next(iter(programs)))
-                fresh = True
-            with replayed_randomness(self.random_state, self.parameters.device):
+            elif key not in programs:
+                continue
+            with replayed_randomness(self.random_state, device):
                 outputs, maps = programs[key].linearize(arguments)
-            difference = self._difference(outputs, maps)
+            difference = self._difference(reference, maps, outputs)
             if not difference:
                 self._graph = None  # the program has its own residuals
                 return maps
-            if fresh:
-                break
-        _say_once(self.model, RuntimeError(difference))
-        return None
+        raise RuntimeError(difference)
 
-    def _difference(self, outputs: Tensor, maps: Maps) -> str:
-        """In what a program differs from η and the recorded pull back, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, for both of its maps.
-
-        The second notices what leaves the outputs as they are, such as a ``detach`` that came or went. v is generic,
-        and u the first that was pulled back (the gradient of a step is there already), so it costs one product.
-        """
-        p = self.parameters
-        plain = not torch.is_autocast_enabled(p.device.type) and (p.device.type == "cpu" or p.dtype is torch.float64)
-        epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
-        tolerance = epsilon**0.5 if plain else 1e-2  # TF32 and autocast round in their own way from kernel to kernel
-        other_outputs = "a second forward pass gives other outputs than the first"
-        if outputs.shape != self.outputs.shape:
-            return other_outputs
-        scale = self.outputs.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
-        if bool((outputs - self.outputs).abs().amax() > tolerance * scale):
-            return other_outputs
-        if self._seen is None or bool((self._seen[0] == 0).any()):  # zeros would leave something unchecked
-            self._seen = None
-            self.pull_back(_generic(self.outputs))
-        assert self._seen is not None
-        u, expected = self._seen
-        v = _generic(torch.empty(p.numel, dtype=p.dtype, device=p.device))
-        moved, pulled = maps.push(p.unflatten(v)), p.flatten(maps.pull(u))
-        errors = torch.stack([(u * moved).sum() - expected, torch.dot(pulled, v) - expected]).abs()
-        agree = not bool((errors > tolerance * u.norm() * moved.norm()).any())
-        return "" if agree else "its traced derivatives are not those of autograd"
-
-    @contextmanager
-    def _tracing(self) -> Iterator[None]:
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        # The fused attention kernels have no forward rule; the plain formula, which is the same function, has.
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with (
-                sdpa_kernel(SDPBackend.MATH),
-                frozen_statistics(self.model),
-                replayed_randomness(self.random_state, self.parameters.device),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
-
-    def _double_backward(self) -> Maps:
+    def _by_double_backward(self, reference: _Reference) -> Maps:
         """J v as the derivative of the linear map u ↦ Jᵀu, applied to v, and Jᵀu over the recorded forward pass."""
         assert self._graph is not None
         with torch.enable_grad():
@@ -425,24 +462,188 @@ class Linearization:
             )
             return moved
 
-        return Maps(push, self._reverse, push, self._reverse)
+        maps = Maps(push, self._reverse, push, self._reverse)
+        if difference := self._difference(reference, maps):
+            raise RuntimeError(difference)
+        return maps
+
+    def _by_plain_double_backward(self, reference: _Reference) -> Maps:
+        """The same over a forward pass in which attention is its plain formula: a fused kernel has no second backward.
+
+        It is the same function, and only here is it worth the memory.
+        """
+        recorded = self._graph
+        with _plain_attention():
+            self._graph = self.record()
+        try:
+            if difference := self._other_outputs(self._graph.detach()):
+                raise RuntimeError(difference)
+            return self._by_double_backward(reference)
+        except BaseException:
+            self._graph = recorded
+            raise
+
+    def _by_rows(self, reference: _Reference) -> Maps:
+        """Both maps by J itself, a backward pass for each of its rows."""
+        p, shape, dtype = self.parameters, self.outputs.shape, self.outputs.dtype
+        rows = self.outputs.numel()
+        if rows * p.numel > _ELEMENTS:
+            raise RuntimeError(f"{rows} outputs times {p.numel} parameters are too many")
+        units = self.outputs.new_zeros(rows)
+        J = torch.empty(rows, p.numel, dtype=torch.promote_types(p.dtype, units.dtype), device=p.device)
+        for i in range(rows):
+            units[i] = 1.0
+            J[i] = p.flatten(self._reverse(units.view(shape)))
+            units[i] = 0.0
+
+        def push(tangents: Sequence[Tensor]) -> Tensor:
+            return (J @ p.flatten(tangents).to(J.dtype)).view(shape).to(dtype)
+
+        def pull(u: Tensor) -> Sequence[Tensor]:
+            return p.unflatten(J.T @ u.reshape(-1).to(J.dtype))
+
+        maps = Maps(push, pull, push, pull)
+        if difference := self._difference(reference, maps):
+            raise RuntimeError(difference)
+        self._graph = None
+        return maps
+
+    # -------------------------------------------------------------------------------------------------- what is right
+
+    def _reference(self) -> _Reference:
+        """A cotangent u and Jᵀu by autograd: of the first pull back (the gradient of a step is there already)."""
+        seen = self._seen
+        if seen is None or not bool(((seen[0] != 0) & torch.isfinite(seen[0])).all()):
+            u = _generic(self.outputs)  # zeros would leave something unchecked
+            seen = u, self.parameters.flatten(self._reverse(u))
+        size = seen[0].abs().amax()
+        u, pulled = (x / size for x in seen)
+        return _Reference(u, pulled, self._norms(pulled))
+
+    def _norms(self, vector: Tensor) -> list[float]:
+        """Of each parameter's part."""
+        parts = list(vector.split(self.parameters.sizes))
+        return torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).tolist()
+
+    def _other_outputs(self, outputs: Tensor) -> str:
+        """In what the outputs of a second forward pass differ from η."""
+        finite = torch.isfinite(self.outputs)
+        if outputs.shape == self.outputs.shape and torch.equal(torch.isfinite(outputs), finite):
+            mine, theirs = (torch.where(finite, x, 0.0) for x in (self.outputs, outputs))
+            scale = mine.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
+            if bool((theirs - mine).abs().amax() <= min(self._precision() ** 0.5, 0.03) * scale):
+                return ""
+        return "a second forward pass gives other outputs than the first"
+
+    def _precision(self) -> float:
+        """The relative rounding error ε of one operation."""
+        p = self.parameters
+        if self._autocast is not None:
+            return torch.finfo(self._autocast).eps
+        epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
+        return epsilon if p.device.type == "cpu" or p.dtype is torch.float64 else max(epsilon, 2.0**-10)  # TF32
+
+    def _difference(self, reference: _Reference, maps: Maps, outputs: Tensor | None = None) -> str:
+        """In what two maps, and the outputs of the program they are of, differ from the recorded ones.
+
+        1. Each parameter's part of Jᵀu must be the recorded one, relative to its own size: to 10√ε, since of E
+           activations rounding puts some εE on the other side of a kink, each with a share of 1/√E; or to what rounding
+           does to the recorded one, as before a normalisation that takes all of it out.
+        2. The push forward must be the adjoint of that, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, up to rounding, which kinks have no part
+           in. Each parameter has its share of the sum: v is its part of Jᵀu by its square.
+
+        It costs one product.
+        """
+        if outputs is not None and (difference := self._other_outputs(outputs)):
+            return difference
+        p, epsilon = self.parameters, self._precision()
+        u, expected, norms = reference
+        if not all(map(isfinite, norms)):
+            return ""  # no product will be finite, whoever computes it
+        pulled = p.flatten(maps.pull(u))
+        errors = self._norms(pulled - expected)
+        tolerance = min(10 * epsilon**0.5, 0.03)
+        wrong = [i for i, error in enumerate(errors) if not error <= tolerance * norms[i]]
+        if wrong:
+            jitter = _generic(u).mul_(2 * epsilon).add_(1)
+            noise = self._norms(p.flatten(self._reverse(u * jitter)) - expected)
+            wrong = [i for i in wrong if not errors[i] <= 8 * noise[i]]
+        if wrong:
+            return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
+        size = hypot(*norms)
+        scales = [max(norm, 1e-3 * size) or 1.0 for norm in norms]
+        shares = [(1 + i % 7 / 7) * size for i in range(len(norms))]  # unequal: errors must not cancel
+        parts = expected.split(p.sizes)
+        v = torch.cat([part / scale * (share / scale) for part, scale, share in zip(parts, scales, shares)])
+        moved = maps.push(p.unflatten(v if size > 0 else _generic(v)))
+        pairs = (u * moved).flatten().double(), (pulled * v).double()
+        value, expected_value = (terms.sum() for terms in pairs)
+        rounding = _ROUNDINGS * epsilon * (pairs[0].norm() + pairs[1].norm())
+        if not bool((value - expected_value).abs() <= rounding + min(1000 * epsilon, 0.01) * expected_value.abs()):
+            return "J v is not the adjoint of Jᵀu"
+        return ""
 
 
 _PROGRAMS_PER_MODEL = 8
 _programs: WeakKeyDictionary[Any, dict[Any, Program]] = WeakKeyDictionary()
-_told: set[str] = set()
+_told: WeakSet[Any] = WeakSet()
+_ELEMENTS = 2**24  # of the largest J that is formed row by row
+_ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
 
 
-def _say_once(model: Model, error: Exception) -> None:
-    name = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", repr(model))
-    if name not in _told:
-        _told.add(name)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"no forward mode for {name} ({reason}); its Fisher-vector products use double backward, "
-            "which is exact and slower",
-            stacklevel=6,
+class _Reference(NamedTuple):
+    """What autograd gives over the recorded forward pass."""
+
+    u: Tensor  #: a cotangent with a largest entry of 1
+    pulled: Tensor  #: Jᵀu
+    norms: list[float]  #: of each parameter's part of it
+
+
+def _name(model: Model) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", repr(model))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _each(function: Callable[[Tensor], Sequence[Tensor]], block: Tensor) -> Sequence[Tensor]:
+    """``function`` of each row of ``block``, stacked; at once where ``torch.vmap`` knows how."""
+    try:
+        return torch.vmap(function)(block)
+    except Exception:  # a backward in NumPy, layers of mixed types under autocast
+        return [torch.stack(results) for results in zip(*map(function, block))]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by its plain formula: the fused kernels have no forward rule, nor a backward to differentiate."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _say_once(model: Model, way: str, reasons: Mapping[str, str]) -> None:
+    owner = model.__self__ if isinstance(model, MethodType) else model
+    try:
+        if owner in _told:
+            return
+        _told.add(owner)
+    except TypeError:  # it cannot be hashed or weakly referenced
+        pass
+    first, *others = reasons.values()
+    if way == "row by row":
+        means = (
+            f"nor can its backward pass be differentiated ({others[0]}); its Fisher-vector products use J, formed row "
+            "by row with one backward pass for each output, which is exact and slow"
         )
+    else:
+        means = "its Fisher-vector products use double backward, which is exact and slower"
+    warnings.warn(f"no forward mode for {_name(model)} ({first}); {means}", stacklevel=6)
 
 
 def _generic(like: Tensor) -> Tensor:

@@ -110,7 +110,9 @@ class KroneckerFisher:
             in training mode) that show which rows of a layer's inputs are of which event. Where they are not in the
             order of the outputs' leading axis, the layer keeps K-FAC's values, and a warning names it.
         probes: backward passes, each with random signs over outputs (or labels); with None one for each output (or
-            label), after which A and G have no randomness but the data's, unless events interact.
+            label), after which A and G have no randomness but the data's, if no event has a part in the outputs of
+            another. Where events interact (BatchNorm in training mode, tokens that attend to each other), what is
+            between two events keeps its random signs: its expectation is zero, and more batches average it out.
         generator: the source of signs, by default torch's global one.
         previous: the ``blocks`` of earlier batches, to average with.
         decay: γ, in [0, 1): in the average an estimate of k updates ago has the weight γᵏ. Corrected values are of this

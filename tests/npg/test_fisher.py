@@ -697,3 +697,14 @@ def test_repr_says_what_it_is(mlp):
     fisher = Fisher(mlp(4), torch.randn(5, 3), families.Categorical())
     assert repr(fisher) == "Fisher(36 parameters, 5 events, Categorical())"
     assert fisher.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+@pytest.mark.parametrize("name", ["categorical", "diagonal_gaussian", "beta"])
+def test_outputs_that_are_not_finite_have_products_that_are_not(kind, name, mlp, every_family):
+    """A refused step, not an exception from drawing labels."""
+    family, model, x = every_family[name].family, mlp(4), torch.randn(5, 3)
+    targets = family.sample(model(x).detach()) if kind == "empirical" else None
+    x[2, 1] = torch.nan
+    fisher = Fisher(model, x, family, kind=kind, targets=targets)
+    assert torch.isnan(fisher @ torch.randn(fisher.shape[0])).all()

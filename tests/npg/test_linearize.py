@@ -1,6 +1,7 @@
 """The two maps of the linearisation: who falls back and says so, what the traced program must notice, whose mode."""
 
 import gc
+import random
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.utils import parametrizations
 
-from npg import linearize
+from npg import Fisher, families, linearize, optim
 from npg.linearize import Linearization, frozen_statistics, replayed_randomness
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -18,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(linearize, "_told", set())
+    monkeypatch.setattr(linearize, "_told", weakref.WeakSet())
 
 
 @pytest.fixture
@@ -108,7 +112,7 @@ def test_a_network_without_forward_mode_falls_back_and_says_so_once(check):
     model, x = WithoutForwardRule(), torch.randn(5, 3)
     check(model, x, warns=True)
     check(model, x)
-    check(WithoutForwardRule(), x)
+    check(WithoutForwardRule(), x, warns=True)  # another network, of the same name
     check(model, torch.randn(2, 3))
 
 
@@ -433,3 +437,397 @@ def test_a_sum_with_zeros_that_is_written_to_is_kept():
         (linearization.parameters.named(linearization.parameters.unflatten(v)),),
     )
     torch.testing.assert_close(moved, expected)
+
+
+# --------------------------------------------------------------------------------- what cannot be differentiated twice
+
+
+def cube_with(backward):
+    """A network with a cube in the middle whose derivative is computed by ``backward(x, u)``."""
+
+    class Act(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+    Act.backward = staticmethod(backward)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(Act.apply(self.a(x)))
+
+    return Net()
+
+
+def slope(ctx, u):
+    (x,) = ctx.saved_tensors
+    return 3 * x**2 * u
+
+
+def in_numpy(ctx, u):
+    (x,) = ctx.saved_tensors
+    return torch.from_numpy(3 * x.detach().numpy() ** 2 * u.detach().numpy())
+
+
+def partly_detached(ctx, u):
+    return 0.7 * slope(ctx, u) + 0.3 * slope(ctx, u.detach())
+
+
+OPAQUE = {
+    "once_differentiable": once_differentiable(slope),
+    "no_grad": torch.no_grad()(slope),
+    "numpy": in_numpy,
+    "partly detached": partly_detached,
+}
+
+
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_a_backward_that_cannot_be_differentiated_gives_right_products(kind, check, assert_close):
+    x = torch.randn(7, 3)
+    model = cube_with(OPAQUE[kind])
+    linearization = check(model, x, warns=True)
+    v = torch.randn(linearization.parameters.numel)
+    fisher = Fisher(model, x, families.Gaussian())
+    assert_close(fisher @ v, fisher.dense() @ v)
+    assert_close(fisher @ v, Fisher(cube_with(slope), x, families.Gaussian()) @ v)
+
+
+def test_what_cannot_be_pushed_forward_is_refused_by_name(monkeypatch, assert_close):
+    monkeypatch.setattr(linearize, "_ELEMENTS", 100)
+    x = torch.randn(7, 3)
+    model = cube_with(OPAQUE["no_grad"])
+    fisher = Fisher(model, x, families.Gaussian())
+    with pytest.raises(RuntimeError, match=r"Net has no products J v: .*14 outputs times 26 parameters .* a jvp"):
+        fisher @ torch.randn(26)
+    expected = Fisher(cube_with(slope), x, families.Gaussian())
+    assert_close(fisher.dense(), expected.dense())
+    assert_close(fisher.diagonal(), expected.diagonal())
+
+
+def test_a_backward_that_is_not_linear_is_refused():
+    class Clipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            if h.requires_grad:
+                h.register_hook(lambda g: g.clamp(-0.1, 0.1))
+            return 2 * h
+
+    with pytest.raises(RuntimeError, match="Clipped has no products J v"):
+        Linearization(Clipped(3, 2), torch.randn(5, 3)).push_forward(torch.randn(8))
+
+
+# ------------------------------------------------------------------------------------------- how strict the checks are
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tensor", range(6))
+@pytest.mark.parametrize("which", ["push", "pull"])
+def test_an_error_of_four_per_cent_in_one_parameter_is_seen(which, tensor, dtype, monkeypatch):
+    linearized = linearize.Program.linearize
+
+    def wrong(self, arguments):
+        outputs, maps = linearized(self, arguments)
+
+        def scaled(tensors):
+            return [1.04 * t if i == tensor else t for i, t in enumerate(tensors)]
+
+        if which == "push":
+            return outputs, maps._replace(push=lambda v: maps.push(scaled(v)))
+        return outputs, maps._replace(pull=lambda u: scaled(maps.pull(u)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(17, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 6)).to(dtype)
+    x = torch.randn(2048, 17, dtype=dtype)
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=dtype)
+    expected = Linearization(model, x).push_forward(v)
+    monkeypatch.setattr(linearize.Program, "linearize", wrong)
+    linearization = Linearization(model, x)
+    with pytest.warns(UserWarning, match=r"along 0|along [0-9]\.|not the adjoint"):
+        moved = linearization.push_forward(v)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parameter_without_any_slope_is_no_error(check):
+    """A bias before BatchNorm, and one of the keys: what is recorded is rounding errors alone."""
+
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(3, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    with frozen_statistics(model):
+        check(model, torch.randn(6, 3))
+    check(Keys(), torch.randn(2, 5, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+class Attending(nn.Module):
+    """Attention beside what has no forward rule, or looks at values."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.a = kind, nn.Linear(3, 12)
+        self.b = parametrizations.weight_norm(nn.Linear(4, 4)) if kind == "weight_norm" else nn.Linear(4, 4)
+        self.layer = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.a(x).chunk(3, -1)
+        h = functional.scaled_dot_product_attention(q, k, v)
+        if self.kind == "branch" and float(x.sum()) != 0:
+            h = h.tanh()
+        h = self.b(h)
+        return self.layer(h, h, h, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "branch"])
+def test_attention_beside_what_cannot_be_traced(kind, check):
+    check(Attending(kind), torch.randn(2, 5, 3), warns=True)
+    step = optim.NGD(Attending(kind), families.Gaussian(), lr=0.1).step(torch.randn(2, 5, 3), torch.randn(2, 5, 4))
+    assert step.accepted
+
+
+def test_attention_whose_program_is_wrong(check, monkeypatch):
+    linearized = linearize.Program.linearize
+
+    def wrong(self, arguments):
+        outputs, maps = linearized(self, arguments)
+        return outputs, maps._replace(push=lambda v: 1.01 * maps.push(v))
+
+    monkeypatch.setattr(linearize.Program, "linearize", wrong)
+    check(Attending("plain"), torch.randn(2, 5, 3), warns=True)
+
+
+# ---------------------------------------------------------------------------------------------- what changes unnoticed
+
+
+class Counting(nn.Module):
+    """A forward pass that moves its own buffers, by assignment and in place, and depends on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("passes", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        self.passes += 1
+        return self.a(x).tanh() * self.count + self.passes
+
+
+@pytest.mark.parametrize("move_statistics", [True, False])
+def test_a_forward_pass_that_counts(move_statistics, jacobian, assert_close):
+    model, x, v = Counting(), torch.randn(5, 3), torch.randn(8)
+    for step in (1, 2, 3):
+        n = step if move_statistics else 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no fall back
+            linearization = Linearization(model, x, move_statistics=move_statistics)
+            moved = linearization.push_forward(v)
+        outputs = model.a(x).tanh() * n + n
+        assert_close(linearization.outputs, outputs)
+        assert_close(moved.reshape(-1), jacobian(outputs, list(model.parameters())) @ v)
+        assert float(model.count) == float(model.passes[0]) == (n if move_statistics else 0)
+
+
+@pytest.mark.parametrize("map_", ["push_forward", "pull_back"])
+def test_parameters_changed_through_data_are_refused(map_):
+    model = nn.Linear(3, 2)
+    linearization = Linearization(model, torch.randn(5, 3))
+    model.weight.data.mul_(2.0)
+    with pytest.raises(RuntimeError, match="the parameters have changed"):
+        getattr(linearization, map_)(torch.randn(8) if map_ == "push_forward" else torch.randn(5, 2))
+
+
+def test_later_changes_through_data_leave_the_products_as_they_are():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    linearization, v, u = Linearization(model, torch.randn(5, 3)), torch.randn(26), torch.randn(5, 2)
+    first = linearization.push_forward(v), linearization.pull_back(u)
+    for p in model.parameters():
+        p.data.zero_()
+    assert torch.equal(linearization.push_forward(v), first[0])
+    assert torch.equal(linearization.pull_back(u), first[1])
+
+
+def test_nan_parameters_have_not_changed():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    moved = Linearization(model, torch.randn(5, 3)).push_forward(torch.randn(8))
+    assert torch.isnan(moved[:, 0]).all()
+    assert torch.isfinite(moved[:, 1]).all()
+
+
+@pytest.mark.parametrize("which", ["inputs", "frozen"])
+def test_inputs_and_frozen_parameters_changed_in_place_are_refused(which):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    model[2].weight.requires_grad_(False)
+    linearization = Linearization(model, x)
+    linearization.push_forward(torch.randn(18))
+    with torch.no_grad():
+        (x if which == "inputs" else model[2].weight).mul_(2)
+    with pytest.raises(RuntimeError, match="inputs or frozen parameters have changed"):
+        linearization.push_forward(torch.randn(18))
+
+
+def test_a_bound_method_is_traced_once(traces, assert_close):
+    class Holder:
+        def outputs(self, parameters, x):
+            return (x @ parameters["w"]) ** 2
+
+        def others(self, parameters, x):
+            return (x @ parameters["w"]) ** 3
+
+    holder, x, w, v = Holder(), torch.randn(5, 3), torch.randn(3, 2), torch.randn(6)
+    for _ in range(3):
+        assert_close(Linearization(holder.outputs, x, {"w": w}).push_forward(v), 2 * (x @ w) * (x @ v.view(3, 2)))
+        assert_close(Linearization(holder.others, x, {"w": w}).push_forward(v), 3 * (x @ w) ** 2 * (x @ v.view(3, 2)))
+    assert len(traces) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ autocast
+
+
+@pytest.mark.parametrize("norm", [partial(nn.LayerNorm, 16), partial(nn.BatchNorm1d, 16), nn.Identity])
+def test_products_under_autocast(norm):
+    """Symmetric and positive to rounding in bfloat16; in blocks, by rows, and where autocast was left before them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), norm(), nn.GELU(), nn.Linear(16, 3)).float()
+    x, family = torch.randn(20, 5, dtype=torch.float32), families.Categorical()
+    exact = Fisher(model, x, family).dense()
+    eye = torch.eye(len(exact), dtype=torch.float32)
+
+    def error(matrix: Tensor, expected: Tensor = exact) -> float:
+        return float((matrix - expected).norm() / exact.norm())
+
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        fisher = Fisher(model, x, family)
+        later = Fisher(model, x, family)
+        columns, block = torch.stack([fisher @ e for e in eye], 1), fisher @ eye
+        dense = Fisher(model, x, family).dense()
+    assert max(error(columns), error(block), error(dense)) < 3e-2
+    assert error(columns, columns.T) < 1e-2
+    values = torch.linalg.eigvalsh((columns + columns.T).double())
+    assert values[0] > -1e-2 * values[-1]
+    assert torch.equal(later @ eye, block)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Self(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if float(x.sum()) > 0 else 1.5 * x
+
+
+class Last(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)[0]
+
+
+class Opaque(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return OpaqueTanh.apply(x)
+
+
+class OpaqueTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, u):
+        (x,) = ctx.saved_tensors
+        return (1 - x.tanh() ** 2) * u
+
+
+def random_network(seed: int) -> tuple[nn.Sequential, Tensor]:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    width, sequence = rng.choice([4, 6]), rng.random() < 0.4
+    activation = rng.choice([nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, partial(nn.Softmax, -1)])
+
+    def linear() -> nn.Module:
+        return nn.Linear(width, width)
+
+    shared = nn.Sequential(linear(), nn.Tanh())
+    parts = [
+        lambda: nn.Sequential(linear(), activation()),
+        lambda: nn.LayerNorm(width),
+        lambda: Residual(nn.Sequential(linear(), activation())),
+        lambda: parametrizations.weight_norm(linear()),
+        lambda: parametrizations.spectral_norm(linear()),
+        lambda: nn.Dropout(0.3),
+        lambda: shared,
+        Branch,
+        Opaque,
+        lambda: Residual(Self(width)) if sequence else nn.BatchNorm1d(width),
+        lambda: Last(width) if sequence else nn.Sequential(linear(), nn.ReLU(inplace=True)),
+    ]
+    model = nn.Sequential(nn.Linear(3, width), *(rng.choice(parts)() for _ in range(4)), nn.Linear(width, 2))
+    return model.train(rng.random() < 0.7), torch.randn(rng.choice([4, 5, 9]), *([3] if sequence else []), 3)
+
+
+@pytest.mark.filterwarnings("ignore:no forward mode for")
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+def test_random_networks_equal_their_dense_twins(precision, jacobian):
+    """Against J row by row by plain reverse mode over a forward pass of its own."""
+    for seed in range(60 if precision is torch.float64 else 30):
+        model, x = random_network(seed)
+        if precision is not torch.float64:
+            model, x = model.float(), x.float()
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16)
+        with autocast:
+            linearization = Linearization(model, x)
+            with (
+                frozen_statistics(model),
+                replayed_randomness(linearization.random_state, x.device),
+            ):
+                outputs = model(x).to(x.dtype)
+        J = jacobian(outputs, list(model.parameters()))
+        with autocast:
+            v = torch.randn(J.shape[1], dtype=x.dtype)
+            v = J.T @ (J @ v) + 0.1 * v  # where J moves something
+            u = torch.randn(outputs.shape, dtype=x.dtype)
+            moved, pulled = linearization.push_forward(v), linearization.pull_back(u)
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}[precision]
+        for mine, theirs in ((moved.reshape(-1), J @ v), (pulled, J.T @ u.reshape(-1))):
+            assert (mine - theirs).norm() <= tolerance * theirs.norm().clamp(min=1e-30), (seed, model)

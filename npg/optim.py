@@ -6,7 +6,12 @@ outputs mean, because the Fisher information is a property of the predictive dis
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
 from functools import partial
 from itertools import chain
 from math import ceil, inf, nan
@@ -18,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils._pytree import tree_map
+from torch.utils import _pytree as pytree
 
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.curvature.online import OnlinePreconditioner
@@ -26,6 +31,7 @@ from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
 from npg.linearize import Buffers, Linearization, uncompiled
 from npg.parallel import mean_
+from npg.parameters import Parameters, check_dtypes
 from npg.solvers import Solution, Solver, conjugate_gradient, dense_solve, solve_in_metric
 from npg.step import StepReport, natural_step
 from npg.transport import geometry
@@ -44,6 +50,9 @@ UPDATE_PERIOD = 4
 def _is_due(step: int, period: int) -> bool:
     """Whether factors are updated on this step, counted from 0."""
     return step < BURN_IN or step % period == 0
+
+
+_MISSING: Any = object()
 
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -76,6 +85,9 @@ class _ExactResume(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` of the same optimizer over parameters of the same shapes."""
+        # `torch.distributed.checkpoint` puts {} where a flattened state lacks an entry.
+        kept = {i: {k: v for k, v in state.items() if v != {}} for i, state in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": kept}
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -96,7 +108,11 @@ class OnlineNGD(_ExactResume):
         m ← μ m + ĝ,    θ ← (1 − lr · weight_decay) θ − lr · m.
 
     The state depends on the gradients alone: under DistributedDataParallel, which averages them, it is the same on
-    all ranks without any communication of its own. A constant that scales all gradients scales ĝ and nothing else.
+    all ranks without any communication of its own. A constant that scales all gradients scales ĝ and nothing else; a
+    power of two changes no digit, as long as ĝ and m are neither infinite nor subnormal.
+
+    A step by which m or θ would not be finite, as with a gradient that is not, is refused: everything stays as it was,
+    and a warning says so. On CUDA the host does not wait for that: it learns of it, and warns, at the next step.
 
     Args:
         params: parameters, or dicts that define parameter groups; every option below can be set for each group.
@@ -113,7 +129,8 @@ class OnlineNGD(_ExactResume):
         max_change: largest ‖lr · m‖ over a parameter group; a longer step is shortened to it. None: no limit.
 
     Raises:
-        ValueError: if an option is out of its range or a gradient is sparse; no parameter has changed then.
+        ValueError: if an option is out of its range, a parameter is not a dense real floating-point tensor or a
+            gradient is sparse; no parameter has changed then.
 
     Source: Povey, Zhang and Khudanpur (2015), arXiv 1410.7455.
     """
@@ -144,6 +161,7 @@ class OnlineNGD(_ExactResume):
             "max_change": max_change,
         }
         self._plans: dict[int, list[_OnlinePlan]] = {}
+        self._untold: _Outcome | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,19 +177,29 @@ class OnlineNGD(_ExactResume):
     def _validate(group: dict[str, Any]) -> None:
         _check(0 <= group["lr"] < inf, "lr", group["lr"], "a finite number, 0 or above")
         _check(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
-        _check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "0 or above")
-        _check(group["alpha"] >= 0, "alpha", group["alpha"], "0 or above (4 is usual)")
+        decay, alpha = group["weight_decay"], group["alpha"]
+        _check(0 <= decay < inf, "weight_decay", decay, "a finite number, 0 or above")
+        _check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
         rank, period, limit = group["rank"], group["update_period"], group["max_change"]
         _check(isinstance(rank, int) and rank >= 0, "rank", rank, "an integer, 0 or above")
         _check(isinstance(period, int) and period >= 1, "update_period", period, "an integer, 1 or above")
         _check(0 < group["eta"] <= 0.9, "eta", group["eta"], "above 0 and at most 0.9")
-        _check(limit is None or limit > 0, "max_change", limit, "None or above 0")
-        for p in group["params"]:
-            _check(p.is_floating_point(), "params", p.dtype, "of real floating-point tensors")
+        _check(limit is None or 0 < limit < inf, "max_change", limit, "None or a finite number above 0")
+        names = group.get("param_names", range(len(group["params"])))
+        check_dtypes({str(name): p for name, p in zip(names, group["params"], strict=True)})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._untold = {}, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as of the last step, which the host waits for."""
+        self._settle()
+        return super().state_dict()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,38 +213,42 @@ class OnlineNGD(_ExactResume):
             with torch.enable_grad():
                 loss = closure()
         _dense_gradients(p for group in self.param_groups for p in group["params"])
-        for index, group in enumerate(self.param_groups):
-            self._step_group(index, group)
+        self._settle()
+        parts = [_GroupStep(group, self._active(i, group)) for i, group in enumerate(self.param_groups)]
+        if plans := [plan for part in parts for plan in part.plans]:
+            finite = torch.stack([part.propose().to(plans[0].device) for part in parts if part.plans]).all()
+            for part in parts:
+                part.take(finite)
+            self._untold = _Outcome(finite, plans)
+            if finite.device.type == "cpu":
+                self._settle()
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+    def _settle(self) -> None:
+        """Take back the counts of the last step if it was refused."""
+        outcome, self._untold = self._untold, None
+        if outcome is not None and not outcome.taken():
+            for plan in outcome.plans:
+                plan.count_to(plan.count - 1)
+            warnings.warn(
+                "OnlineNGD refused a step: a gradient, or what the step would make of momentum or parameters, is not "
+                "finite. All is as it was before the step; if this goes on, lower lr",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _active(self, index: int, group: dict[str, Any]) -> list[_OnlinePlan]:
+        """The plans of a group's parameters that have a gradient."""
         active = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
         if not active:
-            return
+            return []
         plans = self._plans.get(index, [])
         options = {name: group[name] for name in ("alpha", "rank", "eta")}
         if any(plan.options["rank"] != options["rank"] for plan in plans):
             raise ValueError(f"rank must stay {plans[0].options['rank']}, that of the factors; got {options['rank']}")
         if {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
             plans = self._plans[index] = self._plan(active, options)
-
-        lr, decay, limit = group["lr"], group["weight_decay"], group["max_change"]
-        decoupled = group["decoupled_weight_decay"]
-        for plan in plans:
-            gradients: _Tensors = [p.grad for p in plan.params if p.grad is not None]
-            if decay and not decoupled:
-                gradients = torch._foreach_add(gradients, plan.params, alpha=decay)
-            plan.accumulate(gradients, group["momentum"], group["update_period"])
-
-        if decoupled:
-            _decay(active, lr * decay)
-        params = [p for plan in plans for p in plan.params]
-        changes: _Tensors = [buffer for plan in plans for buffer in plan.buffers]
-        if limit is not None:
-            norms = torch._foreach_norm(changes)
-            norm = lr * torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))
-            changes = torch._foreach_mul(changes, limit / norm.clamp_min(limit))
-        torch._foreach_add_(params, changes, alpha=-lr)
+        return plans
 
     def _plan(self, params: list[Tensor], options: dict[str, Any]) -> list[_OnlinePlan]:
         """One plan for each number of steps that parameters have behind them: one, unless some were skipped."""
@@ -224,6 +256,53 @@ class OnlineNGD(_ExactResume):
         for p in params:
             runs.setdefault(int(self.state[p].get("step", 0)), []).append(p)
         return [_OnlinePlan(run, [self.state[p] for p in run], step, options) for step, run in runs.items()]
+
+
+class _Outcome:
+    """Whether a step was taken: known on its device, and on its way to the host."""
+
+    def __init__(self, finite: Tensor, plans: list[_OnlinePlan]) -> None:
+        self.plans, self._finite, self._event = plans, finite, None
+        if finite.is_cuda:
+            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            self._event = torch.cuda.current_stream(finite.device).record_event()
+
+    def taken(self) -> bool:
+        """Wait for the step, but for nothing that was queued after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._finite)
+
+
+class _GroupStep:
+    """A step of one parameter group: worked out first, and taken where that of every group is finite."""
+
+    def __init__(self, group: dict[str, Any], plans: list[_OnlinePlan]) -> None:
+        self.plans = plans
+        self._momentum, self._period, self._limit = group["momentum"], group["update_period"], group["max_change"]
+        self._lr: float | Tensor = group["lr"]  # what the momentum is multiplied by, once it is known
+        decoupled = group["decoupled_weight_decay"]
+        self._l2 = 0.0 if decoupled else group["weight_decay"]
+        self._decay = group["lr"] * group["weight_decay"] if decoupled else 0.0
+
+    def propose(self) -> Tensor:
+        """Work out the new momenta; whether those and the new parameters will be finite, ()."""
+        for plan in self.plans:
+            gradients: _Tensors = [p.grad for p in plan.params if p.grad is not None]
+            if self._l2:
+                gradients = torch._foreach_add(gradients, plan.params, alpha=self._l2)
+            plan.propose(gradients, self._momentum, self._period)
+        if self._limit is not None:
+            device = self.plans[0].device
+            norms = [torch.linalg.vector_norm(m, dtype=torch.float64) for plan in self.plans for m in plan.proposed]
+            norm = self._lr * torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+            self._lr = self._lr * self._limit / norm.clamp_min(self._limit)
+        return torch.stack([plan.is_finite(self._lr, self._decay) for plan in self.plans]).all()
+
+    def take(self, finite: Tensor) -> None:
+        """Move momenta, factors and parameters, where ``finite``, ()."""
+        for plan in self.plans:
+            plan.take(finite, self._lr, self._decay)
 
 
 class _OnlinePlan:
@@ -235,8 +314,10 @@ class _OnlinePlan:
         self.params, self.options = params, options
         self.count, self.step = step, torch.tensor(step, device="cpu")
         self.preconditioner = OnlinePreconditioner(params, states, **options)
-        self.momenta = []
-        self.buffers = [torch.empty(0)] * len(params)
+        self.momenta: list[Tensor] = []
+        self.proposed: list[Tensor] = []
+        self._factors = [tensor for factors in self.preconditioner.factors.values() for tensor in factors]
+        self._former: list[Tensor] = []
         for block in self.preconditioner.blocks:
             first = params[block.indices[0]]
             stacked = torch.zeros(len(block.indices), *first.shape, dtype=block.dtype, device=first.device)
@@ -244,21 +325,56 @@ class _OnlinePlan:
             for i, view in zip(block.indices, stacked.unbind(), strict=True):
                 if "momentum_buffer" in states[i]:
                     view.copy_(states[i]["momentum_buffer"])
-                self.buffers[i] = states[i]["momentum_buffer"] = view
+                states[i]["momentum_buffer"] = view
         for state in states:
             state["step"] = self.step
+        self.device = self.momenta[0].device
+        self._stacked = [params[i] for block in self.preconditioner.blocks for i in block.indices]
+        self._shrinks = torch.tensor([p.ndim > 1 for p in self._stacked], device=self.device)
+        largest = [torch.finfo(p.dtype).max for p in self._stacked]
+        self._largest = torch.tensor(largest, dtype=torch.float64, device=self.device)
 
-    def accumulate(self, gradients: Sequence[Tensor], momentum: float, update_period: int) -> None:
-        """Precondition the gradients and add them to the momentum buffers; count the step."""
+    def propose(self, gradients: Sequence[Tensor], momentum: float, update_period: int) -> None:
+        """Precondition the gradients, and work out the momenta with them; the factors move, and can be put back."""
         update = _is_due(self.count, update_period)
-        directions = self.preconditioner(gradients, update=update, first=self.count == 0)
-        for buffer, direction in zip(self.momenta, directions, strict=True):
-            if momentum:
-                buffer.mul_(momentum).add_(direction)
-            else:
-                buffer.copy_(direction)
-        self.count += 1
-        self.step.fill_(self.count)
+        self._former = [tensor.clone() for tensor in self._factors] if update else []
+        self.proposed = self.preconditioner(gradients, update=update, first=self.count == 0)
+        if momentum:
+            for new, old in zip(self.proposed, self.momenta, strict=True):
+                new.add_(old, alpha=momentum)
+
+    def is_finite(self, lr: float | Tensor, decay: float) -> Tensor:
+        """Whether the proposed momenta, and the parameters after a step along them, are finite, ()."""
+        changes = [torch.linalg.vector_norm(m.reshape(len(m), -1), inf, 1) for m in self.proposed]
+        change = torch.cat([c.to(self.device, torch.float64) for c in changes])
+        sizes = torch._foreach_norm(self._stacked, inf)
+        size = torch.stack([n.to(self.device, torch.float64) for n in sizes])
+        # A parameter that is not finite before the step is none of its making.
+        size = torch.where(torch.isfinite(size), size, 0.0)
+        size = size * torch.where(self._shrinks, abs(1 - decay), 1.0) + lr * change
+        return (torch.isfinite(change) & (size <= self._largest)).all()
+
+    def take(self, finite: Tensor, lr: float | Tensor, decay: float) -> None:
+        """Count the step, and move momenta, factors and parameters, where ``finite``, ()."""
+        where = {device: finite.to(device) for device in {m.device for m in self.momenta}}
+        changes: list[Tensor] = []
+        for old, new in zip(self.momenta, self.proposed, strict=True):
+            ok = where[old.device]
+            old.copy_(torch.where(ok, new, old))
+            changes += torch.where(ok, new.mul_(lr), 0.0).unbind()
+        for tensor, former in zip(self._factors, self._former):
+            tensor.copy_(torch.where(where[tensor.device], tensor, former))
+        if decay:
+            for device, ok in where.items():
+                _decay((p for p in self._stacked if p.device == device), decay * ok.double())
+        torch._foreach_sub_(self._stacked, changes)
+        self.proposed, self._former = [], []
+        self.count_to(self.count + 1)
+
+    def count_to(self, count: int) -> None:
+        """Set the number of steps."""
+        self.count = count
+        self.step.fill_(count)
 
 
 class _ModelOptimizer(_ExactResume):
@@ -284,7 +400,7 @@ class _ModelOptimizer(_ExactResume):
         self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
         self.damping_metric, self.alpha = damping_metric, alpha
         self._factors: _TrackedFactors | None = None
-        super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
+        super().__init__(Parameters(model).tensors, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_factors": None}
@@ -310,6 +426,47 @@ class _ModelOptimizer(_ExactResume):
                 f"{new} became trainable, or part of the model, after this {type(self).__name__} was made: make it anew"
             )
         return list(named.values())
+
+    def _has_batch(self, inputs: Any, targets: Any, closure: Any) -> bool:
+        """Whether there is a mini-batch to take a step on; False where the state is to be made, and nothing else.
+
+        `torch.distributed.checkpoint` calls ``step(closure=None)`` for that.
+        """
+        if inputs is _MISSING and targets is _MISSING and closure is None:
+            self._make_state(self._trainable())
+            return False
+        if inputs is _MISSING or targets is _MISSING or closure not in (None, _MISSING):
+            raise TypeError(
+                f"{type(self).__name__} differentiates the model itself, without loss.backward() or a closure: "
+                "call step(inputs, targets)"
+            )
+        if not isinstance(targets, Tensor) or targets.ndim == 0:
+            kind = "a tensor without axes" if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets must be a tensor whose leading axis is that of the mini-batch, got {kind}")
+        return True
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        """Make every entry of the state that steps would make, with what it has before the first of them."""
+        raise NotImplementedError
+
+    def _log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log p(targets | outputs) of each event."""
+        if outputs.ndim == 1:
+            raise ValueError(
+                f"the model returns outputs of shape {tuple(outputs.shape)}: that is one event of {len(outputs)} "
+                "components, and a mini-batch has its events on the leading axis. Return "
+                f"({len(outputs)}, 1) for {len(outputs)} events, without squeeze(-1); (1, {len(outputs)}) for one"
+            )
+        return self.family.log_likelihood(outputs, targets)
+
+    def _steps(self, params: Iterable[Tensor]) -> int:
+        """The number of steps that were taken: the largest, where some of the parameters were frozen for a while."""
+        return max(int(self.state[p].get("step", 0)) for p in params if p in self.state) if self.state else 0
+
+    def _count_to(self, steps: int, params: Iterable[Tensor]) -> None:
+        count = torch.tensor(steps)
+        for p in params:
+            self.state[p]["step"] = count
 
     def _online_factors(self) -> _TrackedFactors | None:
         """The factors of the metric C; None if the damping does not use it."""
@@ -389,7 +546,7 @@ class DiagonalNGD(_ModelOptimizer):
         _check(0 < damping < inf, "damping", damping, "a finite number above 0")
         _check(0 <= decay < 1, "decay", decay, "in [0, 1)")
         _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        _check(weight_decay >= 0, "weight_decay", weight_decay, "0 or above")
+        _check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
         _check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
         _check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
         defaults = {
@@ -403,23 +560,32 @@ class DiagonalNGD(_ModelOptimizer):
         self.probes, self.generator = probes, generator
 
     @torch.no_grad()
-    def step(self, inputs: Any, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, inputs: Any = _MISSING, targets: Tensor = _MISSING, *, closure: None = _MISSING
+    ) -> Tensor:
         """Take one step on a mini-batch; returns its mean negative log-likelihood before the step, ().
 
-        Where that, the gradient or the diagonal is not finite, the step is refused: parameters, running average and
-        momentum stay as they were, and NaN is returned. The host waits to know with ``damping_metric="online"`` alone.
+        Where that, the gradient, the diagonal, or what the step would make of momentum and parameters is not finite,
+        the step is refused: parameters, running average and momentum stay as they were, and NaN is returned. The host
+        waits to know with ``damping_metric="online"`` alone.
 
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments.
             targets: in the shape that ``family.log_likelihood`` takes.
+            closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for.
+
+        Raises:
+            TypeError: without inputs and targets, or with a closure.
         """
-        group = self.param_groups[0]
-        self._trainable()
+        if not self._has_batch(inputs, targets, closure):
+            return torch.tensor(nan)
+        params = self._trainable()
         buffers = Buffers(self.model)
         with buffers.restored_on_error():
-            return self._step(inputs, targets, group, buffers)
+            return self._step(inputs, targets, params, buffers)
 
-    def _step(self, inputs: Any, targets: Tensor, group: dict[str, Any], buffers: Buffers) -> Tensor:
+    def _step(self, inputs: Any, targets: Tensor, params: list[Tensor], buffers: Buffers) -> Tensor:
+        group = self.param_groups[0]
         linearization = Linearization(self.model, inputs, move_statistics=True)
         fisher = Fisher(
             self.model,
@@ -431,46 +597,61 @@ class DiagonalNGD(_ModelOptimizer):
             process_group=self.process_group,
             linearization=linearization,
         )
-        outputs, parameters = linearization.outputs, linearization.parameters
-        loss = mean_(-self.family.log_likelihood(outputs, targets).mean(), self.process_group)
+        outputs = linearization.outputs
+        loss = mean_(-self._log_likelihood(outputs, targets).mean(), self.process_group)
         slope = linearization.pull_back(self.family.score(outputs, targets) / fisher.events)
         slope = mean_(slope, self.process_group)
         factors = self._online_factors()
         root = None if factors is None else factors.preconditioner.inverse_root()
         diagonal = fisher.diagonal(self.probes, self.generator, root=root)
-        finite = torch.isfinite(loss) & torch.isfinite(slope).all() & torch.isfinite(diagonal).all()
-        slope, diagonal = (torch.where(finite, x, 0.0) for x in (slope, diagonal))
-        taken = finite.double()  # 1, or 0 where the step is refused; all ranks agree, since all three are averaged
 
-        params, gain = parameters.tensors, (1 - group["decay"]) * taken
+        gain, lr = 1 - group["decay"], group["lr"]
         averages, momenta = self._states("fisher", params), self._states("momentum_buffer", params)
-        weights = self._weights(params)  # Σ (1−γ)γᵏ over the steps taken: 1−γᵗ
-        torch._foreach_mul_(averages + weights, 1 - gain)
-        torch._foreach_add_(averages, torch._foreach_mul(_split(diagonal, averages), gain))
-        torch._foreach_add_(weights, gain)
-        # A weight is 0 until the first step is taken; average and slope are 0 then too.
-        denominators = torch._foreach_div(averages, torch._foreach_clamp_min(weights, torch.finfo(torch.float32).tiny))
+        weights = self._weights(params)
+        new_averages = torch._foreach_mul(averages, 1 - gain)
+        torch._foreach_add_(new_averages, torch._foreach_mul(_split(diagonal, averages), gain))
+        new_weights = torch._foreach_add(torch._foreach_mul(weights, 1 - gain), gain)
+        denominators = torch._foreach_div(new_averages, new_weights)
         torch._foreach_add_(denominators, group["damping"])
-        torch._foreach_mul_(momenta, 1 - (1 - group["momentum"]) * taken)
+        new_momenta = torch._foreach_mul(momenta, group["momentum"])
         if root is None:
-            torch._foreach_addcdiv_(momenta, _split(slope, momenta), denominators)
+            torch._foreach_addcdiv_(new_momenta, _split(slope, momenta), denominators)
         else:
             step = root(root(slope) / torch.cat([x.flatten() for x in denominators]))
-            torch._foreach_add_(momenta, _split(step, momenta))
+            torch._foreach_add_(new_momenta, _split(step, momenta))
+        new_params = [p.clone() for p in params]
+        _decay(new_params, lr * group["weight_decay"])
+        torch._foreach_add_(new_params, new_momenta, alpha=lr)
+
+        # Each is looked at, since one may hide in the next: g / ∞ is 0. All ranks agree: the first three are averaged.
+        finite = torch.isfinite(loss)
+        for values in (slope, diagonal, _flat(new_momenta), _flat(new_params)):
+            finite = finite & torch.isfinite(values).all()
+        for old, new in (
+            (averages, new_averages), (weights, new_weights), (momenta, new_momenta), (params, new_params)
+        ):  # fmt: skip
+            torch._foreach_copy_(old, _split(torch.where(finite, _flat(new), _flat(old)), old))
         if factors is not None and finite:
-            factors.update(slope)
-        _decay(params, group["lr"] * group["weight_decay"] * taken)
-        torch._foreach_add_(params, torch._foreach_mul(momenta, group["lr"] * taken))
+            count = self._steps(params)
+            factors.update(slope, count)
+            self._count_to(count + 1, params)
         torch.clear_autocast_cache()
         buffers.restore(keep=finite)
         return torch.where(finite, loss, nan)
 
     def _weights(self, params: Iterable[Tensor]) -> list[Tensor]:
-        """What each parameter's running average has to be divided by, (), float64."""
+        """What each parameter's running average has to be divided by, Σ (1−γ)γᵏ over its steps: 1−γᵗ; (), float64."""
         for p in params:
             if "weight" not in self.state[p]:
                 self.state[p]["weight"] = torch.zeros((), dtype=torch.float64, device=p.device)
         return [self.state[p]["weight"] for p in params]
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        self._states("fisher", params)
+        self._states("momentum_buffer", params)
+        self._weights(params)
+        if self._online_factors() is not None:
+            self._count_to(self._steps(params), params)
 
 
 class NGD(_ModelOptimizer):
@@ -559,7 +740,7 @@ class NGD(_ModelOptimizer):
         _check(max_kl is None or 0 < max_kl < inf, "max_kl", max_kl, "None or a positive KL in nats")
         _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         _check(not (momentum and max_kl), "momentum", momentum, "0 with max_kl, whose radius it would break")
-        _check(weight_decay >= 0, "weight_decay", weight_decay, "0 or above")
+        _check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
         _check(solver in ("cg", "kfac", "ekfac", "dense"), "solver", solver, "'cg', 'kfac', 'ekfac' or 'dense'")
         _check(preconditioner in (None, "kfac", "ekfac"), "preconditioner", preconditioner, "None, 'kfac' or 'ekfac'")
         _check(preconditioner is None or solver == "cg", "preconditioner", preconditioner, "None without solver='cg'")
@@ -595,36 +776,49 @@ class NGD(_ModelOptimizer):
             self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
 
     @torch.no_grad()
-    def step(self, inputs: Any, targets: Tensor) -> StepReport:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, inputs: Any = _MISSING, targets: Tensor = _MISSING, *, closure: None = _MISSING
+    ) -> StepReport:
         """Take one step on a mini-batch; a step that is refused leaves everything as it was but the damping.
 
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments.
             targets: in the shape that ``family.log_likelihood`` takes.
+            closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for,
+                and returns None.
+
+        Raises:
+            TypeError: without inputs and targets, or with a closure; with ``curvature_fraction`` also for inputs in
+                which no rows can be found.
+            ValueError: with ``curvature_fraction``, where it is not clear which tensors have the batch's rows.
         """
+        if not self._has_batch(inputs, targets, closure):
+            return cast(StepReport, None)
         group = self.param_groups[0]
         params = self._trainable()
         # A scheduler may have set it since: OneCycleLR does, unless cycle_momentum=False.
         momentum = group["momentum"]
         _check(not (momentum and self.trust_region), "momentum", momentum, "0 with max_kl, whose radius it would break")
         solver, x0, fraction = self._solver, None, self.curvature_fraction
-        kronecker = _Kronecker(self, params) if {self.solver, self.preconditioner} & {"kfac", "ekfac"} else None
+        count = self._steps(params)
+        kronecker = _Kronecker(self, params, count) if self._kronecker else None
         if kronecker is not None and self.preconditioner is None:
             solver = kronecker.solve
             fraction = fraction if kronecker.due else 1.0  # no F is looked at, so that none is linearised for itself
-        part = slice(ceil(fraction * len(targets)))
-        curvature_inputs = None
-        if fraction < 1:
-            curvature_inputs = tree_map(lambda x: x[part] if isinstance(x, Tensor) else x, inputs)
+        rows = ceil(fraction * len(targets))
+        curvature_inputs = _first_rows(inputs, rows, len(targets)) if rows < len(targets) else None
         if (factors := self._online_factors()) is not None:
             solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
         if self.warm_start:
             x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
+        decay = group["lr"] * group["weight_decay"]
+        theta, buffers = Parameters(self.model), Buffers(self.model)
+        origin = theta.copy() if momentum or decay else []
         report = natural_step(
             self.model,
             inputs,
             self.family,
-            lambda outputs: self.family.log_likelihood(outputs, targets).mean(),
+            lambda outputs: self._log_likelihood(outputs, targets).mean(),
             trust_region=self.trust_region,
             learning_rate=group["lr"],
             damping=group["damping"],
@@ -632,7 +826,7 @@ class NGD(_ModelOptimizer):
             fisher=partial(
                 Fisher,
                 kind=self.fisher,
-                targets=targets[part] if self.fisher == "empirical" else None,
+                targets=targets[:rows] if self.fisher == "empirical" else None,
                 generator=self.generator,
             ),
             metric=self.metric,
@@ -644,25 +838,49 @@ class NGD(_ModelOptimizer):
             evaluate=self.damping_control is not None,
             process_group=self.process_group,
         )
+        if report.accepted and origin:
+            if momentum:
+                torch._foreach_add_(params, self._states("momentum_buffer", params), alpha=momentum)
+            _decay(params, decay)
+            torch.clear_autocast_cache()
+            if not theta.is_finite():
+                theta.restore(origin)
+                buffers.restore()
+                report = replace(report, accepted=False, step=torch.zeros_like(report.step), step_norm=0.0, scale=0.0)
         if report.accepted:
             if momentum:
                 momenta = self._states("momentum_buffer", params)
                 torch._foreach_mul_(momenta, momentum)
-                torch._foreach_add_(params, momenta)
                 torch._foreach_add_(momenta, _split(report.step, momenta))
             if self.warm_start:
                 torch._foreach_copy_(self._states("solution", params), _split(report.solution, params))
             if factors is not None:
-                factors.update(report.gradient)
+                factors.update(report.gradient, count)
             if kronecker is not None:
                 kronecker.keep()
-            _decay(params, group["lr"] * group["weight_decay"])
-            torch.clear_autocast_cache()
+            self._count_to(count + 1, params)
         if self.damping_control is not None:
             group["damping"] = self.damping_control.update(
                 group["damping"], report.predicted_gain, report.actual_gain, report.accepted
             )
         return report
+
+    @property
+    def _kronecker(self) -> bool:
+        """Whether F̂ is the solver or the preconditioner."""
+        return bool({self.solver, self.preconditioner} & {"kfac", "ekfac"})
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        self._count_to(self._steps(params), params)
+        self._online_factors()
+        if self.param_groups[0]["momentum"]:
+            self._states("momentum_buffer", params)
+        if self.warm_start:
+            self._states("solution", params)
+        if self._kronecker:  # which parameters will hold a block is not known before the first step
+            for name in {"key", *Block._fields, *Multiple._fields}:
+                for p in params:
+                    self.state[p].setdefault(f"kfac_{name}", torch.empty(0))
 
 
 class _TrackedFactors:
@@ -673,31 +891,23 @@ class _TrackedFactors:
 
     def __init__(self, params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], alpha: float) -> None:
         self.params = [p for p in params if p.numel() > 0]
-        own = [states[p] for p in self.params]
-        self.count = int(own[0].get("step", 0))
-        self.step = torch.tensor(self.count, device="cpu")
-        self.preconditioner = OnlinePreconditioner(self.params, own, alpha=alpha)
-        for state in own:
-            state["step"] = self.step
+        self.preconditioner = OnlinePreconditioner(self.params, [states[p] for p in self.params], alpha=alpha)
 
     def cover(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters, empty ones aside."""
         return {*self.params} == {p for p in params if p.numel() > 0}
 
-    def update(self, gradient: Tensor) -> None:
-        """Count a step, and take its gradient in where it is due, (P,)."""
-        if _is_due(self.count, UPDATE_PERIOD):
-            self.preconditioner(_split(gradient, self.params), update=True, first=self.count == 0)
-        self.count += 1
-        self.step.fill_(self.count)
+    def update(self, gradient: Tensor, step: int) -> None:
+        """Take in the gradient of a step, (P,), where it is due; steps are counted from 0."""
+        if _is_due(step, UPDATE_PERIOD):
+            self.preconditioner(_split(gradient, self.params), update=True, first=step == 0)
 
 
 class _Kronecker:
     """F̂ of a step of `NGD`, its solver or preconditioner: updated where that is due, kept if the step is taken."""
 
-    def __init__(self, optimizer: NGD, params: list[Tensor]) -> None:
-        self.optimizer, self.params = optimizer, params
-        self.step = int(optimizer.state[params[0]].get("step", 0))
+    def __init__(self, optimizer: NGD, params: list[Tensor], step: int) -> None:
+        self.optimizer, self.params, self.step = optimizer, params, step
         # The state names parameters by their places in the group, which do not change when some are frozen.
         places = {id(p): place for place, p in enumerate(optimizer.param_groups[0]["params"])}
         self.places = [places[id(p)] for p in params]
@@ -705,8 +915,8 @@ class _Kronecker:
         self.blocks: dict[tuple[int, ...], Block | Multiple] = {}
         for state in (optimizer.state[p] for p in params if "kfac_key" in optimizer.state[p]):
             key = state["kfac_key"].tolist()
-            if all(place in index for place in key):
-                kind = Block if "kfac_inputs" in state else Multiple
+            if key and all(place in index for place in key):
+                kind = Block if "kfac_inputs" in state and state["kfac_inputs"].numel() else Multiple
                 fields = {name: state[f"kfac_{name}"] for name in kind._fields}
                 self.blocks[tuple(index[place] for place in key)] = kind(**fields)
 
@@ -741,18 +951,73 @@ class _Kronecker:
         return approximation
 
     def keep(self) -> None:
-        """Count the step, and put F̂ into the optimizer's state."""
+        """Put F̂ into the optimizer's state."""
         states = [self.optimizer.state[p] for p in self.params]
         for state in states:
             for name in [name for name in state if name.startswith("kfac_")]:
                 del state[name]
-            state["step"] = torch.tensor(self.step + 1)
         for key, block in self.blocks.items():
             fields = {f"kfac_{name}": value for name, value in block._asdict().items()}
             states[key[0]].update({"kfac_key": torch.tensor([self.places[i] for i in key]), **fields})
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def _split(vector: Tensor, like: _Tensors) -> list[Tensor]:
     """(P,) → views shaped like the tensors."""
     parts = vector.split([t.numel() for t in like])
     return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device, torch.Size)
+
+
+def _first_rows(inputs: Any, rows: int, batch: int) -> Any:
+    """``inputs`` with the first rows of each tensor that has the batch's on its leading axis; all else as it is.
+
+    Raises:
+        TypeError: for something that may hold rows, and is neither a tensor nor a collection of them.
+        ValueError: where sizes do not tell which tensors have the batch's rows.
+    """
+    fraction = f"curvature_fraction takes the first {rows} of {batch} rows of the inputs"
+    remedy = "or leave curvature_fraction at 1"
+    found: dict[str, Tensor] = {}
+
+    def walk(tree: Any, path: str, take: Callable[[Tensor], Tensor]) -> Any:
+        def leaf(keys: Any, x: Any) -> Any:
+            here = path + pytree.keystr(keys)
+            if isinstance(x, Tensor):
+                if x.ndim > 0:
+                    found[here] = x
+                return take(x) if x.ndim > 0 else x
+            if isinstance(x, (dict, UserDict)):  # of which a copy has items of its own
+                other = copy.copy(x)
+                for key in x:
+                    other[key] = walk(x[key], f"{here}[{key!r}]", take)
+                return other
+            if not isinstance(x, _PLAIN):
+                raise TypeError(
+                    f"{fraction}, and {here} is a {type(x).__name__}, in which none can be found: "
+                    f"pass tensors in tuples, lists and dicts, {remedy}"
+                )
+            return x
+
+        return pytree.tree_map_with_path(leaf, tree)
+
+    walk(inputs, "inputs", lambda x: x)
+    held = [path for path, x in found.items() if len(x) == batch]
+    if not held:
+        shapes = {path: tuple(x.shape) for path, x in found.items()}
+        raise ValueError(
+            f"{fraction}, and none has {batch} on its leading axis: {shapes}. Put the batch first, {remedy}"
+        )
+    for path, x in found.items():
+        second = x.ndim > 1 and x.shape[1] == batch
+        if second and (len(held) > 1 if len(x) == batch else len(x) > 1):
+            raise ValueError(
+                f"{fraction}, and {path} of shape {tuple(x.shape)} may have them on its second axis, or not at all: "
+                f"give it a leading axis of the batch, take a batch of another size, {remedy}"
+            )
+    return walk(inputs, "inputs", lambda x: x[:rows] if len(x) == batch else x)

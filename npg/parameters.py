@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,12 @@ class Parameters:
     def copy(self) -> list[Tensor]:
         """Bit-exact copies of the parameter tensors, for `restore`."""
         return [p.detach().clone() for p in self.tensors]
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every parameter is finite; the host waits for it."""
+        held = [p for p in self.tensors if p.numel()]
+        return not held or bool(torch.stack(torch._foreach_norm(held, inf)).isfinite().all())
 
     @torch.no_grad()
     def restore(self, copies: Sequence[Tensor]) -> None:

@@ -211,6 +211,7 @@ def natural_step(
                 accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
             elif accepted:
                 theta.move(origin, s, scale)
+            accepted = accepted and theta.is_finite()  # what no output depends on may overflow unseen
         except BaseException:  # an interrupt, or an error of the model: nothing is lost
             theta.restore(origin)
             raise

@@ -20,6 +20,10 @@ for every tensor, over its axes: c keeps the expected norm of the rows that F ha
 square of the tensor's gradient, and τ̄ its mean over all entries of all tensors. Inside a tensor C is then the smoothed
 second moment of gradients, and from tensor to tensor it goes with their root mean square.
 
+None of this depends on the unit that gradients are measured in, and neither does the arithmetic: gradients are divided
+by a power of two before they are squared, which changes no digit, and F has its eigenvalues in float64, whose range
+holds the squares of all float32 numbers.
+
 Source: Povey, Zhang and Khudanpur (2015), "Parallel training of DNNs with natural gradient and parameter averaging",
 arXiv 1410.7455; the update is that of Kaldi's nnet3/natural-gradient-online.h, eqn:zt and following. Reading the other
 axes as rows is what Kaldi does for convolutions.
@@ -29,6 +33,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -36,8 +41,9 @@ from torch import Tensor
 
 #: Eigenvalues of F below this fraction of the largest are raised to it (Kaldi's δ).
 DELTA = 5e-4
-#: F of a tensor whose gradients have all been zero, times the identity. Its square is representable in float64.
-TINY = 1e-30
+#: F of a tensor whose gradients have all been zero, times the identity: far below the square of any float32 number, and
+#: its own square is representable in float64.
+TINY = 1e-150
 #: Block power iterations on the first gradient before it is preconditioned.
 INITIAL_PASSES = 3
 
@@ -46,8 +52,8 @@ class Factors(NamedTuple):
     """A batch of B factors F = Rᵀ diag(d) R + ρ I of dimension D and rank R, stored with W = E^{1/2} R."""
 
     weight: Tensor  #: W, (B, R, D); W Wᵀ = E = diag(d / (β + d))
-    d: Tensor  #: (B, R)
-    rho: Tensor  #: (B,)
+    d: Tensor  #: (B, R), float64
+    rho: Tensor  #: (B,), float64
 
     def beta(self, alpha: float) -> Tensor:
         """Eigenvalue of G outside of the row space of W: β = ρ (1 + α) + (α/D) tr D, shape (B,)."""
@@ -72,8 +78,8 @@ def initial_factors(batch: int, dim: int, rank: int, alpha: float, dtype: torch.
     basis = (column % rank == row[:, None]).to(torch.float64)
     basis[:, :rank] *= 1.1
     basis /= torch.linalg.vector_norm(basis, dim=1, keepdim=True)
-    d = torch.full((batch, rank), TINY, dtype=dtype, device=device)
-    rho = torch.full((batch,), TINY, dtype=dtype, device=device)
+    d = torch.full((batch, rank), TINY, dtype=torch.float64, device=device)
+    rho = torch.full((batch,), TINY, dtype=torch.float64, device=device)
     factors = Factors(basis.to(dtype).repeat(batch, 1, 1), d, rho)
     factors.weight.mul_(factors.e(alpha).sqrt().unsqueeze(-1))
     return factors
@@ -82,7 +88,7 @@ def initial_factors(batch: int, dim: int, rank: int, alpha: float, dtype: torch.
 def update_factors(factors: Factors, projected: Tensor, trace: Tensor, alpha: float, eta: float) -> Factors:
     """Factors after one more gradient, by the formulas at the head of this module.
 
-    The R × R eigenproblem and what leads to it run in float64; the result has the dtype of `factors`. The textbook
+    The R × R eigenproblem and what leads to it run in float64; W keeps its dtype. The textbook
     formulas lose their invariants to rounding. These three measures keep them, with no branch on a value:
 
     1. Z is formed from Y, and not from the expansion that takes R Rᵀ = I for granted, so errors do not build up.
@@ -105,14 +111,16 @@ def update_factors(factors: Factors, projected: Tensor, trace: Tensor, alpha: fl
     trace = torch.where(finite, trace.double(), 0.0)
     projected = torch.where(finite[:, None, None], projected.double(), 0.0)
 
-    inverse_root_e = factors.e(alpha).double().rsqrt().unsqueeze(-1)
+    inverse_root_e = factors.e(alpha).rsqrt().unsqueeze(-1)
     r, rs = inverse_root_e * weight, inverse_root_e * projected
     floor = DELTA * eta * trace
     d, rho = torch.maximum(d, floor.unsqueeze(-1)), torch.maximum(rho, floor)
 
     y = eta * rs + (1 - eta) * (d + rho.unsqueeze(-1)).unsqueeze(-1) * r
-    scale = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)  # Z would hold the gradient's fourth power
-    y = y / scale
+    # Z would hold the gradient's fourth power.
+    y, unit = normalised(y)
+    scale = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)
+    y, scale = y / scale, unit * scale
     c, u = torch.linalg.eigh(y @ y.mT)
     root = c.sqrt()
     r = u.mT @ y / root.unsqueeze(-1)
@@ -125,10 +133,8 @@ def update_factors(factors: Factors, projected: Tensor, trace: Tensor, alpha: fl
     d = torch.maximum(root - rho.unsqueeze(-1), floor.unsqueeze(-1))
     rho = torch.maximum(rho, floor)
 
-    dtype = factors.weight.dtype
-    new = Factors(r, d.to(dtype), rho.to(dtype))
-    # E is computed from the rounded d and ρ, as every later reader of the factors will do.
-    new = new._replace(weight=(new.e(alpha).double().sqrt().unsqueeze(-1) * r).to(dtype))
+    new = Factors(r, d, rho)
+    new = new._replace(weight=(new.e(alpha).sqrt().unsqueeze(-1) * r).to(factors.weight.dtype))
     return Factors(
         *(torch.where(finite.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, factors, strict=True))
     )
@@ -177,6 +183,7 @@ class OnlinePreconditioner:
         eta: float = 0.1,
     ) -> None:
         self.alpha, self.eta = alpha, eta
+        self._root: tuple[list[int], InverseRoot] | None = None
         self.sizes = [tensor.numel() for tensor in tensors]
         shapes: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
         for i, tensor in enumerate(tensors):
@@ -224,28 +231,33 @@ class OnlinePreconditioner:
         out = []
         for block in self.blocks:
             gradient = torch.stack([gradients[i] for i in block.indices]).to(block.dtype).contiguous()
+            x, unit = normalised(gradient)
+            gradient = x
             norm = _norms(gradient)
-            x = gradient
             for key, factors in block.axes:
                 # This axis leads. The product below is written transposed, so that the next axis leads, and after
                 # the last one the tensor is again as it was.
                 x = x.view(len(x), key[0], -1)
-                root_rows = x.shape[-1] ** 0.5
+                root_trace = unit.view(-1).double() * norm / x.shape[-1] ** 0.5
                 for _ in range(INITIAL_PASSES if first else 0):
-                    self._update(factors, factors.weight @ x @ x.mT, _norms(x), norm / root_rows)
+                    self._update(factors, factors.weight @ x @ x.mT, _norms(x), root_trace)
                 h = factors.weight @ x
                 if update:
-                    statistics[key].append((h @ x.mT, _norms(x), norm / root_rows))
+                    statistics[key].append((h @ x.mT, _norms(x), root_trace))
                 x = torch.baddbmm(x.mT, h.mT, factors.weight, alpha=-1)
             scale = norm / _norms(x).clamp_min(torch.finfo(block.dtype).tiny)
-            out.append(x.view_as(gradient) * scale.view(-1, *[1] * (gradient.ndim - 1)))
+            x = x.view_as(gradient) * scale.view(-1, *[1] * (gradient.ndim - 1))
+            out.append(x.mul_(unit))
         for key, parts in statistics.items():
             self._update(self.factors[key], *(torch.cat(part) for part in zip(*parts, strict=True)))
         return out
 
     def inverse_root(self) -> InverseRoot:
         """L = C^{−1/2} of the factors as they are now; later updates do not change it."""
-        return InverseRoot(self)
+        versions = [tensor._version for factors in self.factors.values() for tensor in factors]
+        if self._root is None or self._root[0] != versions:
+            self._root = versions, InverseRoot(self)
+        return self._root[1]
 
     def _update(self, factors: Factors, product: Tensor, norm: Tensor, root_trace: Tensor) -> None:
         """Take in S, given W XᵀX and ‖X‖ for an X of any scale, and the (tr S)^{1/2} that X is to be scaled to."""
@@ -274,7 +286,7 @@ class InverseRoot:
         parts = [weights[i] * tau.sum() / entries for i, tau in squares.items()]
         mean = torch.stack(parts).sum() if parts else torch.zeros(())
         for block in preconditioner.blocks:
-            axes, scale = [], torch.ones(len(block.indices), dtype=block.dtype, device=block.device)
+            axes, scale = [], torch.ones(len(block.indices), dtype=torch.float64, device=block.device)
             if block.axes:
                 scale = (mean / torch.maximum(squares[id(block)], DELTA * mean)) ** 0.25
             for (dim, *_), factors in block.axes:
@@ -282,8 +294,8 @@ class InverseRoot:
                 kept = beta / (beta + d)  # I − E, without its cancellation
                 outside, inside = (dim - d.shape[-1]) * rho, d + rho.unsqueeze(-1)
                 scale = scale * (factors.trace() / (outside + (kept.square() * inside).sum(-1))) ** 0.25
-                axes.append((factors.weight.clone(), factors.weight / (1 + kept.sqrt()).unsqueeze(-1)))
-            self._blocks.append((block, axes, scale))
+                axes.append((factors.weight.clone(), factors.weight / (1 + kept.sqrt()).to(block.dtype).unsqueeze(-1)))
+            self._blocks.append((block, axes, scale.to(block.dtype)))
 
     def __call__(self, v: Tensor) -> Tensor:
         """L v; (P,) → (P,), in the order of the tensors."""
@@ -303,5 +315,16 @@ class InverseRoot:
         return torch.cat(out)
 
 
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / unit`` and the unit, a power of two for each x[n], (n, 1, …), so that no digit changes.
+
+    The largest entry is then in [1, 2); where that is 0, infinite or NaN, the unit is 1.
+    """
+    largest = _norms(x, inf).view(-1, *[1] * (x.ndim - 1))
+    mantissa, _ = torch.frexp(largest)  # in [½, 1)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
+    return x / unit, unit
+
+
+def _norms(x: Tensor, order: float = 2) -> Tensor:
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), order, dim=1)

@@ -335,3 +335,15 @@ def test_large_logits_keep_their_digits_on_both_sides():
         kl = bits.kl(sign * large, sign * (large + 4))
         assert float(kl) == pytest.approx(float(bits.kl(sign * exact, sign * (exact + 4))), rel=1e-4)
         assert float(kl) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64])
+def test_class_indices_are_whole_numbers(dtype):
+    logits = torch.randn(4, 3)
+    targets = torch.tensor([0, 1, 2, 1])
+    for family, given in ((families.Categorical(), targets), (families.MultiCategorical([3]), targets.unsqueeze(-1))):
+        with pytest.raises(ValueError, match=rf"targets must be class indices of an integer dtype, got {dtype}"):
+            family.log_likelihood(logits, given.to(dtype))
+        expected = family.log_likelihood(logits, given)
+        for fine in (torch.int32, torch.uint8):
+            assert torch.equal(family.log_likelihood(logits, given.to(fine)), expected)

@@ -99,5 +99,37 @@ def test_bad_input(mlp):
         Parameters(nn.ReLU())
     with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
         Parameters({"a": torch.zeros(2), "b": torch.zeros(2, device="meta")})
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet: run the model once"):
+        Parameters(nn.Sequential(nn.LazyLinear(2)))
     with pytest.raises(ValueError):  # noqa: PT011 - a wrong number of tensors
         parameters.flatten([torch.zeros(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e5m2])
+def test_other_dtypes_are_refused_by_name(dtype):
+    with pytest.raises(ValueError, match=rf"'odd' is a {dtype} tensor.* convert it"):
+        Parameters({"fine": torch.zeros(2), "odd": torch.zeros(2).to(dtype)})
+
+
+def test_sparse_tensors_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'odd' is a .* layout torch\.sparse_coo.*must be dense"):
+        Parameters({"odd": torch.eye(2).to_sparse()})
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_move_or_are_sparse_are_refused_by_name(make):
+    with pytest.raises(ValueError, match=r"'1\.0' has max_norm=1\.0.*Set max_norm=None"):
+        Parameters(nn.Sequential(nn.Linear(2, 2), nn.Sequential(make(5, 2, max_norm=1.0))))
+    model = nn.Sequential(make(5, 2, sparse=True), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"'0' has sparse=True.*set sparse=False"):
+        Parameters(model)
+    model[0].weight.requires_grad_(False)  # then it is no part of the vector
+    assert Parameters(model).numel == 6
+
+
+def test_finite_or_not():
+    parameters = Parameters({"a": torch.ones(2, 2), "empty": torch.zeros(0), "b": torch.ones(3)})
+    assert parameters.is_finite()
+    parameters.tensors[2][1] = -torch.inf
+    assert not parameters.is_finite()
+    assert Parameters({"empty": torch.zeros(0)}).is_finite()

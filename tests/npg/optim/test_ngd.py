@@ -2,7 +2,9 @@
 
 import copy
 import io
+from collections import OrderedDict, UserDict
 from functools import partial
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +188,73 @@ def test_curvature_fraction_of_inputs_in_a_mapping():
     NGD(model, families.Categorical(), damping=0.1, curvature_fraction=0.25).step({"x": x, "scale": 1.0}, y)
     NGD(twin, families.Categorical(), damping=0.1, curvature_fraction=0.25).step(x, y)
     torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-12)
+
+
+class Batch(UserDict):
+    """As those of Hugging Face's tokenizers: a mapping that is no dict."""
+
+
+class Named(dict):
+    """A dict, but of another type."""
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = classifier()
+
+    def forward(self, inputs):
+        x = inputs["x"] * inputs["scale"]
+        return self.net(x + (inputs["mask"] @ inputs["mask"].T).sum() + inputs["more"][0])
+
+
+@pytest.mark.parametrize("make", [dict, Batch, Named, OrderedDict])
+def test_curvature_fraction_reaches_the_tensors_of_any_mapping(make):
+    """Those with the batch's rows; a mask, a number and a tensor without axes are the same for all rows."""
+    x, y = batches(1)[0]
+    model, twin = Several(), Several()
+    others = {"scale": torch.tensor(0.5), "mask": torch.eye(6, 7), "name": "b", "none": None}
+    inputs = make({"x": x, "more": (x, 1.0), **others})
+    whole, part = (make({"x": x[:n], "more": (x[:n], 1.0), **others}) for n in (40, 10))
+    NGD(model, families.Categorical(), damping=0.1, solver="dense", curvature_fraction=0.25).step(inputs, y)
+    g = torch.autograd.grad(functional.cross_entropy(twin(whole), y), list(twin.parameters()))
+    g = torch.cat([part.flatten() for part in g])
+    f = Fisher(twin, part, families.Categorical()).dense() + 0.1 * torch.eye(len(g)).double()
+    torch.testing.assert_close(vector(model), vector(twin) - torch.linalg.solve(f, g), rtol=0, atol=1e-10)
+    assert inputs["x"] is x, "the batch itself is as it was"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (lambda x: (x, torch.ones(40, 40)), r"inputs\[1\] of shape \(40, 40\) may have them on its second axis"),
+        (lambda x: {"x": x, "h": torch.ones(3, 40, 2)}, r"inputs\['h'\] of shape \(3, 40, 2\) may have"),
+        (lambda x: x.T[:, :39], r"none has 40 on its leading axis: \{'inputs': \(6, 39\)\}"),
+        (lambda x: (x.T,), r"none has 40 on its leading axis"),
+    ],
+)
+def test_curvature_fraction_of_what_has_no_clear_rows_is_refused(inputs, message):
+    x, y = batches(1)[0]
+    model = classifier()
+    before = vector(model)
+    with pytest.raises(ValueError, match=message):
+        NGD(model, families.Categorical(), damping=0.1, curvature_fraction=0.25).step(inputs(x), y)
+    assert torch.equal(vector(model), before)
+
+
+def test_curvature_fraction_of_what_may_hold_rows_unseen_is_refused():
+    x, y = batches(1)[0]
+    for odd in (SimpleNamespace(x=x), x.numpy(), MappingProxyType({"x": x})):
+        with pytest.raises(
+            TypeError, match=rf"inputs\[1\]\['a'\] is a {type(odd).__name__}, in which none can be found"
+        ):
+            NGD(classifier(), families.Categorical(), damping=0.1, curvature_fraction=0.25).step((x, {"a": odd}), y)
+
+
+def test_a_square_batch_alone_is_one():
+    model = nn.Sequential(nn.Linear(40, 4)).double()
+    x, y = torch.randn(40, 40, dtype=torch.float64), batches(1)[0][1]
+    assert NGD(model, families.Categorical(), damping=0.1, curvature_fraction=0.25).step(x, y).accepted
 
 
 # ------------------------------------------------------------------------------------------------ Kronecker factors
@@ -479,3 +548,26 @@ def test_momentum_that_a_scheduler_sets_does_not_go_with_a_radius():
     with pytest.raises(ValueError, match=r"momentum=0\.95.*max_kl"):
         optimizer.step(*batches(1)[0])
     assert torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "lr"),
+    [({}, 100.0), ({"solver": "kfac"}, 100.0), ({"momentum": 0.9}, 1.0), ({"weight_decay": 1e6}, 1.0)],
+)
+def test_a_step_to_parameters_that_are_not_finite_is_refused(options, lr):
+    """In half precision, whose largest number is 65,504; by the step itself, the momentum or the decay."""
+    model = nn.Linear(2, 3).half()
+    x, y = torch.ones(8, 2).half(), torch.full((8, 3), 6000.0).half()
+    optimizer = NGD(model, families.Gaussian(), lr=0.0, damping=1e-3, **options)
+    optimizer.step(x, y)
+    if "momentum" in options:
+        for p in model.parameters():
+            optimizer.state[p]["momentum_buffer"].fill_(1e5)
+    optimizer.param_groups[0]["lr"] = lr
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    report = optimizer.step(x, y)
+    assert not report.accepted
+    assert not report.step.any()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(optimizer.state[p][k], v) for p, s in state.items() for k, v in s.items())

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 
 import pytest
 import torch
@@ -304,17 +305,148 @@ def test_channels_last_gives_the_same_step():
     assert_close(weights(model), weights(other), 1e-9)
 
 
-def test_a_nan_gradient_reaches_its_parameter_but_no_factor():
-    model = make_model()
-    optimizer = OnlineNGD(model.parameters(), 0.05)
-    train(model, optimizer, batches(3))
-    head = model[6].weight
-    before = optimizer.state[head]["weight_1"].clone()
-    head.grad.fill_(float("nan"))
+def everything(model: nn.Module, optimizer: OnlineNGD) -> list[Tensor]:
+    state = optimizer.state_dict()["state"]
+    return weights(model) + [value.clone() for i in sorted(state) for _, value in sorted(state[i].items())]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("steps", [0, 3, 11])
+def test_a_gradient_that_is_not_finite_is_refused(bad, steps):
+    """One entry of one group refuses the step of all; the steps after it are those that are taken without it."""
+    data = batches(steps + 14)
+    models = [make_model() for _ in range(2)]
+    optimizers = [
+        OnlineNGD([{"params": m[:4].parameters()}, {"params": m[6].parameters()}], 0.05, weight_decay=0.1)
+        for m in models
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, data[:steps])
+    before = everything(models[0], optimizers[0])
+    for p in models[0].parameters():
+        p.grad = torch.ones_like(p)
+    models[0][6].weight.grad[1, 2] = bad
+    with pytest.warns(RuntimeWarning, match="OnlineNGD refused a step"):
+        optimizers[0].step()
+    after = everything(models[0], optimizers[0])
+    if steps == 0:  # there is a state now, of which all that has been seen is nothing
+        before, after = before[: len(weights(models[0]))], weights(models[0])
+        assert all(state["step"] == 0 and not state["momentum_buffer"].any() for state in optimizers[0].state.values())
+    assert_equal(after, before)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, data[steps:])
+    assert_equal(*(weights(m) for m in models))
+
+
+MAX = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    ("options", "gradient", "momentum"),
+    [
+        ({}, 0.9 * MAX, 0.9 * MAX),  # μ m + ĝ
+        ({"rank": 80}, torch.tensor([[MAX, MAX], [0, MAX]]), 0.0),  # ĝ has the norm of the gradient, ‖g‖ > max
+        ({"lr": MAX}, 2.0, 0.0),  # lr · m
+        ({"lr": 1.0, "weight_decay": 1e10}, 0.0, 0.0),  # (1 − lr · weight_decay) θ
+        ({"lr": 1.0, "weight_decay": MAX, "decoupled_weight_decay": False}, 0.0, 0.0),  # weight_decay · θ
+        ({"lr": 1.0}, 0.3 * MAX, 0.0),  # θ − lr · m
+    ],
+)
+def test_a_step_to_what_is_not_finite_is_refused(options, gradient, momentum):
+    p = nn.Parameter(torch.full((2, 2), -0.8 * MAX))
+    optimizer = OnlineNGD([p], 0.0, rank=options.get("rank", 0))
+    p.grad = torch.eye(2)
     optimizer.step()
-    assert head.isnan().all(), "as with every optimizer, a NaN is there for the training loop to see"
-    assert torch.equal(optimizer.state[head]["weight_1"], before)
-    assert model[3].weight.isfinite().all()
+    optimizer.param_groups[0].update(options)
+    with torch.no_grad():
+        p.fill_(-0.8 * MAX)
+        optimizer.state[p]["momentum_buffer"].fill_(momentum)
+    state = {k: v.clone() for k, v in optimizer.state[p].items()}
+    p.grad = torch.zeros(2, 2) + gradient
+    with pytest.warns(RuntimeWarning, match="lower lr"):
+        optimizer.step()
+    assert torch.equal(p, torch.full((2, 2), -0.8 * MAX))
+    assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
+    optimizer.param_groups[0].update(lr=0.0, momentum=0.0, weight_decay=0.0)
+    p.grad = torch.eye(2)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+EXPONENTS = [-100, -70, -50, -25, 25, 60, 100]  # 1e-30 to 1e30
+
+
+def directions(exponent: int, dtype: torch.dtype, **options: object) -> Tensor:
+    """The momenta of 25 steps, divided by the scale of the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.zeros(s, dtype=dtype)) for s in [(12,), (7, 5), (6, 4, 3, 3), (1, 8), (), (9, 40)]]
+    optimizer = OnlineNGD(params, 0.0, **options)
+    out = []
+    for _ in range(25):
+        for p in params:
+            p.grad = torch.ldexp(torch.randn(p.shape, generator=generator), torch.tensor(exponent)).to(dtype)
+        optimizer.step()
+        momenta = [optimizer.state[p]["momentum_buffer"].double() for p in params]
+        out.append(torch.cat([torch.ldexp(m, torch.tensor(-exponent)).flatten() for m in momenta]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_power_of_two_that_scales_all_gradients_changes_no_digit(dtype, exponent):
+    assert torch.equal(directions(exponent, dtype), directions(0, dtype))
+
+
+def test_gradients_so_small_that_momenta_are_subnormal_lose_the_digits_that_these_lack():
+    tiny, normal = directions(-140, torch.float32), directions(0, torch.float32)
+    step = 2.0 ** (-149 + 140)  # between neighbouring subnormal numbers
+    assert (tiny - normal).abs().max() < 30 * step
+    assert (tiny - normal).abs().max() > 0
+
+
+@pytest.mark.parametrize("exponent", [-100, 0, 100])
+def test_max_change_holds_at_any_scale(exponent):
+    p = nn.Parameter(torch.zeros(6, 5))
+    optimizer = OnlineNGD([p], 1.0, max_change=0.5)
+    p.grad = torch.ldexp(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor(exponent))
+    optimizer.step()
+    want = min(0.5, float(p.grad.double().norm()))
+    assert float(p.detach().double().norm()) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.filterwarnings("ignore:OnlineNGD refused")
+def test_no_gradient_of_any_size_makes_anything_that_is_not_finite(seed):
+    """Random shapes, options, dtypes and scales: finite parameters for ever, and none moves on what is not finite."""
+    rng = random.Random(seed)
+    dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [tuple(rng.choice([1, 2, 5, 9]) for _ in range(rng.randrange(4))) for _ in range(3)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    optimizer = OnlineNGD(
+        params,
+        10 ** rng.uniform(-8, 4),
+        rng.choice([0.0, 0.9, 0.99]),
+        rng.choice([0.0, 1e-2, 10.0]),
+        decoupled_weight_decay=rng.random() < 0.5,
+        alpha=rng.choice([0.0, 0.1, 4.0, 1e4]),
+        rank=rng.choice([0, 1, 80]),
+        eta=rng.choice([0.01, 0.1, 0.9]),
+        max_change=rng.choice([None, 1e-3, 1.0, 1e30]),
+    )
+    exponent = rng.uniform(-45, 38)
+    for _ in range(12):
+        finite = rng.random() < 0.8
+        for p in params:
+            g = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 10**exponent
+            p.grad = (g * 0 if rng.random() < 0.1 else g).to(dtype)
+        if not finite:
+            params[1].grad = params[1].grad.clone().fill_(rng.choice([float("nan"), float("inf")]))
+        finite = all(bool(p.grad.isfinite().all()) for p in params)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in params)
+        assert finite or all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -331,6 +463,9 @@ def test_a_nan_gradient_reaches_its_parameter_but_no_factor():
         ("eta", 0.0),
         ("eta", 1.0),
         ("max_change", 0.0),
+        ("weight_decay", float("inf")),
+        ("alpha", float("inf")),
+        ("max_change", float("inf")),
     ],
 )
 def test_bad_options_are_refused_by_name(name, value):

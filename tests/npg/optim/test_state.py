@@ -6,9 +6,15 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import functional
 
-from npg import Fisher, StepReport, TrustRegion, families, natural_step
-from npg.optim import NGD, DiagonalNGD
+from npg import Fisher, KroneckerFisher, StepReport, TrustRegion, families, natural_step
+from npg.optim import NGD, DiagonalNGD, OnlineNGD
 from npg.trust_region import LevenbergMarquardt
 
 FAMILY = families.Categorical()
@@ -180,3 +186,152 @@ def test_what_a_fisher_refuses(data):
         Fisher(model, x, FAMILY, parameters={"0.wieght": model[0].weight})
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         Fisher(model, x, FAMILY)
+
+
+# ------------------------------------------------------------------------------------ what PyTorch asks of an optimizer
+
+EVERY = {
+    "online-ngd": lambda model: OnlineNGD(model.parameters(), 0.05, max_change=1.0),
+    "ngd": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1),
+    "ngd-momentum": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, momentum=0.5, warm_start=0.9),
+    "ngd-online": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, damping_metric="online"),
+    "kfac": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, momentum=0.5, solver="kfac", update_period=20),
+    "ekfac": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, solver="ekfac", update_period=20),
+    "cg-kfac": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, preconditioner="kfac", update_period=20),
+    "diagonal-ngd": lambda model: DiagonalNGD(model, FAMILY, lr=0.1),
+    "diagonal-ngd-online": lambda model: DiagonalNGD(model, FAMILY, lr=0.1, damping_metric="online"),
+}
+
+
+def go(model, optimizer, steps, x, y):
+    for _ in range(steps):
+        if isinstance(optimizer, OnlineNGD):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        else:
+            optimizer.step(x, y)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_distributed_checkpoints_resume_bit_for_bit(name, flat, data):
+    """Into a new optimizer, whose state PyTorch makes by ``step(closure=None)``; and a norm has no factors."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = network(nn.LayerNorm(4))
+    optimizer = EVERY[name](model)
+    go(model, optimizer, 13, *data)
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    random_state = torch.get_rng_state()
+    go(model, optimizer, 3, *data)
+    other = network(nn.LayerNorm(4))
+    other.load_state_dict(weights)
+    resumed = EVERY[name](other)
+    set_optimizer_state_dict(other, resumed, saved, options=options)
+    assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items()), "nothing has moved"
+    torch.set_rng_state(random_state)
+    go(other, resumed, 3, *data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "online-ngd"])
+def test_a_state_that_is_made_ahead_changes_no_step(name, data):
+    model, twin = network(nn.LayerNorm(4)), network(nn.LayerNorm(4))
+    optimizer, ahead = EVERY[name](model), EVERY[name](twin)
+    ahead.step(closure=None)
+    for each, one in ((model, optimizer), (twin, ahead)):
+        torch.manual_seed(0)
+        go(each, one, 12, *data)
+        one.step(closure=None)  # nor when there is one
+        go(each, one, 1, *data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_steps_without_a_mini_batch_are_refused(name, data):
+    x, y = data
+    model = network()
+    optimizer = MAKE[name](model)
+    before = copy.deepcopy(model.state_dict())
+    for arguments in ((), (x,), (lambda: 1.0,)):
+        with pytest.raises(TypeError, match=r"call step\(inputs, targets\)"):
+            optimizer.step(*arguments)
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step(x, y, closure=lambda: 1.0)
+    with pytest.raises(ValueError, match=r"targets must be a tensor whose leading axis .* got a tensor without axes"):
+        optimizer.step(x, y[0])
+    with pytest.raises(ValueError, match=r"targets must be a tensor .* got list"):
+        optimizer.step(x, y.tolist())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_hooks_schedulers_and_zero_grad(name, data):
+    model = network()
+    optimizer, calls = MAKE[name](model), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.step(*data)
+    scheduler.step()
+    optimizer.zero_grad()
+    assert calls == ["before", "after"]
+    assert optimizer.param_groups[0]["lr"] == lr / 2
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_outputs_without_an_axis_of_events_are_refused(name, data):
+    x, y = data
+
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.linear(x).squeeze(-1)
+
+    model = Squeezed()
+    optimizer = MAKE[name](model)
+    optimizer.family = families.Gaussian()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"one event of 16 components.*\(16, 1\) for 16 events, without squeeze"):
+        optimizer.step(x, y.float())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all("momentum_buffer" not in state for state in optimizer.state.values())
+
+
+class Odd(nn.Module):
+    """A parameter that no vector of real numbers holds, or that moves by itself, before the network."""
+
+    def __init__(self, kind):
+        super().__init__()
+        if kind == "complex":
+            self.odd = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        elif kind == "float8":
+            self.odd = nn.Parameter(torch.ones(3).to(torch.float8_e5m2))
+        else:
+            self.odd = nn.Embedding(3, 3, **{kind: 1.0 if kind == "max_norm" else True})
+        self.net = network()
+
+    def forward(self, x):
+        h = self.odd(torch.arange(3)).sum(0) if isinstance(self.odd, nn.Embedding) else self.odd.real.float()
+        return self.net(x + h)
+
+
+@pytest.mark.parametrize("kind", ["complex", "float8", "max_norm", "sparse"])
+def test_every_method_refuses_the_same_parameters_by_name(kind, data):
+    x, _ = data
+    model = Odd(kind)
+    before = copy.deepcopy(model.state_dict())
+    ways = [lambda: make(model) for make in MAKE.values()]  # noqa: B023 - called at once
+    ways += [lambda: Fisher(model, x, FAMILY), lambda: KroneckerFisher(Fisher(model, x, FAMILY))]
+    if kind in ("complex", "float8"):
+        ways.append(lambda: OnlineNGD(model.named_parameters(), 0.1))
+    for way in ways:
+        with pytest.raises(ValueError, match=r"'odd'.*([Ss]et|convert)"):
+            way()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from math import log, pi
-from typing import Protocol
+from math import isnan, log, pi
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -29,12 +29,46 @@ __all__ = [
     "Gaussian",
     "Geometry",
     "MultiCategorical",
+    "OutOfDomainError",
     "from_torch",
 ]
 
 LinearMap = Callable[[Tensor], Tensor]
 
+T = TypeVar("T")
+
 _LOG_2PI = log(2 * pi)
+
+
+class OutOfDomainError(ValueError):
+    """Outputs at which a distribution, its metric or a draw from it is not defined or not finite.
+
+    `npg.natural_step` refuses its step for this error, and lets every other one through.
+    """
+
+
+def in_double(function: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
+    """``function(*outputs)`` in float64, or in the outputs' own dtype where it takes no other (float32 constants)."""
+    try:
+        return function(*(x.double() for x in outputs))
+    except (RuntimeError, TypeError):
+        if all(x.dtype is torch.float64 for x in outputs):
+            raise
+        return function(*outputs)
+
+
+def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Entry by entry p log(p/q) − p + q; summed over what p and q are distributions of, it is KL(p ‖ q).
+
+    The sum of −p + q is zero, and with it every entry is p(e⁻ᵈ − 1 + d) ≥ 0 for d = log(p/q): nothing cancels, where
+    the terms p log(p/q) alone are of first order in d, and their sum is of second.
+    """
+    p = log_p.exp()
+    d = log_p - log_q
+    near = d.abs() < 1  # where q − p has lost digits
+    d = d.masked_fill(p == 0, 0.0)  # before any product, so that no NaN passes to a gradient either
+    change = torch.where(near, p * torch.expm1(-d.masked_fill(~near, 0.0)), log_q.exp() - p)
+    return change + p * d
 
 
 class Geometry(Protocol):
@@ -96,7 +130,8 @@ class Categorical(Family):
     Forbidden classes may carry the logit −inf: they have probability, metric and KL contribution zero.
     """
 
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    @staticmethod
+    def _index(outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != outputs.shape[:-1]:
             raise ValueError(
                 f"targets must have shape {tuple(outputs.shape[:-1])} for outputs of shape {tuple(outputs.shape)}, "
@@ -107,44 +142,74 @@ class Categorical(Family):
                 f"targets must be class indices of an integer dtype, got {targets.dtype}: use targets.long() if these "
                 "are whole numbers"
             )
-        return outputs.log_softmax(-1).gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+        return targets.long().unsqueeze(-1)
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        index = self._index(outputs, targets)
+        return outputs.log_softmax(-1).gather(-1, index).squeeze(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        log_old, log_new = old.log_softmax(-1), new.log_softmax(-1)
-        p = log_old.exp()
-        # masked before the product, so that a forbidden class passes no NaN to the gradient either
-        return (p * (log_old - log_new).masked_fill(p == 0, 0.0)).sum(-1)
+        return relative_entropy(old.log_softmax(-1), new.log_softmax(-1)).sum(-1)
 
     def entropy(self, outputs: Tensor) -> Tensor:
         log_p = outputs.log_softmax(-1)
         p = log_p.exp()
+        # of a class that is nearly certain, log p = log(1 − Σ of the others) has no digits but by that sum
+        k = p.argmax(-1, keepdim=True)
+        others = p.scatter(-1, k, 0.0).sum(-1, keepdim=True)
+        log_p = log_p.scatter(-1, k, torch.log1p(-others))
         return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
-        p = outputs.detach().softmax(-1)
+        p = _probabilities(outputs.detach().softmax(-1))
         draws = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
         return draws.reshape(p.shape[:-1])
 
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        # eᵧ − p, with 1 − pᵧ as the sum of the others: the difference has no digits where pᵧ is nearly 1
+        index = self._index(outputs, targets)
+        others = outputs.detach().softmax(-1).scatter(-1, index, 0.0)
+        return others.neg().scatter(-1, index, others.sum(-1, keepdim=True))
+
     def metric(self, outputs: Tensor) -> LinearMap:
         # M = diag(p) − p pᵀ
-        p = outputs.detach().softmax(-1)
-
-        def apply(u: Tensor) -> Tensor:
-            pu = p * u
-            return pu - p * pu.sum(-1, keepdim=True)
-
-        return apply
+        return covariance(outputs.detach().softmax(-1))
 
     def metric_factor(self, outputs: Tensor) -> LinearMap:
-        # L = diag(√p) − p √pᵀ, since √pᵀ√p = 1 makes L Lᵀ = diag(p) − p pᵀ
+        # L = diag(r) − m rᵀ with k the most probable class, r = √p but for r_k = 0, and m = p/(1 + √p_k) but for
+        # m_k = √p_k: rᵀr = 1 − p_k makes L Lᵀ = diag(p) − p pᵀ, and the difference is never taken, as in `covariance`
         p = outputs.detach().softmax(-1)
-        root = p.sqrt()
+        root_k, k = p.sqrt().max(-1, keepdim=True)
+        root = p.sqrt().scatter(-1, k, 0.0)
+        shared = (p / (1 + root_k)).scatter(-1, k, root_k)
 
         def apply(epsilon: Tensor) -> Tensor:
             scaled = root * epsilon
-            return scaled - p * scaled.sum(-1, keepdim=True)
+            return scaled - shared * scaled.sum(-1, keepdim=True)
 
         return apply
+
+
+def covariance(p: Tensor) -> LinearMap:
+    """diag(p) − p pᵀ of probabilities (…, C), as a map (…, C) → (…, C); further axes in front broadcast.
+
+    p∘(u − pᵀu) is a difference of equals at a class that is nearly certain. A common constant in u changes nothing, so
+    that u is first taken from that of the most probable class k: then pᵀu holds no p_k, and no digit is lost.
+    """
+    k = p.argmax(-1, keepdim=True)
+
+    def apply(u: Tensor) -> Tensor:
+        centred = u - u.gather(-1, k.expand(*u.shape[:-1], 1))
+        return p * (centred - (p * centred).sum(-1, keepdim=True))
+
+    return apply
+
+
+def _probabilities(p: Tensor) -> Tensor:
+    """``p``, unless there is a NaN in it, which would end a process on CUDA when drawn from."""
+    if isnan(float(p.sum())):
+        raise OutOfDomainError("outputs must give finite probabilities to draw from, got NaN: are the outputs finite?")
+    return p
 
 
 class MultiCategorical(Family):
@@ -171,13 +236,16 @@ class MultiCategorical(Family):
             )
         return outputs.split(self.sizes, -1)
 
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _pairs(self, outputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
         if targets.shape != (*outputs.shape[:-1], len(self.sizes)):
             raise ValueError(
                 f"targets must have shape {(*outputs.shape[:-1], len(self.sizes))} for outputs of shape "
                 f"{tuple(outputs.shape)}, got {tuple(targets.shape)}: pass one class index per variable"
             )
-        pairs = zip(self._split(outputs), targets.unbind(-1))
+        return list(zip(self._split(outputs), targets.unbind(-1)))
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        pairs = self._pairs(outputs, targets)
         return torch.stack([self._categorical.log_likelihood(o, t) for o, t in pairs]).sum(0)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
@@ -188,6 +256,9 @@ class MultiCategorical(Family):
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
         return torch.stack([self._categorical.sample(o, generator) for o in self._split(outputs)], -1)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.cat([self._categorical.score(o, t) for o, t in self._pairs(outputs, targets)], -1)
 
     def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
         return lambda u: torch.cat([m(part) for m, part in zip(maps, self._split(u))], -1)
@@ -202,23 +273,34 @@ class MultiCategorical(Family):
 class Bernoulli(Family):
     """D independent bits; outputs are logits (…, D), targets are bits (…, D) of any dtype."""
 
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    @staticmethod
+    def _bits(outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != outputs.shape:
             raise ValueError(
                 f"targets must have the shape {tuple(outputs.shape)} of outputs, got {tuple(targets.shape)}"
             )
-        return -binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").sum(-1)
+        return targets.to(outputs.dtype)
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        bits = self._bits(outputs, targets)
+        return -binary_cross_entropy_with_logits(outputs, bits, reduction="none").sum(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        p, q = old.sigmoid(), (-old).sigmoid()  # 1 − p would lose all digits of q for large logits
-        return (p * (logsigmoid(old) - logsigmoid(new)) + q * (logsigmoid(-old) - logsigmoid(-new))).sum(-1)
+        # of both values of a bit, each from its own logit: 1 − p would lose all digits of q for large logits
+        ones = relative_entropy(logsigmoid(old), logsigmoid(new))
+        return (ones + relative_entropy(logsigmoid(-old), logsigmoid(-new))).sum(-1)
 
     def entropy(self, outputs: Tensor) -> Tensor:
-        # H = log(1 + e^η) − η σ(η)
-        return (softplus(outputs) - outputs * outputs.sigmoid()).sum(-1)
+        # H = −p log p − q log q, a sum of positive terms
+        return (outputs.sigmoid() * softplus(-outputs) + (-outputs).sigmoid() * softplus(outputs)).sum(-1)
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
-        return torch.bernoulli(outputs.detach().sigmoid(), generator=generator)
+        return torch.bernoulli(_probabilities(outputs.detach().sigmoid()), generator=generator)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        # y − p = yq − (1 − y)p
+        bits, outputs = self._bits(outputs, targets), outputs.detach()
+        return bits * (-outputs).sigmoid() - (1 - bits) * outputs.sigmoid()
 
     @staticmethod
     def _variance(outputs: Tensor) -> Tensor:
@@ -272,17 +354,15 @@ class DiagonalGaussian(Family):
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + log_std.exp() * noise
 
-    def _information(self, outputs: Tensor) -> Tensor:
+    def metric(self, outputs: Tensor) -> LinearMap:
         # diag(M) = [1/σ², 2]
         _, log_std = self.split(outputs.detach())
-        return torch.cat([torch.exp(-2 * log_std), torch.full_like(log_std, 2.0)], -1)
-
-    def metric(self, outputs: Tensor) -> LinearMap:
-        information = self._information(outputs)
+        information = torch.cat([torch.exp(-2 * log_std), torch.full_like(log_std, 2.0)], -1)
         return lambda u: information * u
 
     def metric_factor(self, outputs: Tensor) -> LinearMap:
-        root = self._information(outputs).sqrt()
+        _, log_std = self.split(outputs.detach())
+        root = torch.cat([torch.exp(-log_std), torch.full_like(log_std, 2**0.5)], -1)
         return lambda epsilon: root * epsilon
 
 
@@ -337,8 +417,23 @@ class _TorchFamily(Family):
     def __repr__(self) -> str:
         return f"from_torch({self.distribution!r})"
 
+    def _here(self, work: Callable[[Tensor], T], outputs: Tensor) -> T:
+        """``work(outputs)``, where a ValueError becomes an `OutOfDomainError` unless outputs of zero give one as well.
+
+        What fails at zeros too is a mistake in the map from outputs to distribution; what fails here alone is so for
+        the values of these outputs.
+        """
+        try:
+            return work(outputs)
+        except ValueError as error:
+            try:
+                work(torch.zeros_like(outputs))
+            except ValueError:
+                raise error from None
+            raise OutOfDomainError(f"{self!r} cannot be had at these outputs: {error}") from error
+
     def _make(self, outputs: Tensor) -> Distribution:
-        p = self.distribution(outputs)
+        p = self._here(self.distribution, outputs)
         if p.batch_shape != outputs.shape[:-1]:
             raise ValueError(
                 f"distribution must map outputs of shape {tuple(outputs.shape)} to batch_shape "
@@ -351,6 +446,10 @@ class _TorchFamily(Family):
         return self._make(outputs).log_prob(targets)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
+        # a registered KL is a difference of terms that may be many times larger than it
+        return in_double(self._kl, old, new).to(old.dtype)
+
+    def _kl(self, old: Tensor, new: Tensor) -> Tensor:
         return kl_divergence(self._make(old), self._make(new))
 
     def entropy(self, outputs: Tensor) -> Tensor:
@@ -358,6 +457,20 @@ class _TorchFamily(Family):
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
         p = self._make(outputs.detach())
+        draws = self._draw(p, outputs, generator)
+        try:
+            support = p.support
+        except NotImplementedError:
+            support = None
+        if support is not None and not bool(support.check(draws).all()):
+            raise OutOfDomainError(
+                f"{self!r} draws what is outside of its support at these outputs, such as counts beyond 2⁶³: "
+                "keep them within the range of its draws"
+            )
+        return draws
+
+    @staticmethod
+    def _draw(p: Distribution, outputs: Tensor, generator: Generator | None) -> Tensor:
         if generator is None:
             return p.sample()
         # torch.distributions knows only the global stream: lend it ours for the one draw
@@ -369,11 +482,13 @@ class _TorchFamily(Family):
 
     def _blocks(self, outputs: Tensor) -> Tensor:
         """M(η) = ∇²_new KL(η ‖ new) at new = η, as dense blocks (…, D, D)."""
+        return self._here(lambda o: in_double(self._hessian, o), outputs.detach()).to(outputs.dtype)
+
+    def _hessian(self, old: Tensor) -> Tensor:
         with torch.enable_grad():
-            old = outputs.detach()
             new = old.clone().requires_grad_()
             try:
-                kl = self.kl(old, new)
+                kl = self._kl(old, new)
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"no KL divergence is registered for {type(self._make(old)).__name__}: register one with "
@@ -389,7 +504,7 @@ class _TorchFamily(Family):
         blocks = torch.stack(rows, -2)
         scale = blocks.abs().amax()
         tolerance = 1e3 * torch.finfo(blocks.dtype).eps
-        if not torch.isfinite(scale):
+        if not bool(torch.isfinite(scale) & torch.isfinite(gradient).all()):
             raise ValueError(f"the Hessian of the KL of {self!r} is not finite at these outputs")
         if gradient.abs().amax() > tolerance * scale.clamp(min=1.0).sqrt() or (
             (blocks - blocks.mT).abs().amax() > tolerance * scale
@@ -399,7 +514,7 @@ class _TorchFamily(Family):
                 "it gives no metric; check the map from outputs to distribution"
             )
         flat = blocks.diagonal(dim1=-2, dim2=-1) == 0
-        if bool(flat.any()) and bool((self.kl(old, torch.where(flat, old + 0.01, old)) > tolerance).any()):
+        if bool(flat.any()) and bool((self._kl(old, torch.where(flat, old + 0.01, old)) > tolerance).any()):
             raise ValueError(
                 f"the KL of {self!r} rises along outputs in which automatic differentiation finds no curvature "
                 "(a kink, as that of a Laplace distribution in its location): it gives no metric"
@@ -426,7 +541,11 @@ def from_torch(distribution: Callable[[Tensor], Distribution]) -> Family:
         distribution: maps outputs (…, D) to a distribution of batch shape (…), for example
             ``lambda o: Independent(Poisson(o.exp()), 1)``.
 
+    The KL and its Hessian are taken in float64 where ``distribution`` takes outputs in float64.
+
     Raises:
+        OutOfDomainError: from the methods, if the distribution or its metric cannot be had at these outputs, but can
+            at outputs of zero.
         ValueError: from the methods, if the batch shape is not that of the leading axes, or the KL has no minimum
             at equal arguments.
         NotImplementedError: from ``kl`` and ``metric``, if no KL is registered.

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from npg.families import Bernoulli, Categorical, DiagonalGaussian, Family, Gaussian, LinearMap, MultiCategorical
+from npg.families import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    Family,
+    Gaussian,
+    LinearMap,
+    MultiCategorical,
+    relative_entropy,
+)
 from npg.fisher import Fisher
 from npg.solvers import dense_solve
 from npg.step import natural_step
@@ -143,6 +152,9 @@ class SquaredNorm(Potential):
     def _hessian(self, theta: Tensor) -> LinearMap:
         return lambda u: self.curvature * u
 
+    def _divergence(self, new: Tensor, old: Tensor) -> Tensor:
+        return 0.5 * self.curvature * (new - old).square().sum(-1)
+
 
 class NegativeEntropy(Potential):
     """G(p) = Σ p log p on the open probability simplex, with B_G(p, q) = KL(p ‖ q) in nats.
@@ -167,6 +179,9 @@ class NegativeEntropy(Potential):
     def _hessian(self, theta: Tensor) -> LinearMap:
         return lambda u: u / theta
 
+    def _divergence(self, new: Tensor, old: Tensor) -> Tensor:
+        return relative_entropy(new.log(), old.log()).sum(-1)
+
 
 class LogPartition(Potential):
     """The log-partition G of an exponential family p(y | θ) = h(y) exp(⟨θ, T(y)⟩ − G(θ)), in natural parameters θ.
@@ -187,6 +202,13 @@ class LogPartition(Potential):
     def outputs(self, natural: Tensor) -> Tensor:
         """The outputs η of natural parameters θ; (…, D) → (…, D)."""
         return natural
+
+    def _divergence(self, new: Tensor, old: Tensor) -> Tensor:
+        return self.family.kl(self._outputs(old), self._outputs(new))
+
+    def _outputs(self, natural: Tensor) -> Tensor:
+        """`outputs`, NaN where θ is outside of the domain."""
+        return self.outputs(natural)
 
     def __repr__(self) -> str:
         return f"log_partition({self.family!r})"
@@ -334,6 +356,9 @@ class _DiagonalGaussianLogPartition(LogPartition):
 
     def outputs(self, natural: Tensor) -> Tensor:
         self.check(natural)
+        return self._outputs(natural)
+
+    def _outputs(self, natural: Tensor) -> Tensor:
         first, second = natural.chunk(2, -1)
         return torch.cat([-0.5 * first / second, -0.5 * torch.log(-2 * second)], -1)
 

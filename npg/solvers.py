@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from math import inf
+from math import inf, nan
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -35,7 +35,17 @@ class LinearOperator(Protocol):
 
 
 class Status(Enum):
-    """How a solve ended. ``x`` is usable after every status but ``NON_FINITE``."""
+    """How a solve ended. ``x`` is finite after every status but ``NON_FINITE``, and zero where nothing was found.
+
+    * ``CONVERGED``: the residual of x, as it is returned, is within the tolerance, to the rounding of its dtype; or
+      the quadratic model has come to rest (``progress_tolerance``); or x is the pseudo-inverse's (``"eigh"``).
+    * ``ITERATION_LIMIT``: x is the last iterate.
+    * ``NEGATIVE_CURVATURE``: A + λI has a direction of negative curvature; x is the last iterate before it.
+    * ``BREAKDOWN``: no further digit can be had (a singular system, a preconditioner that is not positive, a solution
+      smaller than the numbers of its dtype); x is the last good iterate.
+    * ``NON_FINITE``: b, x₀, a product or its square is not finite, or the solution is larger than the numbers of its
+      dtype.
+    """
 
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit"
@@ -82,7 +92,9 @@ _ORDER = [
     Status.NEGATIVE_CURVATURE,
     Status.NON_FINITE,
 ]
+_CODE = {status: code for code, status in enumerate(_ORDER)}
 _RUNNING = -1
+_DENSE_RTOL = 1e-6  # what a factorisation in float64 leaves more of has met a singular matrix
 _DRIFT = 0.1  # the true residual and the recurrence differ by more than this part: they are two different vectors
 
 
@@ -103,6 +115,16 @@ def _library(device: torch.device) -> Any:
     return np if device.type == "cpu" else torch
 
 
+def _power_of_two(B: Tensor) -> tuple[Tensor, Tensor]:
+    """Per column the power of two below its largest entry, and whether that is finite; (P, K) → two of (K,).
+
+    Dividing by it changes no digit. It is 1 where the column is zero or not finite.
+    """
+    largest = B.abs().amax(0) if len(B) else B.new_zeros(B.shape[1])
+    power = largest / (2 * torch.frexp(largest).mantissa)  # no logarithm, which rounds up at the largest number
+    return torch.where(power > 0, power, 1.0), torch.isfinite(largest)
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Columnwise inner products in float64, where float32 would underflow on small A: (P, K), (P, K) → (K,)."""
     return (x.double() * y.double()).sum(0)
@@ -113,6 +135,21 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
 
 
+def not_finite(b: Tensor) -> Solution:
+    """What a solver says of a system whose right-hand side b, (P,), is not finite; no product is spent on it."""
+    number = b.new_full((), nan, dtype=torch.float64)
+    status = Status.NON_FINITE
+    return Solution(torch.full_like(b, nan), status, (status,), 0, number, number, number)
+
+
+def norm(v: Tensor) -> Tensor:
+    """‖v‖ of a vector (P,), () in float64, though the squares of its entries be no numbers."""
+    if v.dtype is not torch.float64:  # which holds the squares of all others
+        return torch.linalg.vector_norm(v, dtype=torch.float64)
+    scale = _power_of_two(v.unsqueeze(1))[0][0]
+    return torch.linalg.vector_norm(v / scale) * scale
+
+
 def _gram(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Columnwise v·v, v·w and w·w in float64, in one pass: (P, K), (P, K) → three of (K,)."""
     both = torch.stack([v, w]).double()
@@ -121,14 +158,41 @@ def _gram(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _finish(
-    b: Tensor, x: Tensor, r: Tensor, state: Any, iterations: Any, *, scale: Tensor | float, single: bool
+    b: Tensor,
+    x: Tensor,
+    r: Tensor,
+    state: Tensor,
+    iterations: Any,
+    *,
+    scale: Tensor,
+    dtype: torch.dtype,
+    rtol: float,
+    product: Callable[[Tensor], Tensor],
+    single: bool,
 ) -> Solution:
-    """The solution of a system whose b, x and r are columns divided by ``scale``."""
+    """The solution, in ``dtype``, of a system whose b, x and r are columns divided by ``scale``.
+
+    Where it leaves the numbers of the dtype, the status is that of what is returned, for one more ``product``.
+    """
     norm_b = _dot(b, b).sqrt()
+    answer = (x * scale).to(dtype)
+    kind = torch.finfo(dtype)
+    largest = answer.abs().amax(0) if len(b) else answer.new_zeros(b.shape[1])
+    faint = torch.minimum(largest, largest / scale) < kind.tiny / kind.eps  # the smallest entries lose digits
+    overflow = ~(largest < inf)
+    if bool((faint | overflow).any()):
+        faint = faint & (state == _CODE[Status.CONVERGED]) & x.any(0)
+        overflow = overflow & (state != _CODE[Status.NON_FINITE])
+        x = torch.where(faint, answer.to(x.dtype) / scale, x)
+        r = torch.where(faint, b - product(torch.where(faint, x, 0.0)), r)
+        worse = faint & ~(_norm(r) <= (rtol + 32 * kind.eps) * norm_b)
+        state = torch.where(worse, _CODE[Status.BREAKDOWN], state)
+        state = torch.where(overflow, _CODE[Status.NON_FINITE], state)
     residual = torch.where(norm_b > 0, _dot(r, r).sqrt() / torch.where(norm_b > 0, norm_b, 1.0), 0.0)
-    curvature = _dot(x, b - r) * scale**2
-    model_value = -0.5 * _dot(x, b + r) * scale**2
-    x = x * scale
+    factor = scale.double()  # twice, and not its square, which may be no number where the product is one
+    curvature = _dot(x, b - r) * factor * factor
+    model_value = -0.5 * _dot(x, b + r) * factor * factor
+    x = answer
     statuses = tuple(_ORDER[code] for code in state.tolist())
     if single:
         x, residual, curvature, model_value = x[:, 0], residual[0], curvature[0], model_value[0]
@@ -163,11 +227,14 @@ def conjugate_gradient(
     6. Where a refreshed residual differs from the recurrence by more than a tenth, the direction starts again from
        steepest descent: β would compare two different residuals, and the iteration would diverge in float32.
     7. The few numbers of each iteration are NumPy's on a CPU, and stay on the device elsewhere.
+    8. An x₀ that the quadratic model finds worse than zero is not used: bᵀx ≥ 0 for every x on a positive A.
+    9. What the recurrence calls converged after a warm start is looked at: it may have lost the digits of b against
+       those of Ax₀. Where the true residual is not within the tolerance, the iteration starts again from there.
 
     Args:
         A: symmetric positive semi-definite; anything with ``A @ v`` for v of the shape of b.
         b: right-hand side(s), (P,) or (P, K).
-        x0: where to start, zero by default (a warm start costs one more product).
+        x0: where to start, zero by default (a warm start costs one more product, and one where it has converged).
         damping: λ ≥ 0, added to A.
         preconditioner: r ↦ C⁻¹r, a fixed symmetric positive definite approximation of (A + λI)⁻¹.
         max_iterations: the most products with A.
@@ -208,9 +275,7 @@ def conjugate_gradient(
     sync_every = sync_every or (8 if b.is_cuda else 1)
     columns = B.shape[1]
     # One power of two per column brings ‖b‖ near 1: squares neither overflow nor underflow, and no digit changes.
-    largest = B.abs().amax(0) if len(B) else B.new_zeros(columns)
-    finite_b = torch.isfinite(largest)
-    scale = torch.where(finite_b & (largest > 0), torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+    scale, finite_b = _power_of_two(B)
     B = torch.where(finite_b, B / scale, 0.0)
 
     # 7. On a few numbers an operation of NumPy costs a fifth of PyTorch's, and a look at them nothing.
@@ -239,15 +304,17 @@ def conjugate_gradient(
         r = B.clone()
     else:
         # for b = 0 the answer is 0, wherever one starts
-        x = torch.where(finite_b & tensor(norm_b == 0), 0.0, (x0.unsqueeze(1) if single else x0) / scale)
+        start = x0.unsqueeze(1) if single else x0
+        x = torch.where(finite_b & tensor(norm_b == 0), 0.0, start / scale)
         r = B - product(x)
-    code = {status: i for i, status in enumerate(_ORDER)}
+        unused = torch.isfinite(start).all(0) & ~(_dot(x, B + r) >= 0)  # where −½xᵀ(b + r) is above its value at zero
+        x, r = torch.where(unused, 0.0, x), torch.where(unused, B, r)
     state = numbers(torch.full((columns,), _RUNNING, dtype=torch.int64, device=b.device))
 
     def settle(state: Any, where: Any, status: Status) -> Any:
-        return xp.where((state == _RUNNING) & where, code[status], state)
+        return xp.where((state == _RUNNING) & where, _CODE[status], state)
 
-    rr = dot(r, r)
+    rr = first = dot(r, r)
     state = settle(state, ~numbers(finite_b), Status.NON_FINITE)
     state = settle(state, ~xp.isfinite(rr), Status.NON_FINITE)
     state = settle(state, xp.sqrt(rr) <= rtol * norm_b, Status.CONVERGED)
@@ -270,7 +337,7 @@ def conjugate_gradient(
             bound = epsilon * xp.sqrt(pp) * xp.sqrt(ApAp)
             usual = (pAp > bound) & (pAp < inf)
             if not (xp is np and usual.all()):
-                state = settle(state, ~xp.isfinite(pAp), Status.NON_FINITE)
+                state = settle(state, ~xp.isfinite(pAp + ApAp), Status.NON_FINITE)
                 state = settle(state, pAp < -bound, Status.NEGATIVE_CURVATURE)
                 state = settle(state, ~usual, Status.BREAKDOWN)
                 running = state == _RUNNING
@@ -302,9 +369,42 @@ def conjugate_gradient(
             beta = coefficients(xp.where(running & goes_on, rz_next / rz, 0.0))
             p = where(running, torch.addcmul(z, beta, p), p)
             rz = rz_next
-    state = xp.where(state == _RUNNING, code[Status.ITERATION_LIMIT], state)
+    state = xp.where(state == _RUNNING, _CODE[Status.ITERATION_LIMIT], state)
+    if x0 is not None:
+        claimed = (state == _CODE[Status.CONVERGED]) & (iterations > 0) & (xp.sqrt(rr) <= rtol * norm_b)
+        if claimed.any():
+            r = where(claimed, B - product(x), r)
+            rr = dot(r, r)
+            claimed = claimed & ~(xp.sqrt(rr) <= (rtol + 4 * epsilon) * norm_b)
+            left = max_iterations - int(iterations.max())
+            if left and (claimed & (rr < 0.25 * first)).any():
+                again = conjugate_gradient(
+                    A,
+                    b,
+                    x0=(x * scale).view_as(b),
+                    damping=damping,
+                    preconditioner=preconditioner,
+                    max_iterations=left,
+                    rtol=rtol,
+                    progress_tolerance=progress_tolerance,
+                    residual_refresh=residual_refresh,
+                    sync_every=sync_every,
+                )
+                return replace(again, iterations=max_iterations - left + again.iterations)
+            state = xp.where(claimed, _CODE[Status.BREAKDOWN if left else Status.ITERATION_LIMIT], state)
     x = torch.where(finite_b, x, torch.nan)
-    return _finish(B, x, r, state, iterations, scale=scale, single=single)
+    return _finish(
+        B,
+        x,
+        r,
+        tensor(state),
+        iterations,
+        scale=scale,
+        dtype=b.dtype,
+        rtol=rtol,
+        product=product,
+        single=single,
+    )
 
 
 @torch.no_grad()
@@ -324,7 +424,8 @@ def dense_solve(
         b: right-hand side(s), (P,) or (P, K).
         x0: unused; there for the common signature.
         damping: λ ≥ 0, added to A.
-        method: ``"cholesky"``, for a positive definite matrix (otherwise the status is ``BREAKDOWN`` and x = 0);
+        method: ``"cholesky"``, for a positive definite matrix (otherwise, and where the matrix is so near to a
+            singular one that the residual stays above 1e-6, the status is ``BREAKDOWN`` and x = 0);
             ``"eigh"``, the pseudo-inverse: directions with eigenvalues of A below ``rcond`` times the largest one
             are left out unless damped. Eigenvalues below −rcond·max are reported as negative curvature.
         rcond: the relative threshold of ``"eigh"``; by default P times machine precision of A's dtype.
@@ -342,11 +443,13 @@ def dense_solve(
         )
     single = b.ndim == 1
     B = (b.unsqueeze(1) if single else b).double()
+    scale, finite_b = _power_of_two(B)
+    B = torch.where(finite_b, B / scale, 0.0)
     M = matrix.double()
     damped = M + damping * torch.eye(len(M), dtype=M.dtype, device=M.device)
     status = Status.CONVERGED
     x = torch.zeros_like(B)
-    if not bool(torch.isfinite(B).all() & torch.isfinite(M).all()):
+    if not bool(torch.isfinite(damped).all()):
         status, x = Status.NON_FINITE, torch.full_like(B, torch.nan)
     elif method == "cholesky":
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -363,9 +466,25 @@ def dense_solve(
         inverse = torch.where(shifted > 0, 1 / torch.where(shifted > 0, shifted, 1.0), 0.0)
         x = vectors @ (inverse.unsqueeze(1) * (vectors.T @ B))
     r = B - damped @ x
-    state = torch.full((B.shape[1],), _ORDER.index(status), device=b.device)
-    solution = _finish(B, x, r, state, torch.zeros_like(state), scale=1.0, single=single)
-    return replace(solution, x=solution.x.to(b.dtype))
+    state = torch.full((B.shape[1],), _CODE[status], device=b.device)
+    if method == "cholesky" and status is Status.CONVERGED:
+        failing = ~(_norm(r) <= _DENSE_RTOL * _norm(B))
+        x, r = torch.where(failing, 0.0, x), torch.where(failing, B, r)
+        state = torch.where(failing, _CODE[Status.BREAKDOWN], state)
+    state = torch.where(finite_b, state, _CODE[Status.NON_FINITE])
+    x = torch.where(finite_b, x, torch.nan)
+    return _finish(
+        B,
+        x,
+        r,
+        state,
+        torch.zeros_like(state),
+        scale=scale,
+        dtype=b.dtype,
+        rtol=_DENSE_RTOL,
+        product=lambda v: damped @ v,
+        single=single,
+    )
 
 
 @dataclass(frozen=True)
@@ -413,7 +532,10 @@ def solve_in_metric(
     solution = solver(_Whitened(A, root), root(b), damping=damping)
     x = root(solution.x)
     extra = damping * (_dot(x, x) - _dot(solution.x, solution.x))
-    return replace(solution, x=x, curvature=solution.curvature + extra)
+    solution = replace(solution, x=x, curvature=solution.curvature + extra)
+    if bool(torch.isfinite(x).all()):
+        return solution
+    return replace(solution, status=Status.NON_FINITE, statuses=(Status.NON_FINITE,) * len(solution.statuses))
 
 
 def solve(A: Any, b: Tensor, *, method: Literal["cg", "cholesky", "eigh"] = "cg", **options: Any) -> Solution:

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npg.families import Family, Geometry
+from npg.families import Family, Geometry, OutOfDomainError, in_double
 from npg.fisher import Fisher
 from npg.linearize import Buffers, Linearization, Model, frozen_statistics, replayed_randomness, uncompiled
 from npg.parallel import mean_
-from npg.solvers import Solver, Status, conjugate_gradient
+from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.trust_region import Trial, TrustRegion
 
 __all__ = ["StepReport", "natural_step"]
@@ -32,19 +32,21 @@ class StepReport:
     """What one natural step did.
 
     Attributes:
-        accepted: whether the step was taken; if not, parameters and buffers are bit for bit what they were.
+        accepted: whether the step was taken; if not, parameters and buffers are bit for bit what they were. What it
+            says after each status is the table of `natural_step`.
         objective: the objective before the step.
         predicted_gain: gᵀd − ½c dᵀFd for the step d, with c the ``objective_curvature`` of `natural_step`.
         actual_gain: the gain in the objective at the last point tried (NaN where none was evaluated).
         predicted_kl: ½dᵀFd, in nats.
         kl: the true mean KL at the last point tried, in nats (NaN where none was evaluated); of a step with another
             ``metric``, both are its divergence, in its units.
-        status: how the solver ended.
+        status: how the solver ended; ``NON_FINITE`` as well where it was not asked, because the objective, its gradient
+            or F is not finite.
         iterations: products with F that the solver took.
         residual: ‖g − (F + λI)s‖/‖g‖.
         backtracks: how often the step was shortened.
         scale: the factor β of the solution s in the step d = βs; 0 where the step was refused.
-        gradient_norm: ‖g‖.
+        gradient_norm: ‖g‖, a number wherever g is finite.
         step_norm: ‖d‖.
         damping: λ.
         gradient: g, (P,), of the objective.
@@ -99,14 +101,29 @@ def natural_step(
 
     With a trust region of radius δ, β is the length at which ½sᵀ(F + λI)s = δ, shortened until KL ≤ δ and the
     objective gains (TRPO: Schulman et al. 2015, appendix C); with a learning rate, β is that (Amari 1998; Kakade
-    2002); with both, the smaller of the two. A step that is not finite, or not accepted, is refused: the parameters
-    are restored bit for bit.
+    2002); with both, the smaller of the two. A step that is refused leaves parameters and buffers bit for bit as they
+    were. Which steps are taken depends on what the solver found, and on nothing else of its status:
+
+    =======================================  =======================  ================================================
+    solution s                               status                   accepted
+    =======================================  =======================  ================================================
+    not finite                               NON_FINITE               never
+    s = 0 though g ≠ 0: nothing was found    BREAKDOWN or             never
+                                             NEGATIVE_CURVATURE
+    s ≠ 0, the whole or a truncated solve    all others               with a region: if a trial is inside of it and
+                                                                      gains, or, without backtracking, if
+                                                                      sᵀ(F + λI)s > 0; with a rate alone: always
+    s = 0 since g = 0, or a rate of zero     CONVERGED                always: a step of length zero, without a search
+    =======================================  =======================  ================================================
+
+    Whatever is evaluated must be finite besides.
 
     Args:
         model: a module, or a function ``f(parameters, *inputs)``.
         inputs: a tensor, or a tuple of positional arguments.
         family: the predictive distribution of the outputs.
         objective: outputs (…, D) ↦ the mean over events of what to maximise, (): a log-likelihood, a surrogate return.
+            A mean in float64, ``.mean(dtype=torch.float64)``, keeps the digits of a gain that is small against it.
         trust_region: the radius, of the KL or of the divergence of ``metric``, and how to keep to it.
         learning_rate: a fixed, or with a trust region the largest, multiple of the solution.
         damping: λ ≥ 0.
@@ -124,7 +141,9 @@ def natural_step(
         process_group: average gradient, products, gain and KL over the processes of this group.
 
     Raises:
-        ValueError: if neither a trust region nor a learning rate is given, or an argument is out of its range.
+        ValueError: if neither a trust region nor a learning rate is given, an argument is out of its range, or the
+            family gives no metric. Outputs at which a family is not defined or not finite (`OutOfDomainError`) raise
+            nothing: that step is refused.
     """
     if trust_region is None and learning_rate is None:
         raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
@@ -141,34 +160,45 @@ def natural_step(
         linearization = Linearization(model, inputs, parameters, move_statistics=True)
         theta = linearization.parameters
         old = linearization.outputs
-        with torch.enable_grad():
-            outputs = old.clone().requires_grad_()
-            value = objective(outputs)
-            if value.ndim != 0:
-                raise ValueError(f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}")
-            (slope_outputs,) = torch.autograd.grad(value, outputs)
+        value, slope_outputs = old.new_full((), nan), torch.full_like(old, nan)
+        F: Fisher | None = None
+        try:
+            with torch.enable_grad():
+                outputs = old.clone().requires_grad_()
+                value = objective(outputs)
+                if value.ndim != 0:
+                    raise ValueError(
+                        f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}"
+                    )
+                (ascent,) = torch.autograd.grad(value, outputs)
+            # 2. Curvature.
+            F = fisher(
+                model,
+                inputs if curvature_inputs is None else curvature_inputs,
+                family,
+                parameters=parameters,
+                process_group=process_group,
+                linearization=None if curvature_inputs is not None else linearization,
+                **({} if metric is None else {"metric": metric}),
+            )
+            slope_outputs = ascent
+        except OutOfDomainError:
+            pass  # the gradient is then NaN, in all processes
         before = mean_(value.detach().double(), process_group)
         g = mean_(linearization.pull_back(slope_outputs), process_group)
 
-        # 2. Curvature, and 3. solve.
-        shared = None if curvature_inputs is not None else linearization
-        F = fisher(
-            model,
-            inputs if curvature_inputs is None else curvature_inputs,
-            family,
-            parameters=parameters,
-            process_group=process_group,
-            linearization=shared,
-            **({} if metric is None else {"metric": metric}),
-        )
-        options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
-        solution = solver(F, g, x0=x0, damping=damping, **options)
+        # 3. Solve.
+        if F is not None and bool(torch.isfinite(g).all() & torch.isfinite(before)):
+            options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
+            solution = solver(F, g, x0=x0, damping=damping, **options)
+        else:
+            solution = not_finite(g)
         s = solution.x
         slope, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
             [
-                torch.dot(g, s).double(),
-                s.norm().double(),
-                g.norm().double(),
+                torch.dot(g.double(), s.double()),
+                norm(s),
+                norm(g),
                 solution.curvature,
                 solution.residual_norm,
                 before,
@@ -182,43 +212,52 @@ def natural_step(
         divergence = family.kl if metric is None else metric.divergence
 
         @torch.no_grad()
-        def trial(scale: float) -> Trial:
+        def move(scale: float) -> bool:
+            """Go to θ + βs; whether that is finite in the precision of the parameters."""
             theta.move(origin, s, scale)
+            return theta.is_finite()
+
+        @torch.no_grad()
+        def trial(scale: float) -> Trial:
+            if not move(scale):
+                return Trial(nan, nan)
             with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
                 buffers.restore()  # the forward pass at θ began with these
                 new = linearization.forward()
             try:
-                kl = divergence(old, new) if forward == "old_new" else divergence(new, old)
+                kl = in_double(divergence, *((old, new) if forward == "old_new" else (new, old)))
                 local = torch.stack([objective(new).double(), kl.double().mean()])
             except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
                 local = old.new_full((2,), nan, dtype=torch.float64)
             value, kl_mean = mean_(local, process_group).tolist()
             return Trial(value - objective_before, kl_mean)
 
-        scale = trust_region.scale(curvature) if trust_region is not None else float(learning_rate or 0.0)
+        scale = trust_region.scale(curvature) if trust_region is not None else inf
         if learning_rate is not None:
             scale = min(scale, learning_rate)
-        outcome, backtracks = Trial(float("nan"), float("nan")), 0
-        accepted = isfinite(scale * s_norm) and solution.status is not Status.NON_FINITE
+        outcome, backtracks = Trial(nan, nan), 0
+        accepted = isfinite(s_norm) and solution.status is not Status.NON_FINITE
         try:
-            if accepted and trust_region is not None and trust_region.backtrack:
-                if slope > 0 and scale > 0:
+            if accepted and ((g_norm == 0 and s_norm == 0) or learning_rate == 0):
+                scale, outcome = 0.0, Trial(0.0, 0.0)  # a stationary point, or no step is asked for
+            elif not (accepted and 0 < scale * s_norm < inf):
+                accepted = False
+            elif trust_region is not None and trust_region.backtrack:
+                accepted = slope > 0
+                if accepted:
                     accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
-                else:
-                    accepted = False
-            elif accepted and evaluate:
+            elif evaluate:
                 outcome = trial(scale)
                 accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
-            elif accepted:
-                theta.move(origin, s, scale)
-            accepted = accepted and theta.is_finite()  # what no output depends on may overflow unseen
+            else:
+                accepted = move(scale)
         except BaseException:  # an interrupt, or an error of the model: nothing is lost
             theta.restore(origin)
             raise
         if not accepted:
             theta.restore(origin)
             scale = 0.0
-        predicted_kl = max(0.0, 0.5 * scale**2 * (curvature - damping * s_norm**2)) if accepted else 0.0
+        predicted_kl = max(0.0, 0.5 * scale * (scale * (curvature - damping * s_norm * s_norm))) if accepted else 0.0
         report = StepReport(
             accepted=accepted,
             objective=objective_before,

@@ -30,6 +30,7 @@ from npg.families import (
     Geometry,
     LinearMap,
     MultiCategorical,
+    covariance,
 )
 
 __all__ = ["geometry", "wasserstein"]
@@ -140,12 +141,14 @@ class _DiagonalGaussian(Geometry):
 
 class _Bernoulli(Geometry):
     def __call__(self, outputs: Tensor) -> LinearMap:
-        p = outputs.detach().sigmoid()
-        weights = 2 * (p * (1 - p)).square()
+        outputs = outputs.detach()
+        weights = 2 * (outputs.sigmoid() * (-outputs).sigmoid()).square()
         return lambda u: weights * u
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        return (new.sigmoid() - old.sigmoid()).square().sum(-1)
+        # Δp = −Δ(1 − p), from the smaller of the two, which has the more digits
+        change = torch.where(old > 0, (-old).sigmoid() - (-new).sigmoid(), new.sigmoid() - old.sigmoid())
+        return change.square().sum(-1)
 
 
 class _Graph(Geometry):
@@ -167,12 +170,7 @@ class _CompleteGraph(_Graph):
 
     def __call__(self, outputs: Tensor) -> LinearMap:
         p = outputs.detach().softmax(-1)
-        potential = self._inverse_laplacian(p)
-
-        def change(u: Tensor) -> Tensor:  # S u
-            pu = p * u
-            return pu - p * pu.sum(-1, keepdim=True)
-
+        potential, change = self._inverse_laplacian(p), covariance(p)  # L⁺ and S
         return lambda u: change(potential(change(u)))
 
 
@@ -214,7 +212,7 @@ class _WeightedGraph(_Graph):
         if outputs.shape[-1] != nodes:
             raise ValueError(f"graph has {nodes} nodes, but the outputs have {outputs.shape[-1]} classes")
         p = outputs.detach().double().softmax(-1)
-        change = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+        change = covariance(p.unsqueeze(-2))(torch.eye(nodes, dtype=p.dtype, device=p.device).expand(*p.shape, nodes))
         blocks = change @ torch.cholesky_solve(change, self._factor(p))
         blocks = (0.5 * (blocks + blocks.mT)).to(outputs.dtype)
         return lambda u: (blocks @ u.unsqueeze(-1)).squeeze(-1)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 __all__ = ["LevenbergMarquardt", "SearchResult", "Trial", "TrustRegion"]
 
+_ROUNDING = 1e-6  # of the radius: a KL may be so far below zero, as zero is when it is computed
 KLDirection = Literal["old_new", "new_old"]
 
 
@@ -70,10 +71,15 @@ class TrustRegion:
 
     def scale(self, curvature: float) -> float:
         """The β with ½(βs)ᵀ(F + λI)(βs) = δ, from sᵀ(F + λI)s; 0 where that is not a positive number."""
-        return sqrt(2 * self.radius / curvature) if curvature > 0 and isfinite(curvature) else 0.0
+        if not (curvature > 0 and isfinite(curvature)):
+            return 0.0
+        return sqrt(2.0) * (sqrt(self.radius) / sqrt(curvature))  # 2δ/c may be larger than any number
 
     def search(self, evaluate: Callable[[float], Trial], scale: float, slope: float) -> SearchResult:
         """Shorten ``scale`` until the trial is inside the region and gains.
+
+        A KL below zero, by more than a millionth of the radius, has lost its digits and says nothing: that trial fails
+        as one whose KL is NaN does.
 
         Args:
             evaluate: moves to origin + scale·s, and returns the gain and the KL there.
@@ -84,7 +90,8 @@ class TrustRegion:
         for backtracks in range(self.max_trials):
             trial = evaluate(scale)
             # written so that NaN fails
-            if trial.kl <= self.radius and trial.gain > self.min_gain_ratio * slope * scale:
+            inside = -_ROUNDING * self.radius <= trial.kl <= self.radius
+            if inside and trial.gain > self.min_gain_ratio * (slope * scale):
                 return SearchResult(True, scale, trial, backtracks)
             scale *= self.shrink
         return SearchResult(False, 0.0, trial, self.max_trials - 1)
@@ -112,8 +119,8 @@ class LevenbergMarquardt:
     def __post_init__(self) -> None:
         if not self.factor > 1:
             raise ValueError(f"factor must be greater than 1, got {self.factor}")
-        if not 0 < self.minimum <= self.maximum:
-            raise ValueError(f"0 < minimum ≤ maximum must hold, got {self.minimum} and {self.maximum}")
+        if not 0 < self.minimum <= self.maximum < inf:
+            raise ValueError(f"0 < minimum ≤ maximum must hold, got {self.minimum} and {self.maximum}: both finite")
 
     def update(self, damping: float, predicted_gain: float, actual_gain: float, accepted: bool) -> float:
         """The damping of the next step."""

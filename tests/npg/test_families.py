@@ -1,10 +1,13 @@
 """Every family against torch.distributions, against its textbook metric, and against the theorems."""
 
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import distributions as D
 
 from npg import families
@@ -347,3 +350,169 @@ def test_class_indices_are_whole_numbers(dtype):
         expected = family.log_likelihood(logits, given)
         for fine in (torch.int32, torch.uint8):
             assert torch.equal(family.log_likelihood(logits, given.to(fine)), expected)
+
+
+# ------------------------------------------------------------------------------------------------ digits and domains
+
+F32, F64 = torch.float32, torch.float64
+
+
+def exact_covariance(p: torch.Tensor) -> torch.Tensor:
+    """diag(p) − ppᵀ entry by entry in rational arithmetic, of probabilities that need not sum to 1 exactly."""
+    weights = [Fraction(x) for x in p.tolist()]
+    total = sum(weights)
+    q = [w / total for w in weights]
+    rows = [[float(a * ((i == j) - b)) for j, b in enumerate(q)] for i, a in enumerate(q)]
+    return torch.tensor(rows, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("gap", "dtype"), [(4, F32), (14, F32), (16, F32), (30, F32), (14, F64), (36, F64), (60, F64), (300, F64)]
+)
+@pytest.mark.parametrize("certain", [0, 2])
+def test_a_saturated_softmax_keeps_its_metric(gap, dtype, certain):
+    """Entry by entry, so that it stays symmetric and positive; p(u − pᵀu) is 60 % off at a gap of 16 in float32."""
+    outputs = torch.tensor([0.0, -1.0, 0.5, 0.2], dtype=dtype)
+    outputs[certain] += gap
+    p = (outputs.double() - outputs.double()[certain]).exp()
+    expected, units = exact_covariance(p), torch.eye(4, dtype=dtype)
+    tolerance = 64 * torch.finfo(dtype).eps
+    family = families.Categorical()
+    metric = family.metric(outputs)(units).double()
+    factor = family.metric_factor(outputs)(units).double()
+    for matrix in (metric, factor.T @ factor):
+        torch.testing.assert_close(matrix, expected, rtol=tolerance, atol=0)
+    root = expected.diagonal().rsqrt()  # of its correlations, whose eigenvalues are of the size of 1
+    values = torch.linalg.eigvalsh(root[:, None] * 0.5 * (metric + metric.T) * root)
+    assert values.min() >= -100 * tolerance
+    # the constant of a tangent is in the null space, to the last bit
+    assert torch.equal(family.metric(outputs)(torch.full_like(outputs, 1e6)), torch.zeros_like(outputs))
+    # blocks of several variables, and the geometries that are built on it
+    both = families.MultiCategorical([4, 4])
+    halves = both.metric(torch.cat([outputs, outputs]))(torch.cat([units, units], -1)).double()
+    torch.testing.assert_close(halves, torch.cat([expected, expected], -1), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("gap", [16, 30])
+def test_a_saturated_softmax_keeps_its_score_and_entropy(gap):
+    outputs = torch.tensor([[gap, 0.0, -1.0]] * 2, dtype=F32)
+    exact = outputs.double()
+    y = torch.tensor([0, 1])
+    p = exact.softmax(-1)
+    expected = torch.nn.functional.one_hot(y, 3) - p
+    expected[0, 0] = p[0, 1:].sum()
+    torch.testing.assert_close(families.Categorical().score(outputs, y).double(), expected, rtol=1e-5, atol=0)
+    two = families.MultiCategorical([3, 3])
+    pair = two.score(torch.cat([outputs, outputs], -1), torch.stack([y, y], -1))
+    torch.testing.assert_close(pair.double(), torch.cat([expected, expected], -1), rtol=1e-5, atol=0)
+    entropy = families.Categorical().entropy(exact)
+    torch.testing.assert_close(families.Categorical().entropy(outputs).double(), entropy, rtol=1e-5, atol=0)
+    assert float(entropy[0]) == pytest.approx(float(torch.special.entr(p[0, 1:]).sum() + p[0, 1:].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("logit", [-80.0, -30.0, -5.0, 0.0, 5.0, 30.0, 80.0])
+def test_certain_bits_keep_their_score_and_entropy(logit):
+    """η σ(η) and log(1 + e^η) differ by less than their rounding at 20; y − σ(η) is zero where σ(η) is nearly y."""
+    bits = families.Bernoulli()
+    outputs = torch.tensor([[logit]], dtype=F32)
+    p, q = (torch.tensor([[math.exp(-math.log1p(math.exp(s * logit)))]], dtype=F64) for s in (-1, 1))
+    surprise = p * math.log1p(math.exp(-logit)) + q * math.log1p(math.exp(logit))
+    torch.testing.assert_close(bits.entropy(outputs).double(), surprise.sum(-1), rtol=1e-5, atol=0)
+    for y, expected in ((1.0, q), (0.0, -p)):
+        score = bits.score(outputs, torch.full_like(outputs, y))
+        torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(["categorical", "bernoulli", "multi_categorical", "diagonal_gaussian", "gaussian"]),
+    size=st.sampled_from([0.1, 3.0, 30.0, 200.0]),
+    step=st.sampled_from([1e-3, 1e-2, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_kl_is_positive_and_keeps_its_digits(every_family, name, size, step, seed):
+    """In float32 against float64: Σ p log(p/q) alone has an error of ε, which is all of it for near distributions."""
+    family, generator = every_family[name].family, torch.Generator().manual_seed(seed)
+    old = (size * torch.randn(6, 4, generator=generator, dtype=F64)).float()
+    if name == "diagonal_gaussian":
+        old[:, 2:] *= 3 / max(size, 3)  # spreads that float32 holds
+    new = old + (step * torch.randn(6, 4, generator=generator, dtype=F64)).float()
+    kl, exact = family.kl(old, new).double(), family.kl(old.double(), new.double())
+    # the step itself is rounded, by ε|η|; the smallest numbers underflow
+    close = 1e-4 + 60 * torch.finfo(F32).eps * max(size, 1.0) / step
+    assert ((kl - exact).abs() <= close * exact + 1e-12 * step).all()
+    assert (exact >= 0).all()
+
+
+def test_the_kl_of_equal_outputs_has_its_gradient_and_hessian_at_extremes():
+    family = families.Categorical()
+    outputs = torch.tensor([40.0, 0.0, -torch.inf, -800.0], requires_grad=True)
+    kl = family.kl(outputs.detach(), outputs)
+    (gradient,) = torch.autograd.grad(kl, outputs, create_graph=True)
+    assert kl == 0
+    assert (gradient == 0).all()
+    (row,) = torch.autograd.grad(gradient[0], outputs)
+    expected = family.metric(outputs)(torch.eye(4))[0]
+    torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-17)
+
+
+def test_spreads_beyond_the_square_root_of_the_range_have_a_factor():
+    outputs = torch.tensor([0.0, -60.0], dtype=F32)
+    units = torch.eye(2, dtype=F32)
+    factor = families.DiagonalGaussian().metric_factor(outputs)(units)
+    torch.testing.assert_close(
+        factor.double().diagonal(), torch.tensor([math.exp(60), math.sqrt(2)]), rtol=1e-5, atol=0
+    )
+
+
+def test_registered_kls_are_taken_in_float64_where_they_can():
+    """A Poisson's, λ log(λ/λ') − λ + λ', is off by more than 0.01 in float32 at a rate of 10⁶, and of either sign."""
+    poisson = families.from_torch(lambda o: D.Independent(D.Poisson(o.exp()), 1))
+    old = torch.full((50, 1), math.log(1e6), dtype=F32)
+    new = old + torch.linspace(-1e-5, 1e-5, 50, dtype=F32)[:, None]
+    d = (new.double() - old.double())[:, 0]
+    kl = poisson.kl(old, new)
+    assert kl.dtype is F32
+    expected = old.double()[:, 0].exp() * (torch.expm1(d) - d)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=1e-9)
+    constant = torch.eye(3, dtype=F32)
+    single = families.from_torch(lambda o: D.MultivariateNormal(o, covariance_matrix=constant))
+    old, new = torch.zeros(2, 3, dtype=F32), torch.ones(2, 3, dtype=F32)
+    torch.testing.assert_close(single.kl(old, new), torch.full((2,), 1.5, dtype=F32))
+    torch.testing.assert_close(single.metric(old)(new), new)
+
+
+BEYOND = {
+    "poisson": (lambda o: D.Independent(D.Poisson(o.exp()), 1), 800.0),
+    "normal": (lambda o: D.Independent(D.Normal(o[..., :2], o[..., 2:].exp()), 1), -800.0),
+    "beta": (lambda o: D.Independent(D.Beta(1 + o[..., :2], 2 - o[..., 2:]), 1), 3.0),
+    "nan": (lambda o: D.Independent(D.Poisson(o.exp()), 1), math.nan),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_outputs_out_of_the_domain_have_an_error_of_their_own(name):
+    distribution, value = BEYOND[name]
+    with pytest.raises(families.OutOfDomainError, match="cannot be had at these outputs"):
+        families.from_torch(distribution).metric(torch.full((3, 4), value))
+
+
+def test_a_mistake_in_the_map_is_not_taken_for_outputs_out_of_the_domain():
+    no_spread = families.from_torch(lambda o: D.Independent(D.Normal(o[..., :2], o[..., 2:]), 1))  # exp forgotten
+    with pytest.raises(ValueError, match="scale") as caught:
+        no_spread.metric(-torch.ones(3, 4))
+    assert not isinstance(caught.value, families.OutOfDomainError)
+
+
+@pytest.mark.parametrize("family", [families.Categorical(), families.MultiCategorical([2, 2]), families.Bernoulli()])
+def test_nothing_is_drawn_from_nan(family):
+    with pytest.raises(families.OutOfDomainError, match="finite probabilities to draw from"):
+        family.sample(torch.tensor([[0.0, 1.0, math.nan, 0.0], [0.0] * 4]))
+
+
+def test_draws_outside_of_the_support_are_refused():
+    """PyTorch's counts at a rate of 10²⁰ are −2⁶³."""
+    poisson = families.from_torch(lambda o: D.Independent(D.Poisson(o.exp()), 1))
+    assert (poisson.sample(torch.full((5, 2), 3.0)) >= 0).all()
+    with pytest.raises(families.OutOfDomainError, match="outside of its support"):
+        poisson.sample(torch.full((5, 2), 46.0))

@@ -395,3 +395,19 @@ def test_a_radius_below_rounding_is_refused():
     theta, g = torch.tensor([0.2, 0.3, 0.5]).float(), torch.tensor([1.0, 2.0, -1.0]).float()
     with pytest.raises(ValueError, match="radius=1e-18 is below what the divergence can be told from 0 by"):
         trust_region_step(NegativeEntropy(), theta, g, 1e-18)
+
+
+@pytest.mark.parametrize("name", POTENTIALS)
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
+def test_the_divergence_of_near_points_keeps_its_digits(name, size):
+    """B_G ≈ ½dᵀ∇²G d; as a difference of values it is nothing but rounding from d = 10⁻⁷ on."""
+    potential = POTENTIALS[name]
+    old = point(name, 3)
+    d = size * torch.randn(old.shape, generator=generator(4)) * (old.abs() if name == "diagonal_gaussian" else 1.0)
+    if name == "negative_entropy":
+        d = d - d.mean()
+        d = d * old.min()
+    new = old + d
+    d = new - old
+    quadratic = 0.5 * (d * potential.hessian(old)(d)).sum()
+    assert float(potential.divergence(new, old)) == pytest.approx(float(quadratic), rel=10 * size + 1e-7)

@@ -4,6 +4,7 @@ from functools import partial
 from itertools import pairwise
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,6 +177,50 @@ def test_a_warm_start_saves_iterations_and_the_solution_takes_none(spd):
     torch.testing.assert_close(there.x, torch.linalg.solve(A, b))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e3, 1e8, 1e17, 1e30])
+def test_a_start_far_larger_than_the_solution_is_not_believed(spd, size, dtype):
+    """The recurrence went down to 1e-16 of b from there, with a true residual of 7."""
+    A, b = spd(20, 30.0).to(dtype), randn(20, 2).to(dtype)
+    x0 = (size * randn(20, 2, seed=1)).to(dtype)
+    for start in (x0, -x0):
+        s = conjugate_gradient(A, b, x0=start, rtol=1e-5, max_iterations=500)
+        assert s.status is Status.CONVERGED
+        assert ((b.double() - A.double() @ s.x.double()).norm(dim=0) <= 1.2e-5 * b.double().norm(dim=0)).all()
+        few = conjugate_gradient(A, b, x0=start, rtol=1e-5, max_iterations=2)
+        assert (few.model_value < 0).all()  # never worse than no start at all
+        assert ((b * few.x).sum(0) > 0).all()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_large_start_in_the_null_space_is_not_believed(several):
+    """It passes the test by the model, by chance or for want of curvature; the true residual tells."""
+    A = torch.diag(torch.tensor([2.0, 1.0, 1e-18]))
+    rotation, _ = torch.linalg.qr(randn(3, 3, seed=5))
+    A = rotation @ A @ rotation.T
+    b = A @ randn(3)
+    for sign in (1, -1):
+        x0 = sign * 1e16 * rotation[:, 2]
+        B, start = (torch.stack([b, 2 * b], 1), torch.stack([x0, x0], 1)) if several else (b, x0)
+        s = conjugate_gradient(A, B, x0=start, rtol=1e-8, max_iterations=50)
+        columns = zip(s.statuses, s.x.reshape(3, -1).T, B.reshape(3, -1).T, s.residual_norm.reshape(-1))
+        for status, x, right, said in columns:
+            residual = (right - A @ x).norm() / right.norm()
+            assert status is not Status.CONVERGED or residual <= 1.1e-8
+            assert float(said) == pytest.approx(float(residual), rel=0.1, abs=1e-8)
+
+
+def test_what_a_warm_start_has_found_costs_one_product_to_look_at(spd):
+    A, b = Counting(spd(30, 100.0)), randn(30)
+    x0 = 0.9 * torch.linalg.solve(A.matrix, b) + 1e-3 * randn(30, seed=2)
+    solution = conjugate_gradient(A, b, x0=x0, max_iterations=500, residual_refresh=1000)
+    assert solution.status is Status.CONVERGED
+    assert A.products == 1 + solution.iterations + 1
+    A.products = 0
+    solution = conjugate_gradient(A, b, max_iterations=500, residual_refresh=1000)
+    assert A.products == solution.iterations
+
+
 def test_x0_is_left_as_it_was(spd):
     A, b, x0 = spd(10, 10.0), randn(10), randn(10, seed=1)
     before = (b.clone(), x0.clone())
@@ -321,10 +366,66 @@ def test_many_small_numbers_do_not_underflow():
 def test_denormal_and_huge_right_hand_sides(spd):
     A, b = spd(10, 10.0).float(), randn(10).float()
     huge = b / b.abs().max() * 3e38
-    assert conjugate_gradient(A, huge).status is Status.CONVERGED
+    largest = conjugate_gradient(4 * A, huge)
+    assert largest.status is Status.CONVERGED
+    assert torch.isfinite(largest.x).all()
     tiny = conjugate_gradient(A, b * 1e-40)
     assert tiny.status is Status.CONVERGED
     assert torch.isfinite(tiny.x).all()
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, dense_solve, partial(dense_solve, method="eigh")])
+def test_a_solution_larger_than_its_dtype_is_not_converged(solver):
+    b = torch.tensor([1e37, 1.0], dtype=torch.float32)
+    solution = solver(torch.diag(torch.tensor([1e-2, 1.0], dtype=torch.float32)), b)
+    assert solution.status is Status.NON_FINITE
+    both = solver(1e-2 * torch.eye(2, dtype=torch.float32), torch.stack([b, torch.ones_like(b)], 1))
+    assert both.statuses == (Status.NON_FINITE, Status.CONVERGED)
+    torch.testing.assert_close(both.x[:, 1], torch.full((2,), 100.0, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, dense_solve, partial(dense_solve, method="eigh")])
+def test_a_solution_smaller_than_its_dtype_is_not_converged(solver):
+    """x = 10⁻⁵⁰ is zero in float32, and zero is no solution; 10⁻⁴³ has two digits left."""
+    for size in (1e-30, 1e-23):
+        A, b = 1e20 * torch.eye(3, dtype=torch.float32), size * torch.ones(3, dtype=torch.float32)
+        solution = solver(A, b)
+        residual = (b.double() - A.double() @ solution.x.double()).norm() / b.double().norm()
+        assert solution.status is Status.BREAKDOWN
+        assert float(solution.residual_norm) == pytest.approx(float(residual), rel=1e-3)
+    assert solver(A, 1e-5 * torch.ones(3, dtype=torch.float32)).status is Status.CONVERGED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_numbers_are_scaled_without_a_logarithm(dtype):
+    """log₂ of the largest number rounds up to the exponent after the last."""
+    b = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+    solution = conjugate_gradient(4 * torch.eye(3, dtype=dtype), b)
+    assert solution.status is Status.CONVERGED
+    assert torch.equal(solution.x, b / 4)
+    assert solvers.norm(b / 4).isfinite() == (dtype is torch.float32 or bool((b / 4 * 3**0.5).isfinite().all()))
+
+
+def test_quadratic_values_are_numbers_where_the_square_of_the_scale_is_none():
+    solution = conjugate_gradient(1e100 * torch.eye(2), torch.full((2,), 1e200))
+    torch.testing.assert_close(solution.curvature, torch.tensor(2e300))
+    torch.testing.assert_close(solution.model_value, torch.tensor(-1e300))
+
+
+def test_a_product_whose_square_is_no_number_is_said():
+    assert conjugate_gradient(1e200 * torch.eye(2), torch.ones(2)).status is Status.NON_FINITE
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e20), (torch.float32, 1e30), (torch.float64, 1e150), (torch.float64, 1e200)]
+)
+def test_the_norm_is_a_number_where_squares_are_none(dtype, size):
+    for factor in (size, 1 / size):
+        v = torch.tensor([3.0, 4.0], dtype=dtype) * factor
+        torch.testing.assert_close(solvers.norm(v), torch.tensor(5.0) * factor, rtol=1e-6, atol=0)
+    assert solvers.norm(torch.tensor([1.0, inf])) == inf
+    assert solvers.norm(torch.tensor([1.0, nan])).isnan()
+    assert solvers.norm(torch.zeros(3)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- long solves
@@ -420,6 +521,22 @@ def test_singular_matrices():
         damped = dense_solve(A, b, damping=0.5, method=method)
         assert damped.status is Status.CONVERGED
         torch.testing.assert_close(damped.x, torch.tensor([1 / 4.5, 1 / 2.5, 2.0]))
+
+
+def test_a_factorisation_that_passes_by_rounding_is_a_breakdown():
+    """Cholesky finds pivots of 1e-17 on a singular matrix, and a solution of 1e16 whose residual is not small."""
+    rows = torch.tensor([[1.0, 0.1, 0.3], [0.7, 0.3, 0.9], [0.2, 0.6, 0.1]])
+    found = 0
+    for seed in range(200):
+        J = rows[:2] + 0.1 * randn(2, 3, seed=seed)
+        A, b = J.T @ J, randn(3, seed=seed)
+        s = dense_solve(A, b)
+        residual = (b - A @ s.x).norm() / b.norm()
+        assert (s.status is Status.CONVERGED) == bool(residual <= 1e-6)
+        if s.status is Status.BREAKDOWN:
+            assert torch.equal(s.x, torch.zeros(3))
+            found += 1
+    assert found > 100
 
 
 def test_indefinite_matrices():
@@ -558,3 +675,67 @@ def test_the_model_falls_in_every_iteration(spd, n, seed, log_condition):
         assert after.model_value <= before.model_value * (1 - 1e-12)
         assert after.x.norm() >= before.x.norm() * (1 - 1e-9)
         assert after.curvature >= before.curvature * (1 - 1e-9)
+
+
+def residual_of(A: torch.Tensor, damping: float, x: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
+    """‖b − (A + λI)x‖/‖b‖ in extended precision, and what rounding may make of it in the dtype of x."""
+    kind = torch.finfo(b.dtype)
+    M, x, b = (t.numpy().astype(np.longdouble) for t in (A, x, b))
+    M = M + np.longdouble(damping) * np.eye(len(M), dtype=np.longdouble)
+    norm_b, size = np.sqrt((b * b).sum()), len(M) * np.abs(M).max()
+    residual = np.sqrt(((b - M @ x) ** 2).sum()) / norm_b
+    smallest = kind.tiny * kind.eps * len(M) * (size + len(M) * np.abs(x).max() + 1)
+    return float(residual), float((200 * kind.eps * size * np.sqrt((x * x).sum()) + 4 * smallest) / norm_b)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["definite", "ill", "singular", "indefinite", "zero"]),
+    double=st.booleans(),
+    log_a=st.floats(-1, 1),
+    log_b=st.floats(-1, 1),
+    columns=st.integers(0, 3),
+    start=st.sampled_from([None, -10.0, 0.0, 4.0, 17.0]),
+    preconditioned=st.booleans(),
+    damped=st.booleans(),
+    solver=st.sampled_from(["cg", "cg", "cholesky", "eigh"]),
+)
+def test_a_status_means_what_it_says_at_every_scale(
+    seed, kind, double, log_a, log_b, columns, start, preconditioned, damped, solver
+):
+    """Scales from 1e-300 to 1e300 (1e-38 to 1e38 in float32): CONVERGED is a residual, and x is finite unless said."""
+    generator = np.random.default_rng(seed)
+    dtype, decades = (torch.float64, 300) if double else (torch.float32, 38)
+    n = int(generator.integers(1, 10))
+    basis, _ = np.linalg.qr(generator.standard_normal((n, n)))
+    values = {"definite": 1e2, "ill": 1e12}.get(kind, 1e1) ** -np.linspace(0, 1, n)
+    if kind in ("singular", "indefinite"):
+        values[-1] *= 0 if kind == "singular" else -1
+    matrix = (basis * values) @ basis.T * (kind != "zero") * 10.0 ** (decades * log_a)
+    b = torch.tensor(generator.standard_normal((n, columns) if columns else n) * 10.0 ** (decades * log_b)).to(dtype)
+    A = torch.tensor((matrix + matrix.T) / 2).to(dtype)
+    options = {"damping": float(10.0 ** (decades * log_a) / 100)} if damped else {}
+    if start is not None:
+        size = 10.0 ** max(min(start + decades * (log_b - log_a), 307), -307)
+        options["x0"] = torch.tensor(generator.standard_normal(b.shape) * size).to(dtype)
+    rtol = 1e-4
+    if solver == "cg":
+        diagonal = torch.where(A.diagonal() > 0, A.diagonal(), 1.0)
+        jacobi = (lambda r: (r.reshape(n, -1) / diagonal[:, None]).reshape(r.shape)) if preconditioned else None
+        s = conjugate_gradient(A, b, rtol=rtol, preconditioner=jacobi, max_iterations=50, **options)
+    else:
+        s = dense_solve(A, b, method=solver, **options)
+    for status, x, right, said in zip(
+        s.statuses, s.x.reshape(n, -1).T, b.reshape(n, -1).T, s.residual_norm.reshape(-1), strict=True
+    ):
+        if status is Status.NON_FINITE:
+            continue
+        assert torch.isfinite(x).all()
+        if not right.any():
+            assert not x.any()
+            continue
+        residual, rounding = residual_of(A, options.get("damping", 0.0), x, right)
+        assert float(said) == pytest.approx(residual, rel=0.05, abs=rounding + 1e-7)
+        if status is Status.CONVERGED and solver != "eigh":
+            assert residual <= rtol + rounding + 1e-5

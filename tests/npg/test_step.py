@@ -1,6 +1,7 @@
 """natural_step: the report equals its definitions, refusals leave no trace, and the step is geometric."""
 
 import math
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributions import Beta, Independent
+from torch.distributions import Beta, Independent, Laplace, Normal, Poisson
 
 from npg import Fisher, Status, TrustRegion, conjugate_gradient, dense_solve, families, natural_step
 from npg.step import StepReport
@@ -321,6 +322,267 @@ def test_a_descent_direction_is_refused(problem):
 
     refused(natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.1), damping=0.1, solver=backwards))
     assert bits(model) == origin
+
+
+# ------------------------------------------------------------------------------------------- what a status comes to
+
+LENGTHS = {
+    "radius": {"trust_region": TrustRegion(0.01)},
+    "unchecked": {"trust_region": TrustRegion(0.01, backtrack=False)},
+    "rate": {"learning_rate": 0.1},
+    "both": {"trust_region": TrustRegion(0.01), "learning_rate": 0.1},
+    "unseen": {"learning_rate": 0.1, "evaluate": False},
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("status", list(Status))
+@pytest.mark.parametrize("found", ["direction", "nothing"])
+def test_every_status_with_every_length(problem, length, status, found):
+    """A direction is used whatever the status, but for NON_FINITE; where nothing was found nothing was accepted."""
+    model, x, objective = problem
+    origin = bits(model)
+
+    def solver(A, b, **options):
+        solution = conjugate_gradient(A, b, **options)
+        factor = 1.0 if found == "direction" else 0.0
+        return replace(solution, x=factor * solution.x, curvature=factor * solution.curvature, status=status)
+
+    report = natural_step(model, x, FAMILY, objective, damping=0.1, solver=solver, **LENGTHS[length])
+    assert report.status is status
+    if found == "direction" and status is not Status.NON_FINITE:
+        assert report.accepted
+        assert report.step_norm > 0
+    else:
+        refused(report)
+        assert bits(model) == origin
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    "solver",
+    [conjugate_gradient, dense_solve, partial(dense_solve, method="eigh")],
+    ids=["cg", "cholesky", "eigh"],
+)
+def test_what_solvers_find_where_f_is_zero(problem, solver, length):
+    """A Cholesky breakdown was accepted with a step of zero; a stationary point is another thing."""
+    model, x, _ = problem
+    model.append(nn.BatchNorm1d(4))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    null = partial(Fisher, metric=lambda outputs: lambda u: 0 * u)
+    report = natural_step(model, x, FAMILY, lambda o: o[:, 0].mean(), solver=solver, fisher=null, **LENGTHS[length])
+    refused(report)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+    report = natural_step(model, x, FAMILY, lambda o: 0 * o.sum(), solver=solver, damping=0.1, **LENGTHS[length])
+    assert report.accepted
+    assert report.status is Status.CONVERGED
+    assert report.scale == report.step_norm == report.kl == report.actual_gain == report.predicted_kl == 0
+    assert all(torch.equal(p, state[name]) for name, p in model.named_parameters())
+    assert not torch.equal(model[-1].running_mean, state["3.running_mean"])  # it is a training step, and not refused
+
+
+def test_a_rate_of_zero_is_a_step_of_zero(problem):
+    model, x, objective = problem
+    origin = bits(model)
+    for region in (None, TrustRegion(0.01), TrustRegion(0.01, backtrack=False)):
+        report = natural_step(model, x, FAMILY, objective, damping=0.1, learning_rate=0.0, trust_region=region)
+        assert report.accepted
+        assert report.step_norm == 0
+        assert bits(model) == origin
+
+
+# ---------------------------------------------------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1e25, torch.float32), (1e-25, torch.float32), (1e140, torch.float64)])
+def test_gradients_of_extreme_size_have_a_norm_and_a_step(problem, size, dtype):
+    model, x, objective = problem
+    model.to(dtype)
+    x = x.to(dtype)
+    g = gradient_of(model, x, objective)
+    report = natural_step(
+        model, x, FAMILY, lambda o: size * objective(o), trust_region=TrustRegion(0.01), damping=0.1, solver=ACCURATE
+    )
+    assert report.gradient_norm == pytest.approx(size * float(g.double().norm()), rel=1e-5)
+    assert report.accepted
+    assert 0.005 < report.kl <= 0.01
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 0.1}, {"learning_rate": 0.1, "evaluate": False}])
+def test_an_objective_of_nan_is_refused_though_its_gradient_is_finite(problem, options):
+    model, x, objective = problem
+    origin = bits(model)
+    report = natural_step(model, x, FAMILY, lambda o: objective(o) + math.nan, damping=0.1, **options)
+    refused(report)
+    assert report.status is Status.NON_FINITE
+    assert bits(model) == origin
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": 1e9}, {"learning_rate": 1e9, "evaluate": False}])
+def test_parameters_beyond_their_dtype_are_refused(options):
+    """Through a tanh, an infinite weight gives outputs that are finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).half()
+    x, origin = torch.randn(10, 3).half(), None
+    origin = bits(model)
+    refused(natural_step(model, x, FAMILY, lambda o: o[:, 0].mean(), damping=1e-3, **options))
+    assert bits(model) == origin
+
+
+FROM_TORCH = {
+    "poisson": (families.from_torch(lambda o: Independent(Poisson(o.exp()), 1)), 800.0),
+    "normal": (families.from_torch(lambda o: Independent(Normal(o[..., :2], o[..., 2:].exp()), 1)), -800.0),
+    "beta": (families.from_torch(lambda o: Independent(Beta(1 + o[..., :2], 2 - o[..., 2:]), 1)), 50.0),
+    "nan": (families.from_torch(lambda o: Independent(Poisson(o.exp()), 1)), math.nan),
+}
+
+
+@pytest.mark.parametrize("name", FROM_TORCH)
+@pytest.mark.parametrize("objective", ["likelihood", "other"])
+@pytest.mark.parametrize("kind", ["exact", "sampled"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_outputs_beyond_a_family_are_a_refused_step(name, objective, kind, length):
+    family, value = FROM_TORCH[name]
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4))
+    nn.init.constant_(model[-1].bias, value)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    y = torch.full((6, 2 if name in ("normal", "beta") else 4), 0.5 if name == "beta" else 1.0)
+    likelihood = lambda outputs: family.log_likelihood(outputs, y).mean()  # noqa: E731
+    chosen = likelihood if objective == "likelihood" else torch.mean
+    report = natural_step(
+        model, torch.randn(6, 3), family, chosen, damping=0.1, fisher=partial(Fisher, kind=kind), **LENGTHS[length]
+    )
+    refused(report)
+    assert report.status is Status.NON_FINITE
+    for key, now in model.state_dict().items():
+        torch.testing.assert_close(now, state[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", [families.Categorical(), families.MultiCategorical([2, 2]), families.Bernoulli()])
+def test_a_sampled_fisher_of_nan_outputs_is_a_refused_step(problem, family):
+    model, x, _ = problem
+    x[0, 0] = math.nan
+    report = natural_step(
+        model, x, family, lambda o: o[1:].mean(), damping=0.1, learning_rate=0.1, fisher=partial(Fisher, kind="sampled")
+    )
+    refused(report)
+    assert report.status is Status.NON_FINITE
+
+
+def test_a_family_without_a_metric_is_an_error_and_no_refusal(problem):
+    model, x, _ = problem
+    origin = bits(model)
+    laplace = families.from_torch(lambda o: Independent(Laplace(o, 1.0), 1))
+    with pytest.raises(ValueError, match="finds no curvature"):
+        natural_step(model, x, laplace, torch.mean, learning_rate=0.1, damping=0.1)
+    assert bits(model) == origin
+
+
+def test_the_kl_of_float32_outputs_is_taken_in_float64(problem):
+    """Rates of 10⁶ of a Poisson, whose KL has an error of 0.06 in float32: the step keeps its radius of 10⁻³."""
+    torch.manual_seed(0)
+    family = families.from_torch(lambda o: Independent(Poisson(o.exp()), 1))
+    model, x = nn.Linear(3, 2).float(), torch.randn(40, 3).float()
+    nn.init.constant_(model.bias, math.log(1e6))
+    with torch.no_grad():
+        model.weight.mul_(0.01)
+        old = model(x).double()
+        y = torch.poisson((old + 0.1).exp()).float()
+        report = natural_step(
+            model,
+            x,
+            family,
+            lambda o: family.log_likelihood(o, y).mean(),
+            trust_region=TrustRegion(1e-3),
+            damping=1.0,
+            solver=ACCURATE,
+        )
+        d = model(x).double() - old
+    assert report.accepted
+    kl = float((old.exp() * (torch.expm1(d) - d)).sum(-1).mean())
+    assert report.kl == pytest.approx(kl, rel=1e-6)
+    assert kl <= 1e-3
+
+
+def test_a_divergence_that_takes_no_float64_is_taken_as_it_is(problem):
+    model, x, objective = problem
+    model.float()
+    weights = torch.eye(4).float()
+
+    class Weighted:
+        def __call__(self, outputs):
+            return lambda u: u @ weights
+
+        def divergence(self, old, new):
+            return 0.5 * ((new - old) @ weights * (new - old)).sum(-1)
+
+    report = natural_step(
+        model, x.float(), FAMILY, objective, trust_region=TrustRegion(0.01), damping=1e-3, metric=Weighted()
+    )
+    assert report.accepted
+    assert 0 < report.kl <= 0.01
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(
+        ["categorical", "bernoulli", "multi_categorical", "diagonal_gaussian", "gaussian", "poisson", "beta", "normal"]
+    ),
+    double=st.booleans(),
+    kind=st.sampled_from(["exact", "exact", "sampled"]),
+    log_size=st.sampled_from([-2.0, 0.0, 1.0, 2.0, 4.0, 8.0, 20.0]),
+    log_gradient=st.sampled_from([-20.0, 0.0, 20.0]),
+    radius=st.sampled_from([1e-6, 1e-3, 0.1]),
+    damping=st.sampled_from([0.0, 1e-3, 0.1]),
+    length=st.sampled_from(list(LENGTHS)),
+    direction=st.sampled_from(["old_new", "new_old"]),
+    solver=st.sampled_from([conjugate_gradient, dense_solve, partial(dense_solve, method="eigh")]),
+    seed=st.integers(0, 2**16),
+)
+def test_at_extreme_outputs_a_step_is_inside_its_radius_or_leaves_no_trace(
+    every_family, name, double, kind, log_size, log_gradient, radius, damping, length, direction, solver, seed
+):
+    generator, family = torch.Generator().manual_seed(seed), every_family[name].family
+    dtype = torch.float64 if double else torch.float32
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+        for p in model[-1].parameters():
+            p.mul_(10.0**log_size)
+    x, w = (torch.randn(8, n, generator=generator).to(dtype) for n in (3, 4))
+    w = w * 10.0**log_gradient
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    options = dict(LENGTHS[length])
+    if region := options.get("trust_region"):
+        options["trust_region"] = replace(region, radius=radius, kl_direction=direction)
+    report = natural_step(
+        model,
+        x,
+        family,
+        lambda o: (o * w).mean(),
+        damping=damping,
+        solver=solver,
+        fisher=partial(Fisher, kind=kind, generator=torch.Generator().manual_seed(seed) if kind == "sampled" else None),
+        **options,
+    )
+    new = {key: value.clone() for key, value in model.state_dict().items()}
+    assert math.isfinite(report.gradient_norm) or report.status is Status.NON_FINITE
+    if not report.accepted:
+        assert all(value.numpy().tobytes() == state[key].numpy().tobytes() for key, value in new.items())
+        return
+    assert report.status is not Status.NON_FINITE
+    assert all(torch.isfinite(value).all() for value in new.values())
+    assert report.step_norm > 0
+    if length in ("radius", "both"):
+        assert report.actual_gain > 0
+        outputs = []
+        for values in (state, new):
+            model.load_state_dict(values)
+            outputs.append(model(x).detach().double())
+        old, now = outputs if direction == "old_new" else reversed(outputs)
+        assert -1e-6 * radius <= float(family.kl(old, now).mean()) <= radius * (1 + 1e-6)
 
 
 # ---------------------------------------------------------------------------------- running statistics and randomness

@@ -256,6 +256,42 @@ def test_empty_classes_leave_the_chain_finite_and_dear_to_cross():
     assert 1e10 < float(M[0, 0]) < 1e13
 
 
+@pytest.mark.parametrize("gap", [4.0, 12.0, 16.0])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_saturated_classes_keep_the_digits_of_the_metric(gap, explicit):
+    """In float32 against the closed form in float64, where S has lost nothing at such gaps."""
+    logits = torch.tensor([gap, 0.0, -1.0, 0.5])
+    metric = wasserstein(families.Categorical(), complete(4) if explicit else None)
+    twin = dense(wasserstein(families.Categorical()), logits.double())
+    # among the rare classes the metric is of the third order in their share, and is what rounding leaves of the second
+    torch.testing.assert_close(dense(metric, logits).double(), twin, rtol=1e-5, atol=1e-6 * float(twin.max()))
+
+
+def test_saturated_classes_keep_their_digits_in_float64_too():
+    """With all but a share ε of the probability in one class, S = ε[[1, −1], [−1, 1]] and L = ½[[1, −1], [−1, 1]]."""
+    for gap in (30.0, 40.0, 60.0):
+        logits, share = torch.tensor([gap, 0.0], dtype=F64), float(torch.tensor(-gap, dtype=F64).sigmoid())
+        expected = 2 * share**2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=F64)
+        for graph in (None, complete(2)):
+            M = dense(wasserstein(families.Categorical(), graph), logits)
+            torch.testing.assert_close(M, expected, rtol=1e-10, atol=0)
+        bit = wasserstein(families.Bernoulli())(logits[:1])(torch.ones(1, dtype=F64))
+        torch.testing.assert_close(bit, expected[0, :1], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("logit", [-20.0, -3.0, 3.0, 20.0])
+def test_certain_bits_keep_the_digits_of_their_distance(logit):
+    old = torch.tensor([[logit]])
+    new = old + 0.01
+    distance, exact = (
+        wasserstein(families.Bernoulli()).divergence(*pair) for pair in ((old, new), (old.double(), new.double()))
+    )
+    torch.testing.assert_close(distance.double(), exact, rtol=1e-3, atol=0)
+    p, q = 1 / (1 + torch.exp(logit * torch.tensor([-1.0, 1.0], dtype=F64)))
+    change = p * torch.expm1(new.double() - old.double()) * q  # to first order
+    torch.testing.assert_close(exact, change.square()[:, 0], rtol=0.05, atol=0)
+
+
 # ---------------------------------------------------------------------------------------- the same pull-back operator
 
 

@@ -24,8 +24,12 @@ class Landscape:
 
 def test_scale_solves_the_quadratic_model():
     region = TrustRegion(0.02)
-    for curvature in (1e-12, 0.3, 7.0, 1e12):
+    for curvature in (1e-12, 0.3, 7.0, 1e12, 1e300):
         assert 0.5 * region.scale(curvature) ** 2 * curvature == pytest.approx(0.02, rel=1e-14)
+
+
+def test_scale_is_a_number_for_the_smallest_curvature():
+    assert TrustRegion(0.02).scale(5e-324) == pytest.approx(sqrt(0.04) / sqrt(5e-324), rel=1e-14)
 
 
 @pytest.mark.parametrize("curvature", [0.0, -1.0, nan, inf, -inf])
@@ -69,6 +73,9 @@ def test_lengths_are_powers_of_shrink_and_trials_are_counted():
         Trial(1.0, nan),
         Trial(nan, nan),
         Trial(1.0, inf),
+        Trial(1.0, -inf),
+        Trial(1.0, -0.054),  # its digits are lost
+        Trial(1.0, -1e-6),
         Trial(-inf, 0.0),
         Trial(0.0, 0.0),
         Trial(1.0, 0.1000001),
@@ -80,6 +87,15 @@ def test_what_is_refused(bad):
     # and is no obstacle to a shorter step
     found = region.search(lambda scale: bad if scale > 0.7 else Trial(0.1, 0.05), 1.0, 1.0)
     assert (found.accepted, found.backtracks) == (True, 2)
+
+
+def test_the_rounding_of_zero_is_inside():
+    assert TrustRegion(0.1).search(lambda scale: Trial(1.0, -1e-17), 1.0, 1.0).accepted
+
+
+def test_any_gain_will_do_though_the_linear_model_overflows():
+    assert TrustRegion(0.1).search(lambda scale: Trial(1.0, 0.0), 1e200, 1e200).accepted is False
+    assert TrustRegion(0.1).search(lambda scale: Trial(1.0, 0.0), 1e100, 1e200).accepted
 
 
 def test_the_gain_is_compared_with_the_linear_model():
@@ -153,6 +169,7 @@ def test_damping_stays_in_its_range():
         ({"factor": nan}, "factor must be greater than 1, got nan"),
         ({"minimum": 0.0}, "minimum ≤ maximum must hold, got 0.0 and 1000.0"),
         ({"minimum": 2.0, "maximum": 1.0}, "minimum ≤ maximum must hold, got 2.0 and 1.0"),
+        ({"maximum": inf}, "minimum ≤ maximum must hold, got 1e-08 and inf: both finite"),
     ],
 )
 def test_ranges_of_the_damping_rule(options, match):

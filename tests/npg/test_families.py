@@ -344,12 +344,12 @@ def test_large_logits_keep_their_digits_on_both_sides():
 def test_class_indices_are_whole_numbers(dtype):
     logits = torch.randn(4, 3)
     targets = torch.tensor([0, 1, 2, 1])
-    for family, given in ((families.Categorical(), targets), (families.MultiCategorical([3]), targets.unsqueeze(-1))):
+    for family, indices in ((families.Categorical(), targets), (families.MultiCategorical([3]), targets.unsqueeze(-1))):
         with pytest.raises(ValueError, match=rf"targets must be class indices of an integer dtype, got {dtype}"):
-            family.log_likelihood(logits, given.to(dtype))
-        expected = family.log_likelihood(logits, given)
+            family.log_likelihood(logits, indices.to(dtype))
+        expected = family.log_likelihood(logits, indices)
         for fine in (torch.int32, torch.uint8):
-            assert torch.equal(family.log_likelihood(logits, given.to(fine)), expected)
+            assert torch.equal(family.log_likelihood(logits, indices.to(fine)), expected)
 
 
 # ------------------------------------------------------------------------------------------------ digits and domains

@@ -11,7 +11,23 @@ from numpy.typing import NDArray
 from stable_baselines3.common import buffers
 from stable_baselines3.common.buffers import RolloutBufferSamples
 
-__all__ = ["RolloutBuffer"]
+__all__ = ["RolloutBuffer", "random_part", "rows"]
+
+
+def rows(observations: Any, index: Any) -> Any:
+    """These rows of observations, which are a tensor or a dict of tensors."""
+    if isinstance(observations, dict):
+        return {key: value[index] for key, value in observations.items()}
+    return observations[index]
+
+
+def random_part(observations: Any, fraction: float) -> Any:
+    """So large a part of the rows, drawn at random, for a rollout is in the order of time; None for all of them."""
+    if fraction == 1:
+        return None
+    first = next(iter(observations.values())) if isinstance(observations, dict) else observations
+    order = torch.randperm(len(first), device=first.device)
+    return rows(observations, order[: max(1, round(fraction * len(first)))])
 
 
 class RolloutBuffer(buffers.RolloutBuffer):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor
 
-__all__ = ["flag", "kind", "not_finite", "number", "whole"]
+__all__ = ["all_finite", "flag", "kind", "not_finite", "not_finite_in", "number", "one_of", "whole"]
 
 
 def number(name: str, value: Any, low: float, high: float = inf, *, above: bool = False) -> None:
@@ -61,8 +65,59 @@ def kind(name: str, value: Any, kinds: type | UnionType, what: str) -> None:
         raise TypeError(f"{name} must be {what}, or None, got {value!r} ({type(value).__name__})")
 
 
+def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuse what is not one of a few values.
+
+    Raises:
+        ValueError: it names them all; also for a value that has no hash.
+    """
+    if not any(type(value) is type(k) and value == k for k in known):
+        *first, last = map(repr, known)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+
+
 def not_finite(rows: NDArray[Any]) -> list[int]:
     """The indices of the rows that have an element which is infinite or NaN."""
     if not np.issubdtype(rows.dtype, np.inexact):
         return []
     return np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1)).tolist()
+
+
+def not_finite_in(buffer: RolloutBuffer, newest: Any) -> str | None:
+    """Which rewards or observations of a rollout are not finite, and where; None if all are.
+
+    Args:
+        buffer: the rollout, as far as it is filled.
+        newest: the observations after it, or None.
+    """
+
+    def named(observations: Any) -> list[tuple[str, Any]]:
+        return [*observations.items()] if isinstance(observations, dict) else [("observation", observations)]
+
+    # Stable-Baselines3's buffers are flattened once they were read: their steps are not known any more.
+    grids = [
+        (name, array)
+        for name, array in [*named(buffer.observations), ("reward", buffer.rewards)]
+        if array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
+    ]
+    places = [(name, step, array[step]) for step in range(buffer.pos) for name, array in grids]
+    if newest is not None:
+        places += [(name, buffer.pos, values) for name, values in named(newest)]
+    for name, step, values in places:
+        if envs := not_finite(values):
+            return (
+                f"{name} of environment {', '.join(map(str, envs))} is not finite in step {step} of the rollout: "
+                "mend the environment, or wrap it"
+            )
+    return None
+
+
+def all_finite(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Whether the parameters, and what the optimizer remembers of them, are finite.
+
+    A gradient whose square overflows leaves finite parameters, which Adam never moves again.
+    """
+    kept = [t for p in parameters for t in (p, *optimizer.state[p].values()) if isinstance(t, Tensor)]
+    here = parameters[0].device  # on a GPU, Adam's step counts are not
+    norms = torch._foreach_norm([t.detach() for t in kept if t.is_floating_point() and t.device == here], inf)
+    return bool(torch.stack(norms).isfinite().all())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -11,186 +10,24 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
     DiagGaussianDistribution,
-    Distribution,
-    MultiCategoricalDistribution,
-    SquashedDiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-    TanhBijector,
 )
 from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
     ActorCriticPolicy,
-    MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import mse_loss
 
-from agents.afterstate import AfterstatePolicy, Afterstates
+from agents.distributions import FAMILIES, described
+from agents.standard import GLOBAL_HOOKS, MODED, aside, is_known, is_own, is_standard
 from npg import families
-from npg.linearize import Buffers, by_slot
+from npg.linearize import by_slot
 from npg.program import straight_line
 
-__all__ = ["ActorHead", "CriticHead", "SquashedGaussian", "is_standard"]
-
-# What Stable-Baselines3's own policies do; where a user's does another thing, that is asked and nothing composed.
-_OWN = {
-    name: getattr(ActorCriticPolicy, name)
-    for name in (
-        "__call__",
-        "forward",
-        "extract_features",
-        "get_distribution",
-        "predict_values",
-        "evaluate_actions",
-        "_get_action_dist_from_latent",
-    )
-}
-
-# The modules that programs are made of: what they compute is known whole, and it is all that they do.
-_KNOWN = {
-    ActorCriticPolicy,
-    ActorCriticCnnPolicy,
-    MultiInputActorCriticPolicy,
-    AfterstatePolicy,
-    Afterstates,
-    MlpExtractor,
-    FlattenExtractor,
-    NatureCNN,
-    CombinedExtractor,
-    nn.Sequential,
-    nn.ModuleDict,
-    nn.Identity,
-    nn.Flatten,
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.LayerNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign),
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish),
-}
-
-_MODED = (nn.BatchNorm1d, nn.BatchNorm2d)  # those of them that do another thing in training
-
-_GLOBAL_HOOKS = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
-
-
-def _shadowed(thing: Any) -> bool:
-    """Whether an attribute of the object itself hides a method of its class: patched by hand, or by a mock."""
-    return any(callable(getattr(type(thing), name, None)) for name in vars(thing))
-
-
-def _is_own(policy: ActorCriticPolicy, name: str) -> bool:
-    """Whether this method is Stable-Baselines3's."""
-    return getattr(type(policy), name) is _OWN[name] and name not in vars(policy)
-
-
-def is_standard(policy: ActorCriticPolicy) -> bool:
-    """Whether the forward passes are Stable-Baselines3's own, so that they may be composed from the parts."""
-    return (
-        all(_is_own(policy, name) for name in _OWN)
-        and type(policy.action_dist) in _FAMILIES
-        and not any(_shadowed(part) for part in (policy, policy.action_dist, policy.mlp_extractor))
-    )
-
-
-def _is_known(policy: ActorCriticPolicy) -> bool:
-    """Whether a forward pass does nothing but to compute what a program of it computes, at any later time as well."""
-    tensors = (*policy.parameters(), *policy.buffers())
-    return (
-        all(
-            type(module) in _KNOWN and not (_shadowed(module) or module._forward_hooks or module._forward_pre_hooks)
-            for module in policy.modules()
-        )
-        and not any(_GLOBAL_HOOKS)
-        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors)
-    )
-
-
-@contextmanager
-def _aside(policy: ActorCriticPolicy) -> Iterator[None]:
-    """Forward passes that are asked for beside the acting leave buffers and random numbers as they were."""
-    buffers = Buffers(policy)
-    devices = {p.device for p in policy.parameters() if p.is_cuda}
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        buffers.restore()
-
-
-class SquashedGaussian(families.DiagonalGaussian):
-    """The distribution of tanh(x) for a Gaussian x: its ratios, KL divergences and metric are those of x.
-
-    The log-likelihood is Stable-Baselines3's, with its correction for the change of volume.
-    """
-
-    def __init__(self, epsilon: float) -> None:
-        self.bijector = TanhBijector(epsilon)
-
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Log p(a | η) of actions a in (−1, 1)."""
-        x = self.bijector.inverse(targets)
-        return super().log_likelihood(outputs, x) - self.bijector.log_prob_correction(x).sum(-1)
-
-    def entropy(self, outputs: Tensor) -> Tensor:
-        """Not known in closed form."""
-        raise NotImplementedError("the entropy of a squashed Gaussian has no closed form: average −log p of samples")
-
-    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw actions in (−1, 1)."""
-        return super().sample(outputs, generator).tanh()
-
-
-_FAMILIES: dict[type[Distribution], Callable[[Any], families.Family]] = {
-    DiagGaussianDistribution: lambda d: families.DiagonalGaussian(),
-    CategoricalDistribution: lambda d: families.Categorical(),
-    MultiCategoricalDistribution: lambda d: families.MultiCategorical([int(n) for n in d.action_dims]),
-    BernoulliDistribution: lambda d: families.Bernoulli(),
-}
-
-
-def _described(distribution: Distribution) -> tuple[families.Family, Tensor]:
-    """The family of what a policy of one's own returns, and its parameters there: outputs (N, D)."""
-    p: Any = getattr(distribution, "distribution", None)
-    if isinstance(p, list) and p and all(isinstance(c, torch.distributions.Categorical) for c in p):
-        logits = [c.logits for c in p]
-        return families.MultiCategorical([part.shape[-1] for part in logits]), torch.cat(logits, -1)
-    if isinstance(p, torch.distributions.Independent):
-        p = p.base_dist
-    if isinstance(p, torch.distributions.Categorical):
-        return families.Categorical(), p.logits
-    if isinstance(p, torch.distributions.Bernoulli):
-        return families.Bernoulli(), p.logits
-    if isinstance(p, torch.distributions.Normal):
-        outputs = torch.cat([p.mean, p.stddev.log()], -1)
-        if isinstance(distribution, SquashedDiagGaussianDistribution):
-            return SquashedGaussian(distribution.epsilon), outputs
-        if isinstance(distribution, StateDependentNoiseDistribution) and distribution.bijector is not None:
-            return SquashedGaussian(distribution.epsilon), outputs
-        return families.DiagonalGaussian(), outputs
-    names = [] if p is None or isinstance(p, list) else list(p.arg_constraints)
-    if not names or "logits" in names:
-        raise NotImplementedError(
-            f"policy has the action distribution {type(distribution).__name__} over {type(p).__name__}, of which the "
-            "KL is not known: let its attribute `distribution` be a Normal, Categorical, Bernoulli, list of "
-            "Categoricals, or another one of torch.distributions with one event per component of the action"
-        )
-    kind = type(p)
-
-    def made(outputs: Tensor) -> torch.distributions.Distribution:
-        return torch.distributions.Independent(kind(**dict(zip(names, outputs.chunk(len(names), -1)))), 1)
-
-    return families.from_torch(made), torch.cat([getattr(p, name) for name in names], -1)
+__all__ = ["ActorHead", "CriticHead"]
 
 
 class _Head(nn.Module):
@@ -248,7 +85,7 @@ class _Head(nn.Module):
     def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
         """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        with torch.enable_grad(), _aside(self.policy):
+        with torch.enable_grad(), aside(self.policy):
             outputs = self(self.prepare(observations))
             if not outputs.requires_grad:
                 return {}
@@ -267,7 +104,7 @@ class ActorHead(_Head):
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__(policy)
         self.distribution = policy.action_dist
-        known = _FAMILIES.get(type(self.distribution)) if self.standard else None
+        known = FAMILIES.get(type(self.distribution)) if self.standard else None
         self.family = None if known is None else known(self.distribution)  # type: ignore[assignment]
         self._watched: list[tuple[dict[str, Any], itemgetter[Any]]] = []
 
@@ -279,8 +116,8 @@ class ActorHead(_Head):
         """
         if self.standard:
             return
-        with torch.no_grad(), _aside(self.policy):
-            self.family, outputs = _described(self.policy.get_distribution(observations))
+        with torch.no_grad(), aside(self.policy):
+            self.family, outputs = described(self.policy.get_distribution(observations))
         if outputs.ndim != 2:
             raise NotImplementedError(
                 f"policy has the action distribution {type(self.policy.action_dist).__name__} with parameters of shape "
@@ -299,7 +136,7 @@ class ActorHead(_Head):
         validate = torch.distributions.Distribution._validate_args
         torch.distributions.Distribution.set_default_validate_args(False)
         try:
-            return _described(policy.get_distribution(prepared))[1]
+            return described(policy.get_distribution(prepared))[1]
         finally:
             torch.distributions.Distribution.set_default_validate_args(validate)
 
@@ -323,12 +160,10 @@ class ActorHead(_Head):
         called without gradients.
         """
         policy = self.policy
-        if not (
-            self.standard and is_standard(policy) and policy.action_dist is self.distribution and _is_known(policy)
-        ):
+        if not (self.standard and is_standard(policy) and policy.action_dist is self.distribution and is_known(policy)):
             return None
         parts = self._parts()
-        if any(module.training for module in parts if isinstance(module, _MODED)):
+        if any(module.training for module in parts if isinstance(module, MODED)):
             return None
         self._watch(parts)
 
@@ -357,16 +192,12 @@ class ActorHead(_Head):
         policy = self.policy
         self._watched = [(vars(policy), itemgetter("action_dist", "observation_space", "normalize_images"))]
         for m in parts[1:]:
-            unread = (
-                {"in_features", "out_features"}
-                if isinstance(m, _MODED)
-                else {"in_features", "out_features", "training"}
-            )
+            unread = {"in_features", "out_features", *(() if isinstance(m, MODED) else ("training",))}
             if names := [name for name in vars(m) if not (name.startswith("_") or name in unread)]:
                 self._watched.append((vars(m), itemgetter(*names)))
         self._sizes = [*map(vars, parts), vars(policy.action_dist)]
         self._slots = [d for m in parts for d in (m._modules, m._parameters, m._buffers) if d]
-        self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + _GLOBAL_HOOKS
+        self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + GLOBAL_HOOKS
         self._of_actor = parts
         self._held = [*chain.from_iterable(map(dict.values, self._slots))]  # alive, so that no other has its id
         self._seen = self._state()
@@ -408,14 +239,14 @@ class ActorHead(_Head):
                 [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, pulled)]
             )
 
-        if _is_own(policy, "get_distribution") or not _is_own(policy, "evaluate_actions"):
+        if is_own(policy, "get_distribution") or not is_own(policy, "evaluate_actions"):
             method, likelihood = "evaluate_actions", lambda: policy.evaluate_actions(observations, targets)[1]
         else:
             method, likelihood = "get_distribution", lambda: policy.get_distribution(observations).log_prob(targets)
-        with torch.enable_grad(), _aside(policy):
+        with torch.enable_grad(), aside(policy):
             own = gradient(likelihood())
         try:
-            with torch.enable_grad(), _aside(policy):  # from the same buffers
+            with torch.enable_grad(), aside(policy):  # from the same buffers
                 ours = gradient(self.family.log_likelihood(self(self.prepare(observations)), targets))
             same = bool((own - ours).norm() <= 1e-3 * ours.norm() + 1e-12)
         except ValueError:  # the actions are not in the distribution's support
@@ -459,7 +290,7 @@ class CriticHead(_Head):
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         # A forward pass may move buffers, and the one that is compared with would move them again.
-        if not (self.standard and isinstance(prepared, Tensor) and _is_known(self.policy)) or any(
+        if not (self.standard and isinstance(prepared, Tensor) and is_known(self.policy)) or any(
             True for _ in self.buffers()
         ):
             return by_autograd

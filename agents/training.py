@@ -21,12 +21,13 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.base import NaturalPolicyAlgorithm, saved_values
+from agents.base import NaturalPolicyAlgorithm
 from agents.callbacks import CommonStatistics, EpisodeRecorder, Evaluator, ProgressBar, Saver, Stop, evaluation_seed
 from agents.config import ALGORITHMS, RunConfig
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, restore_rng, save_agent
+from agents.saved import saved_values
 from envs.seeding import IndependentSeeds, Purpose, purpose_seed
 from npg.parallel import World
 from npg.runs import command_line

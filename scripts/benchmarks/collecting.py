@@ -57,12 +57,12 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
 
     agent = TRPO("MlpPolicy", VecNormalize(make(), **(preset.normalize or {})), seed=seed, device="cpu", **options)
     agent.learn(steps * n_envs)
-    callback = agent._init_callback(None)
-    observations = torch.as_tensor(agent._last_obs)
+    actor, observations = agent.networks.actor, agent.recent_observations()
+    rows = observations.numpy()
     bare = make()
     bare.reset()
     actions = np.stack([bare.action_space.sample() for _ in range(n_envs)])
-    act, starts, rewards = agent._actor.acting(observations), np.zeros(n_envs, bool), np.zeros(n_envs, np.float32)
+    act, starts, rewards = actor.acting(observations), np.zeros(n_envs, bool), np.zeros(n_envs, np.float32)
     nothing = torch.zeros(n_envs)
     shape = (steps, agent.observation_space, agent.action_space, "cpu")
     ours, theirs = type(agent.rollout_buffer)(*shape, n_envs=n_envs), buffers.RolloutBuffer(*shape, n_envs=n_envs)
@@ -77,18 +77,15 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
 
     @torch.no_grad()
     def by_modules() -> None:
-        agent._actor.family.sample(agent._actor(agent._actor.prepare(observations)))
+        actor.family.sample(actor(actor.prepare(observations)))
 
     def record() -> None:
         ours.pos = 0
-        ours.record(agent._last_obs, actions, rewards, starts)
+        ours.record(rows, actions, rewards, starts)
 
     def add() -> None:
         theirs.pos = 0
-        theirs.add(agent._last_obs, actions, rewards, starts, nothing, nothing)
-
-    def collect() -> None:
-        agent.collect_rollouts(agent.env, callback, agent.rollout_buffer, agent.n_steps)
+        theirs.add(rows, actions, rewards, starts, nothing, nothing)
 
     return {
         "act, program": (program, 1),
@@ -98,7 +95,7 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
         "store, ours": (record, 1),
         "store, Stable-Baselines3": (add, 1),
         "environments": (lambda: bare.step(actions), 1),
-        "collect": (collect, steps),
+        "collect": (agent.collect, steps),
     }
 
 

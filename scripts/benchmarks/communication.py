@@ -86,7 +86,8 @@ def measure_update(name: str, task: str, world: World) -> dict[str, Any]:
     model.train = counted
     model.learn(2048)
     log = model.logger.name_to_value
-    actor, critic = (sum(p.numel() for p in of.values()) for of in (model._actor_parameters, model._critic_parameters))
+    of_each = (model.networks.actor_parameters, model.networks.critic_parameters)
+    actor, critic = (sum(p.numel() for p in of.values()) for of in of_each)
     products = int(log["train/cg_iterations"]) if algorithm is not agents.MDPO else model.n_actor_updates
     return {
         "task": task,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from agents import TRPO
 from agents.config import resolve
+from agents.update import critic_of
 from envs import VecNormalize, make_vec_env
 
 Fit = Callable[[TRPO, Tensor, Tensor], object]
@@ -33,10 +34,10 @@ def adam(epochs: int, batch_size: int, learning_rate: float) -> Fit:
     """Epochs of mini-batches."""
 
     def fit(agent: TRPO, observations: Tensor, returns: Tensor) -> object:
-        agent.n_critic_updates, agent.batch_size = epochs, batch_size
+        agent.critic, agent.n_critic_updates, agent.batch_size = "adam", epochs, batch_size
         for group in agent.policy.optimizer.param_groups:
             group["lr"] = learning_rate
-        return agent._fit_critic_by_adam(observations, returns)
+        return critic_of(agent).fit(observations, returns)
 
     return fit
 
@@ -45,8 +46,12 @@ def natural(steps: int, products: int, fraction: float) -> Fit:
     """Gauss–Newton steps, damped by Levenberg and Marquardt's rule."""
 
     def fit(agent: TRPO, observations: Tensor, returns: Tensor) -> object:
-        agent.n_critic_updates, agent.cg_max_steps, agent.fisher_fraction = steps, products, fraction
-        return agent._fit_critic_by_natural_steps(observations, returns)
+        agent.critic, agent.n_critic_updates = "natural", steps
+        agent.cg_max_steps, agent.fisher_fraction = products, fraction
+        critic = critic_of(agent)
+        critic.fit(observations, returns)
+        agent.critic_damping = critic.damping
+        return critic
 
     return fit
 
@@ -85,9 +90,9 @@ def main() -> None:
     venv = VecNormalize(make_vec_env(options.env, preset.n_envs, options.seed), **(preset.normalize or {}))
     agent = TRPO("MlpPolicy", venv, seed=options.seed, device="cpu", **preset.hyperparameters)
     agent.learn(options.before)
-    start, callback, recorded = copy.deepcopy(agent.policy.state_dict()), agent._init_callback(None), []
+    start, recorded = copy.deepcopy(agent.policy.state_dict()), []
     for _ in range(options.rollouts):
-        agent.collect_rollouts(venv, callback, agent.rollout_buffer, agent.n_steps)
+        agent.collect()
         buffer = agent.rollout_buffer
         observations = torch.as_tensor(buffer.observations.reshape(-1, *buffer.obs_shape)).clone()
         recorded.append((observations, torch.as_tensor(buffer.returns.flatten()).clone()))

@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from agents import TRPO
 from agents.config import resolve
+from agents.update import batch_of
 from envs import VecNormalize, make_vec_env
 from npg import Fisher, conjugate_gradient, families
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
@@ -55,14 +56,14 @@ def policy(env_id: str, before: int, seed: int) -> tuple[Fisher, Tensor, float]:
     venv = VecNormalize(make_vec_env(env_id, preset.n_envs, seed), **(preset.normalize or {}))
     agent = TRPO("MlpPolicy", venv, seed=seed, device="cpu", **preset.hyperparameters)
     agent.learn(before)
-    agent.collect_rollouts(venv, agent._init_callback(None), agent.rollout_buffer, agent.n_steps)
-    batch = agent._batch(next(agent.rollout_buffer.get(None)))
-    parameters = agent._actor_parameters
-    linearization = Linearization(agent._actor, batch.inputs, parameters)
+    agent.collect()
+    batch = batch_of(agent, next(agent.rollout_buffer.get(None)))
+    actor, parameters = agent.networks.actor, agent.networks.actor_parameters
+    linearization = Linearization(actor, batch.inputs, parameters)
     outputs = linearization.outputs.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(agent._surrogate(batch)(outputs), outputs)
+    (slope,) = torch.autograd.grad(agent.surrogate(batch)(outputs), outputs)
     inputs = batch.inputs if batch.curvature_inputs is None else batch.curvature_inputs
-    fisher = Fisher(agent._actor, inputs, agent._actor.family, parameters=parameters)
+    fisher = Fisher(actor, inputs, actor.family, parameters=parameters)
     return fisher, linearization.pull_back(slope), agent.cg_damping
 
 

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def rollout(agent: TRPO) -> RolloutBuffer:
     """The next 2,048 steps of the agent."""
-    agent.collect_rollouts(agent.env, agent.callback, agent.rollout_buffer, agent.n_steps)
+    agent.collect()
     return copy.deepcopy(agent.rollout_buffer)
 
 
@@ -54,12 +54,9 @@ def held_out(agent: Any, buffer: RolloutBuffer) -> float:
     return float(explained_variance(values, buffer.returns.flatten()))
 
 
-def reset_of(
-    agent: Any, weights: dict[str, torch.Tensor], buffer: RolloutBuffer, collected: dict[str, float]
-) -> Callable[[], None]:
+def reset_of(agent: Any, weights: dict[str, torch.Tensor], buffer: RolloutBuffer) -> Callable[[], None]:
     """How to put the agent before its update: at these weights, with a fresh optimizer, and a copy of the rollout."""
-    vars(agent).update(collected)
-    agent._logger = Logger(folder=None, output_formats=[])
+    agent.set_logger(Logger(folder=None, output_formats=[]))
     state = copy.deepcopy(agent.policy.optimizer.state_dict())
 
     def reset() -> None:
@@ -93,13 +90,11 @@ def main() -> None:
     }
     actor = agents["ours"]
     actor.learn(options.before)
-    actor.callback = actor._init_callback(None)
     seen, unseen = rollout(actor), rollout(actor)
     weights = copy.deepcopy(actor.policy.state_dict())
-    collected = {name: vars(actor)[name] for name in ("_entropy", "_collect_seconds")}  # what the log wants to know
 
     agents = {"sb3-contrib": contrib, **agents}
-    resets = {name: reset_of(agent, weights, seen, collected) for name, agent in agents.items()}
+    resets = {name: reset_of(agent, weights, seen) for name, agent in agents.items()}
     updates = {name: agent.train for name, agent in agents.items()}
     seconds = measure(updates, rounds=options.rounds, turn=1, warm_up=2, before=resets)
     components = venv.action_space.shape[0]

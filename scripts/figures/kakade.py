@@ -29,12 +29,12 @@ from torch import Tensor
 
 from agents import NPG
 from agents.afterstate import AfterstatePolicy
-from agents.base import Batch
+from agents.update import Batch
 from envs import lqr, make_vec_env
 from envs import two_state_mdp as mdp
 from npg.fisher import Fisher
 from npg.solvers import Solution, Status
-from npg.step import StepReport, natural_step
+from npg.step import StepReport
 from npg.trust_region import TrustRegion
 
 Vector = NDArray[np.float64]
@@ -174,17 +174,11 @@ def gradient_itself(A: Fisher, b: Tensor, *, x0: Tensor | None = None, damping: 
 class PolicyGradient(NPG):
     """NPG with the plain gradient for its direction; all else, the length in KL included, is the same."""
 
-    def _actor_step(self, batch: Batch) -> StepReport:
-        return natural_step(
-            self._actor,
-            batch.inputs,
-            self._actor.family,
-            self._surrogate(batch),
-            trust_region=None if self.step_size else TrustRegion(radius=self.target_kl, backtrack=False),
-            learning_rate=self.step_size,
-            solver=gradient_itself,
-            curvature_inputs=batch.curvature_inputs,
-            parameters=self._actor_parameters,
+    def actor_step(self, batch: Batch) -> StepReport:
+        """As `NPG`'s, but for the solver."""
+        region = None if self.step_size else TrustRegion(radius=self.target_kl, backtrack=False)
+        return self.natural_step(
+            batch, trust_region=region, learning_rate=self.step_size, damping=0.0, solver=gradient_itself
         )
 
 
@@ -234,7 +228,7 @@ class _Progress(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self.thetas.append(self.model.policy.theta.detach().double().numpy().copy())
-        self.model.target_kl = RADIUS * self.model._current_progress_remaining
+        self.model.target_kl = RADIUS * self.model.progress_remaining
 
     def _on_step(self) -> bool:
         return True

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNorm
 from torch import nn
 
 from agents import MDPO, NPG, TRPO
+from agents.update import batch_of, critic_of
 from npg import Fisher, families
 from npg.transport import wasserstein
 
@@ -104,9 +105,9 @@ def test_every_space_learns_saves_and_loads(algorithm, observation, action, tmp_
     assert not torch.equal(before, after)
     # every parameter is the policy's own still, and the actor's all moved
     own = {id(p) for p in model.policy.parameters()}
-    assert all(id(p) in own for p in model._actor_parameters.values())
+    assert all(id(p) in own for p in model.networks.actor_parameters.values())
     initial = dict(zip(model.policy.state_dict(), small(algorithm, env, policy).policy.state_dict().values()))
-    for name in model._actor_parameters:
+    for name in model.networks.actor_parameters:
         name = name.removeprefix("policy.")
         assert not torch.equal(model.policy.state_dict()[name], initial[name]), name
     model.save(tmp_path / "model")
@@ -136,7 +137,6 @@ def both_after_one_update(action: str, **kwargs):
     before = {n: p.detach().clone() for n, p in ours.policy.named_parameters()}
     filled(theirs)
     ours.rollout_buffer = copy.deepcopy(theirs.rollout_buffer)
-    ours._entropy = ours._collect_seconds = 0.0
     logger = theirs.logger
     ours.set_logger(logger)
     moved = []
@@ -252,14 +252,14 @@ class Distances(BaseCallback):
         if self.old is not None:
             inputs, outputs = self.old
             with torch.no_grad():
-                moved = float(self.metric.divergence(outputs, self.model._actor(inputs)).mean())
+                moved = float(self.metric.divergence(outputs, self.model.networks.actor(inputs)).mean())
             self.rows.append(dict(self.logger.name_to_value) | {"moved": moved})
 
     def _on_rollout_end(self):
         with torch.no_grad():
             observations = torch.as_tensor(self.model.rollout_buffer.observations).flatten(0, 1)
-            inputs = self.model._actor.prepare(observations)
-            self.old = inputs, self.model._actor(inputs)
+            inputs = self.model.networks.actor.prepare(observations)
+            self.old = inputs, self.model.networks.actor(inputs)
 
     def _on_step(self):
         return True
@@ -273,7 +273,7 @@ def test_transport_distance_stays_within_the_radius_and_the_surrogate_gains(acti
     env = toy(action=ACTIONS.get(action, ACTIONS["Discrete"]))
     metric = wasserstein(families.Categorical(), GRAPH) if action == "path" else "wasserstein"
     model = small(env=env, metric=metric, target_kl=0.002, cg_damping=1e-3, n_steps=128)
-    own = wasserstein(model._actor.family, GRAPH if action == "path" else None)
+    own = wasserstein(model.networks.actor.family, GRAPH if action == "path" else None)
     watch = Distances(own)
     model.learn(9 * 256, callback=watch, log_interval=10**6)
     assert len(watch.rows) == 8
@@ -286,7 +286,9 @@ def test_transport_distance_stays_within_the_radius_and_the_surrogate_gains(acti
     model.save(tmp_path / "model")
     loaded = TRPO.load(tmp_path / "model", env=env, device="cpu")
     _, outputs = watch.old
-    torch.testing.assert_close(own.divergence(outputs, outputs + 1), loaded._geometry.divergence(outputs, outputs + 1))
+    torch.testing.assert_close(
+        own.divergence(outputs, outputs + 1), loaded.networks.geometry.divergence(outputs, outputs + 1)
+    )
     loaded.learn(256)
     assert loaded.logger.name_to_value["train/distance"] <= model.target_kl
 
@@ -301,20 +303,20 @@ def test_transport_step_equals_the_dense_twin(algorithm):
     _, callback = model._setup_learn(10**6)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     model.policy.double()
-    batch = model._batch(next(model.rollout_buffer.get(None)))
+    batch = batch_of(model, next(model.rollout_buffer.get(None)))
     batch = batch._replace(
         **{name: getattr(batch, name).double() for name in ("inputs", "actions", "old_log_likelihood", "advantages")}
     )
-    actor, parameters = model._actor, list(model._actor_parameters.values())
+    actor, parameters = model.networks.actor, list(model.networks.actor_parameters.values())
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(actor, p, (batch.inputs,)))
-    J = torch.cat([j.flatten(2) for j in jacobian(model._actor_parameters).values()], -1).detach()
+    J = torch.cat([j.flatten(2) for j in jacobian(model.networks.actor_parameters).values()], -1).detach()
     sigma = model.policy.log_std.detach().exp()
     M = torch.diag(torch.cat([torch.ones_like(sigma), sigma**2]))
     G = torch.einsum("ndp,de,neq->pq", J, M, J) / len(J) + 1e-2 * torch.eye(J.shape[-1], dtype=torch.float64)
-    surrogate = model._surrogate(batch)(actor(batch.inputs))
+    surrogate = model.surrogate(batch)(actor(batch.inputs))
     g = torch.cat([x.flatten() for x in torch.autograd.grad(surrogate, parameters)])
     s = torch.linalg.solve(G, g)
-    report = model._actor_step(batch)
+    report = model.actor_step(batch)
     want = (2e-3 / float(s @ G @ s)) ** 0.5 * 0.8**report.backtracks * s
     torch.testing.assert_close(report.step, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
@@ -334,7 +336,7 @@ def test_transport_on_control_tasks(env, radius, updates):
 
     options = {"n_steps": 128, "gae_lambda": 0.95, "cg_damping": 1e-2, "critic": "natural", "metric": "wasserstein"}
     model = TRPO("MlpPolicy", make_vec_env(env, 8, seed=0), target_kl=radius, seed=0, device="cpu", **options)
-    watch = Distances(wasserstein(model._actor.family))
+    watch = Distances(wasserstein(model.networks.actor.family))
     model.learn(updates * 8 * 128, callback=watch, log_interval=10**6)
     moved = [row["moved"] for row in watch.rows]
     assert len(moved) == updates - 1
@@ -354,27 +356,27 @@ def test_actor_parameters_are_found_without_names():
             return torch.tanh(self.value_like_name(x))
 
     model = small(policy_kwargs={"features_extractor_class": OddlyNamed})
-    actor = {id(p) for p in model._actor_parameters.values()}
-    critic = {id(p) for p in model._critic_parameters.values()}
+    actor = {id(p) for p in model.networks.actor_parameters.values()}
+    critic = {id(p) for p in model.networks.critic_parameters.values()}
     extractor = {id(p) for p in model.policy.features_extractor.parameters()}
     assert extractor <= actor
     assert not actor & critic
     assert actor | critic == {id(p) for p in model.policy.parameters()}
     both = small(policy_kwargs={"features_extractor_class": OddlyNamed}, train_shared_features=True)
     assert {id(p) for p in both.policy.features_extractor.parameters()} <= {
-        id(p) for p in both._critic_parameters.values()
+        id(p) for p in both.networks.critic_parameters.values()
     }
 
 
 @pytest.mark.parametrize("critic", ["adam", "natural"])
 def test_critic_leaves_the_policy_alone_and_learns(critic):
     model = filled(small(env=toy(n_envs=4), n_steps=128, critic=critic, n_critic_updates=10, learning_rate=3e-3))
-    actor = [p.detach().clone() for p in model._actor_parameters.values()]
+    actor = [p.detach().clone() for p in model.networks.actor_parameters.values()]
     buffer = model.rollout_buffer
     observations = torch.as_tensor(buffer.observations.reshape(-1, 5))
     # returns that a network can learn
     returns = 3.0 + torch.sin(observations[:, 0]) * 2.0
-    fit = model._fit_critic_by_adam if critic == "adam" else model._fit_critic_by_natural_steps
+    fit = critic_of(model).fit
     with torch.no_grad():
         before = (model.policy.predict_values(observations).flatten() - returns).square().mean()
     for _ in range(3):
@@ -383,7 +385,7 @@ def test_critic_leaves_the_policy_alone_and_learns(critic):
         after = (model.policy.predict_values(observations).flatten() - returns).square().mean()
     assert after < 0.2 * before
     assert loss == pytest.approx(float(after), rel=0.5)
-    assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
+    assert all(torch.equal(a, b) for a, b in zip(actor, model.networks.actor_parameters.values()))
 
 
 def test_natural_critic_solves_linear_least_squares_in_one_step():
@@ -397,7 +399,7 @@ def test_natural_critic_solves_linear_least_squares_in_one_step():
     )
     observations = torch.as_tensor(model.rollout_buffer.observations.reshape(-1, 5))
     returns = observations @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]) + 0.7
-    assert model._fit_critic_by_natural_steps(observations, returns) < 1e-4 * float(returns.var())
+    assert critic_of(model).fit(observations, returns) < 1e-4 * float(returns.var())
 
 
 def test_dictionary_observations_with_a_sub_sampled_batch():
@@ -450,12 +452,12 @@ def test_rollout_equals_that_of_stable_baselines3(action):
 
 def test_non_finite_gradient_leaves_the_policy_as_it_was():
     model = filled(small())
-    actor = [p.detach().clone() for p in model._actor_parameters.values()]
+    actor = [p.detach().clone() for p in model.networks.actor_parameters.values()]
     model.rollout_buffer.advantages[3, 0] = np.nan
     model.n_critic_updates = 0
     model.train()
     assert model.logger.name_to_value["train/accepted"] == 0.0
-    assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
+    assert all(torch.equal(a, b) for a, b in zip(actor, model.networks.actor_parameters.values()))
 
 
 def test_refused_search_restores_the_policy_bit_for_bit():
@@ -464,16 +466,16 @@ def test_refused_search_restores_the_policy_bit_for_bit():
 
     def deceptive(batch):
         with torch.no_grad():
-            old = model._actor(batch.inputs)
+            old = model.networks.actor(batch.inputs)
         # uphill at the old policy, downhill wherever one goes
         return lambda outputs: (outputs - old - 1e6 * (outputs - old) ** 2).mean()
 
-    model._surrogate = deceptive
-    actor = [p.detach().clone() for p in model._actor_parameters.values()]
+    model.surrogate = deceptive
+    actor = [p.detach().clone() for p in model.networks.actor_parameters.values()]
     model.train()
     values = model.logger.name_to_value
     assert (values["train/accepted"], values["train/kl"], values["train/backtracks"]) == (0.0, 0.0, 9)
-    assert all(torch.equal(a, b) for a, b in zip(actor, model._actor_parameters.values()))
+    assert all(torch.equal(a, b) for a, b in zip(actor, model.networks.actor_parameters.values()))
 
 
 def test_npg_steps_have_the_length_they_promise():
@@ -484,16 +486,18 @@ def test_npg_steps_have_the_length_they_promise():
     fixed = filled(small(NPG, step_size=0.05, cg_max_steps=100))
     fixed.n_critic_updates = 0
     rollout = copy.deepcopy(fixed.rollout_buffer)
-    before = {n: p.detach().clone() for n, p in fixed._actor_parameters.items()}
-    batch = fixed._batch(next(rollout.get(None)))
-    fisher = Fisher(fixed._actor, batch.inputs, fixed._actor.family, parameters=fixed._actor_parameters)
+    before = {n: p.detach().clone() for n, p in fixed.networks.actor_parameters.items()}
+    batch = batch_of(fixed, next(rollout.get(None)))
+    fisher = Fisher(
+        fixed.networks.actor, batch.inputs, fixed.networks.actor.family, parameters=fixed.networks.actor_parameters
+    )
     matrix = fisher.dense().double()
     outputs = fisher.outputs.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(fixed._surrogate(batch)(outputs), outputs)
+    (slope,) = torch.autograd.grad(fixed.surrogate(batch)(outputs), outputs)
     gradient = fisher.linearization.pull_back(slope).double()
     expected = 0.05 * torch.linalg.solve(matrix + 0.1 * torch.eye(len(matrix), dtype=torch.float64), gradient)
     fixed.train()
-    moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in fixed._actor_parameters.items()])
+    moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in fixed.networks.actor_parameters.items()])
     assert (moved.double() - expected).norm() <= 1e-3 * expected.norm()
 
 
@@ -523,9 +527,9 @@ def test_gsde(squash):
     assert torch.isfinite(after).all()
     assert not torch.equal(before, after)
     filled(model)
-    batch = model._batch(next(model.rollout_buffer.get(None)))
+    batch = batch_of(model, next(model.rollout_buffer.get(None)))
     with torch.no_grad():
-        surrogate = model._surrogate(batch)(model._actor(batch.inputs))
+        surrogate = model.surrogate(batch)(model.networks.actor(batch.inputs))
     assert float(surrogate) == pytest.approx(float(batch.advantages.mean()), abs=1e-3)  # all ratios are one
 
 
@@ -564,7 +568,7 @@ def test_kfac_gains_more_within_the_radius_for_as_many_products():
     gains = {}
     for preconditioner in (None, "kfac"):
         model = filled(small(env=toy(), preconditioner=preconditioner, cg_max_steps=2, cg_damping=1e-3, seed=3))
-        report = model._actor_step(model._batch(next(model.rollout_buffer.get(None))))
+        report = model.actor_step(batch_of(model, next(model.rollout_buffer.get(None))))
         assert report.accepted
         assert report.iterations == 2
         gains[preconditioner] = report.predicted_gain / report.predicted_kl**0.5

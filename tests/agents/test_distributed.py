@@ -87,12 +87,11 @@ def trained(case: tuple[type, str, str], rollout: dict[str, np.ndarray], world: 
     if world.rank == 1:  # as if it had begun otherwise
         for p in model.policy.parameters():
             p.data.add_(1.0)
-    for head in (model._actor, model._critic):
+    for head in (model.networks.actor, model.networks.critic):
         head.prepare = lambda x, prepare=head.prepare: prepare(x).double()
     model.rollout_buffer.to_torch = lambda array, copy: torch.from_numpy(array).double()
     model.set_logger(Logger(None, []))
     model.join(world.group)
-    model._entropy = model._collect_seconds = 0.0
     part = slice(world.rank * n_envs, (world.rank + 1) * n_envs)
     orders = torch.randperm
     torch.randperm = order_of_both(model.batch_size) if world.group is None else own_order(world.rank)

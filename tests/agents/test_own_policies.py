@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from agents import MDPO, NPG, TRPO, buffer
+from agents.update import batch_of
 from npg import Fisher, families
 
 torch.set_num_threads(1)
@@ -78,13 +79,13 @@ def assert_as_stable_baselines3(make, callback=None, arrays=ARRAYS):
 
 def assert_consistent(model):
     """At the policy that acted all ratios are one, F is that of its own log-likelihoods, and a step is accepted."""
-    batch = model._batch(next(model.rollout_buffer.get(None)))
-    actor, policy = model._actor, model.policy
+    batch = batch_of(model, next(model.rollout_buffer.get(None)))
+    actor, policy = model.networks.actor, model.policy
     with torch.no_grad():
         ratio = (actor.family.log_likelihood(actor(batch.inputs), batch.actions) - batch.old_log_likelihood).exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=2e-3)
     # F is the mean of ∇log p ∇log pᵀ over the policy's own samples, here along one direction
-    own = dict(model._actor_parameters)
+    own = dict(model.networks.actor_parameters)
     rows = slice(0, 4)
     observations = batch.inputs[rows]
     fisher = Fisher(actor, observations, actor.family, parameters=own).dense()
@@ -214,7 +215,7 @@ class WithStretchedBeta(WithBeta):
 )
 def test_distributions_of_ones_own_act_and_are_measured_as_they_are(policy, action, family):
     model = assert_as_stable_baselines3(lambda: agent(policy, action))
-    assert type(model._actor.family).__name__ == family
+    assert type(model.networks.actor.family).__name__ == family
     actions = model.rollout_buffer.actions
     if policy in (With, WithBeta):
         assert np.abs(actions).max() <= 1  # 3.6 when the squashing was passed over
@@ -270,7 +271,7 @@ def test_methods_patched_on_the_object_are_called(patch):
 def test_gsde_acts_as_in_stable_baselines3(squash, cls):
     options = {"use_sde": True, "sde_sample_freq": 4, "policy_kwargs": {"squash_output": squash, "log_std_init": -1.0}}
     model = assert_as_stable_baselines3(lambda: agent(cls=cls, **options))
-    family = model._actor.family
+    family = model.networks.actor.family
     assert type(family).__name__ == ("SquashedGaussian" if squash else "DiagonalGaussian")
     assert_consistent(model)
 
@@ -332,7 +333,7 @@ def test_log_likelihoods_of_another_distribution_are_refused_by_name():
         model.rollout_buffer.log_probs[0] + 3.0,
         families.DiagonalGaussian()
         .log_likelihood(
-            model._actor(torch.as_tensor(model.rollout_buffer.observations[0])),
+            model.networks.actor(torch.as_tensor(model.rollout_buffer.observations[0])),
             torch.as_tensor(model.rollout_buffer.actions[0]),
         )
         .detach(),
@@ -473,7 +474,7 @@ def test_a_policy_that_is_not_changed_acts_by_one_program_to_the_end():
 
     collected(model, Watch())
     assert not any(seen)
-    assert len([p for p in model._actor._programs.values() if p is not None]) == 1
+    assert len([p for p in model.networks.actor._programs.values() if p is not None]) == 1
 
 
 class Counting(BaseFeaturesExtractor):
@@ -586,7 +587,7 @@ def test_only_real_observations_are_looked_at(cls, tmp_path):
     assert Picky.calls == 0
     model.learn(64)
     table = model.policy.features_extractor.table.weight
-    assert any(p is table for p in model._actor_parameters.values())
+    assert any(p is table for p in model.networks.actor_parameters.values())
     model.save(tmp_path / "model")
     calls = Picky.calls
     for env in (None, model.env):

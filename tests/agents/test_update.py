@@ -14,7 +14,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from agents import MDPO, NPG, TRPO, base
-from agents.base import copy_of_state
+from agents import critic as critics
+from agents.buffer import random_part
+from agents.critic import AdamCritic
+from agents.update import copy_of_state
 
 torch.set_num_threads(1)
 
@@ -64,10 +67,14 @@ def test_fisher_sees_all_times_of_the_rollout(critic, monkeypatch):
     steps, envs = model.rollout_buffer.buffer_size, model.rollout_buffer.n_envs
     model.rollout_buffer.observations[..., 0] = np.arange(steps)[:, None] / steps
     seen = []
-    step = base.natural_step
-    monkeypatch.setattr(
-        base, "natural_step", lambda *a, **k: seen.append(k["curvature_inputs"][:, 0].clone()) or step(*a, **k)
-    )
+    for module in (base, critics):
+        step = module.natural_step
+
+        def watched(*args, step=step, **kwargs):
+            seen.append(kwargs["curvature_inputs"][:, 0].clone())
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(module, "natural_step", watched)
     model.train()
     assert len(seen) == (1 if critic == "adam" else 3)  # the actor, and two steps of a natural critic
     for times in seen:
@@ -81,14 +88,14 @@ def test_fisher_sees_all_times_of_the_rollout(critic, monkeypatch):
 def test_fisher_on_a_part_is_that_of_the_whole_in_expectation():
     """The dense Fisher of the critic, averaged over draws: the first steps alone are far from it."""
     model = filled(critic="natural", fisher_fraction=0.25, n_steps=128, policy_kwargs={"net_arch": []})
-    inputs = model._critic.prepare(torch.as_tensor(model.rollout_buffer.observations).flatten(0, 1)).double()
+    inputs = model.networks.critic.prepare(torch.as_tensor(model.rollout_buffer.observations).flatten(0, 1)).double()
     inputs[:, 0] += torch.linspace(-5, 5, len(inputs))  # what drifts in the course of a rollout
 
     def gram(x: torch.Tensor) -> torch.Tensor:
         return x.T @ x / len(x)
 
     whole = gram(inputs)
-    drawn = torch.stack([gram(model._fisher_part(inputs, len(inputs))) for _ in range(300)])
+    drawn = torch.stack([gram(random_part(inputs, 0.25)) for _ in range(300)])
     error = (drawn.mean(0) - whole).abs()
     assert (error <= 5 * drawn.std(0) / 300**0.5 + 1e-12).all()
     assert (gram(inputs[: len(inputs) // 4]) - whole).abs().max() > 50 * error.max()
@@ -140,7 +147,7 @@ def test_the_policy_after_an_update_is_the_one_whose_kl_was_measured(algorithm, 
     def outputs() -> torch.Tensor:
         kept = copy.deepcopy(model.policy)
         with torch.no_grad():
-            result = model._actor(inputs)
+            result = model.networks.actor(inputs)
         model.policy.load_state_dict(kept.state_dict())  # as if nobody had looked
         return result
 
@@ -148,7 +155,7 @@ def test_the_policy_after_an_update_is_the_one_whose_kl_was_measured(algorithm, 
     model.train()
     logged = model.logger.name_to_value
     assert logged["train/accepted"] == 1.0
-    assert logged["train/kl"] == pytest.approx(float(model._actor.family.kl(old, outputs()).mean()), rel=1e-3)
+    assert logged["train/kl"] == pytest.approx(float(model.networks.actor.family.kl(old, outputs()).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -218,13 +225,13 @@ def test_moments_that_overflow_are_not_kept():
 def test_an_interrupt_changes_nothing(monkeypatch):
     model = filled(policy_kwargs={"features_extractor_class": Normalized, "share_features_extractor": False})
     before = state_of(model)
-    fit = model._fit_critic_by_adam
+    fit = AdamCritic.fit
 
     def interrupted(*args: Any) -> float:
         fit(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "_fit_critic_by_adam", interrupted)
+    monkeypatch.setattr(AdamCritic, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.train()
     assert_same(state_of(model), before)
@@ -286,7 +293,7 @@ def test_fused_adam_gives_the_numbers_of_the_plain_one(option):
         model = filled(policy_kwargs=kwargs)
         assert model.policy.optimizer.param_groups[0]["fused"] is (fused is None)
         model.train()
-        after.append(torch.cat([p.detach().flatten() for p in model._critic_parameters.values()]))
+        after.append(torch.cat([p.detach().flatten() for p in model.networks.critic_parameters.values()]))
     torch.testing.assert_close(*after, rtol=1e-4, atol=1e-6)
 
 

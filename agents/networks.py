@@ -1,0 +1,120 @@
+"""An agent's policy as two networks, the actor and the critic, and whose parameters are whose."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from agents.heads import ActorHead, CriticHead
+from agents.standard import is_standard
+from npg.families import Geometry
+from npg.transport import geometry
+
+if TYPE_CHECKING:
+    from agents.base import NaturalPolicyAlgorithm
+
+__all__ = ["Networks"]
+
+_Owned = tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]
+
+
+class Networks:
+    """Actor and critic of an agent. They are looked at anew where modules were replaced or parameters frozen.
+
+    Args:
+        agent: whose policy it is, as it is at each call of `follow`.
+
+    Attributes:
+        actor: observations ↦ the parameters of the action distribution.
+        critic: observations ↦ values.
+        geometry: that of the actor's steps; None for its family's own.
+
+    Raises:
+        ValueError: if the agent's ``preconditioner`` is not of its ``metric``.
+    """
+
+    def __init__(self, agent: NaturalPolicyAlgorithm) -> None:
+        self._agent = agent
+        self._look()
+
+    def _look(self) -> None:
+        """Look at the policy anew; nothing of it is run."""
+        policy = self._agent.policy
+        self.actor, self.critic = ActorHead(policy), CriticHead(policy)
+        self._known = self._signature()
+        self._owned: _Owned | None = None
+        self._set_geometry()
+        fuse(policy.optimizer)
+
+    def _set_geometry(self) -> None:
+        metric, preconditioner = self._agent.metric, self._agent.preconditioner
+        if self.actor.family is not None or metric != "wasserstein":
+            self.geometry: Geometry | None = geometry(metric, self.actor.family)
+        if metric != "fisher" and preconditioner is not None:
+            raise ValueError(f"preconditioner={preconditioner!r} needs metric='fisher', which it approximates")
+
+    @property
+    def actor_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters that the policy's distribution depends on, by name."""
+        return self._owners()[0]
+
+    @property
+    def critic_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that the critic trains: none of the actor's, unless it may train features that they share."""
+        return self._owners()[1]
+
+    def _owners(self) -> _Owned:
+        """The parameters of actor and critic, as one forward pass of each shows. It is kept if it was of real ones."""
+        if self._owned is not None:
+            return self._owned
+        agent = self._agent
+        agent.policy.set_training_mode(False)
+        observations, real = agent.recent_observations(), True
+        if observations is None:
+            observations, real = agent.policy.obs_to_tensor(agent.observation_space.sample())[0], False
+        self.actor.look(observations)
+        self._set_geometry()
+        actor = self.actor.own_parameters(observations)
+        shared = set() if agent.train_shared_features else {id(p) for p in actor.values()}
+        critic = {n: p for n, p in self.critic.own_parameters(observations).items() if id(p) not in shared}
+        if real:
+            self._owned = actor, critic
+        return actor, critic
+
+    def _signature(self) -> Any:
+        """What tells one policy, whose parameters are frozen or not, from another."""
+        policy = self._agent.policy
+        parameters = [(name, p.requires_grad) for name, p in policy.named_parameters()]
+        # objects that are kept, and not their ids alone, which others may have later
+        return parameters, is_standard(policy), [policy, policy.action_dist, *policy.parameters()]
+
+    def follow(self) -> None:
+        """Look anew where modules of the policy were replaced, or parameters frozen, since the last look."""
+        (*now, held), (*known, held_before) = self._signature(), self._known
+        if now != known or len(held) != len(held_before) or any(a is not b for a, b in zip(held, held_before)):
+            self._look()
+        policy = self._agent.policy
+        optimized = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}
+        if not optimized >= {id(p) for p in self.critic_parameters.values()}:  # a module of the critic was replaced
+            policy.optimizer = policy.optimizer_class(
+                policy.parameters(), lr=self._agent.lr_schedule(1), **policy.optimizer_kwargs
+            )
+            fuse(policy.optimizer)
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> None:
+    """One kernel per step of Adam in place of a dozen per tensor, with the same numbers, unless told otherwise.
+
+    Raises:
+        ValueError: for an optimizer that is to be differentiated through.
+    """
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise ValueError(
+                "optimizer_kwargs has differentiable=True, which PyTorch's optimizers refuse for parameters of a "
+                "module: leave it out"
+            )
+        if type(optimizer) is torch.optim.Adam and group["fused"] is None and group["foreach"] is None:
+            group["fused"] = True

@@ -1,0 +1,126 @@
+"""The arguments of an algorithm's constructor, each said once: its name, type, default, range and meaning.
+
+    class TRPO(NaturalPolicyAlgorithm):
+        target_kl: float = option(default=0.01, check=positive, doc="δ, in nats.")
+
+An option is an argument of the constructor, a line of the docstring and an attribute of the object. A class has the
+options of its base classes and its own. ``help(TRPO)``, ``inspect.signature(TRPO)`` and type checkers see all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+__all__ = ["HasOptions", "Option", "option"]
+
+Check = Callable[[str, Any], None]
+_REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a constructor; see `option`."""
+
+    default: Any
+    doc: str
+    check: Check | None
+    after: str | None
+    keyword: bool
+    annotation: str = ""
+
+
+def option(
+    *,
+    default: Any = _REQUIRED,
+    doc: str = "",
+    check: Check | None = None,
+    after: str | None = None,
+    keyword: bool = False,
+    annotation: str = "",
+) -> Any:
+    """Declare an option in the body of a class that `HasOptions`.
+
+    Args:
+        default: its default; without one it has to be given.
+        doc: what it means, for the docstring; without it the docstring leaves it out.
+        check: raises an error that names both for an ill-fitting (name, value): see `agents.checks`.
+        after: the option behind which it stands in the signature; by default it stands last.
+        keyword: whether it can be given by name only.
+        annotation: its type for the signature, where the attribute has another one.
+    """
+    return Option(default, doc, check, after, keyword, annotation)
+
+
+@typing.dataclass_transform(field_specifiers=(option,))
+class HasOptions:
+    """A class whose constructor takes the options that it and its base classes declare."""
+
+    options: ClassVar[Mapping[str, Option]] = {}
+    """All options by name, in the order of the signature."""
+
+    signature: ClassVar[inspect.Signature] = inspect.Signature()
+    """Of the options."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = [name for name, value in vars(cls).items() if isinstance(value, Option)]
+        if not own:
+            return
+        every, names = dict(cls.options), list(cls.options)
+        for name in own:
+            declared = vars(cls)[name]
+            every[name] = replace(declared, annotation=declared.annotation or cls.__annotations__[name])
+            delattr(cls, name)  # the attribute is the object's
+            names.insert(len(names) if declared.after is None else names.index(declared.after) + 1, name)
+        names.sort(key=lambda name: every[name].keyword)
+        cls.options = {name: every[name] for name in names}
+        cls.signature = inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY if o.keyword else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                    default=o.default,
+                    annotation=o.annotation,
+                )
+                for name, o in cls.options.items()
+            ]
+        )
+        cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+        lines = [
+            textwrap.fill(f"{name}: {o.doc}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+            for name, o in cls.options.items()
+            if o.doc
+        ]
+        cls.__doc__ = (cls.__doc__ or "").rstrip().replace("{options}", "\n".join(lines).strip())
+
+    @classmethod
+    def bind(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The constructor's arguments by name, with defaults, all of them checked.
+
+        Raises:
+            TypeError: if an argument is unknown, missing, or of the wrong kind.
+            ValueError: if a value is out of its range.
+        """
+        bound = cls.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if (check := cls.options[name].check) is not None:
+                check(name, value)
+        return bound.arguments
+
+
+def _constructor(cls: type[HasOptions]) -> Callable[..., None]:
+    """The constructor of the class, or of its base, with the signature of all options, for `inspect` and `help`."""
+    inner = vars(cls).get("__init__")
+
+    def __init__(self: HasOptions, *args: Any, **kwargs: Any) -> None:
+        (inner or super(cls, type(self)).__init__)(self, *args, **kwargs)
+
+    owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    __init__.__signature__ = inspect.Signature([owner, *cls.signature.parameters.values()])  # type: ignore[attr-defined]
+    return __init__

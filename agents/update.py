@@ -1,0 +1,226 @@
+"""One update of an agent, from top to bottom: advantages, surrogate, the actor's step, the critic's, the log.
+
+What an algorithm adds is one method, ``actor_step(batch)``: how the policy moves (`agents.trpo`, `agents.npg`,
+`agents.mdpo`). The step itself is `npg.natural_step`, the same that trains classifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite, nan
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from agents.buffer import random_part, rows
+from agents.critic import AdamCritic, NaturalCritic, fixed_statistics_of_the_actor, training_mode
+from npg.families import Family
+from npg.linearize import Buffers
+from npg.parallel import average_, equal, moments, size
+
+if TYPE_CHECKING:
+    from agents.base import NaturalPolicyAlgorithm
+
+__all__ = ["ActorReport", "Batch", "critic_of", "surrogate", "undone_on_error", "update"]
+
+
+class Batch(NamedTuple):
+    """One rollout, flattened over steps and environments, as the actor's step sees it.
+
+    Attributes:
+        inputs: prepared observations.
+        curvature_inputs: the part of them on which the Fisher is taken; None for all.
+        actions: in the form that the actor's family takes.
+        old_log_likelihood: log p(action) under the policy that acted, (N,).
+        advantages: (N,), normalised if so configured.
+    """
+
+    inputs: Any
+    curvature_inputs: Any
+    actions: Tensor
+    old_log_likelihood: Tensor
+    advantages: Tensor
+
+
+class ActorReport(Protocol):
+    """What an actor's step tells at least; see `npg.StepReport`."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the step was taken."""
+
+    @property
+    def objective(self) -> float:
+        """The surrogate before the step."""
+
+    @property
+    def actual_gain(self) -> float:
+        """What the step added to it."""
+
+
+def update(agent: NaturalPolicyAlgorithm) -> None:
+    """Move the actor by one step of its algorithm, then fit the critic to the returns, and log both.
+
+    Raises:
+        FloatingPointError: if the critic's loss is not finite; in all processes alike.
+        RuntimeError: if processes that learn together have come apart.
+    """
+    networks, policy, group = agent.networks, agent.policy, agent.process_group
+    rollout = next(agent.rollout_buffer.get(batch_size=None))
+    # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
+    policy.set_training_mode(False)
+    batch = batch_of(agent, rollout)
+
+    statistics = fixed_statistics_of_the_actor(networks, rollout.observations, moving=agent.train_shared_features)
+    with statistics as fixed:
+        # 1. The actor. Where all of it is frozen there is no step, and the critic alone is trained.
+        report = agent.actor_step(batch) if networks.actor_parameters else None
+
+        # 2. The critic.
+        started, loss, critic = perf_counter(), nan, critic_of(agent)
+        if networks.critic_parameters:
+            with training_mode(policy, but=fixed):
+                loss = critic.fit(rollout.observations, rollout.returns)
+    if isinstance(critic, NaturalCritic):
+        agent.critic_damping = critic.damping
+    if networks.critic_parameters and agent.n_critic_updates and not isfinite(loss):
+        found = agent.find_not_finite() or "rewards or observations are not, or learning_rate is too large"
+        raise FloatingPointError(f"the critic's loss is not finite in update {agent.n_updates + 1}: {found}")
+    critic_seconds = perf_counter() - started
+
+    # 3. Several processes stay one.
+    average_(policy.buffers(), group)
+    if not equal(policy.parameters(), group):
+        raise RuntimeError(f"the processes have different parameters after update {agent.n_updates + 1}")
+
+    # 4. The log.
+    record = agent.logger.record
+    for name, value in log_of(report, "kl" if networks.geometry is None else "distance").items():
+        record(name, value)
+    record("train/value_loss", loss)
+    record("train/explained_variance", explained_variance(agent))
+    record("train/entropy_loss", -agent.entropy)
+    if hasattr(policy, "log_std"):
+        record("train/std", torch.exp(policy.log_std).mean().item())
+    record("time/collect_seconds", agent.collect_seconds)
+    record("time/critic_seconds", critic_seconds)
+
+
+def batch_of(agent: NaturalPolicyAlgorithm, rollout: Any) -> Batch:
+    """The rollout as the actor's step takes it; every k-th row of a shuffle with ``sub_sampling_factor`` k."""
+    actor, group = agent.networks.actor, agent.process_group
+    n, k = len(rollout.advantages), agent.sub_sampling_factor
+    part = slice(None) if k == 1 else torch.randperm(n, device=agent.device)[::k]
+    inputs, advantages = actor.prepare(rows(rollout.observations, part)), rollout.advantages[part]
+    if agent.normalize_advantage:
+        mean, variance = moments(advantages, group)
+        n = len(advantages) * size(group)
+        advantages = (advantages - mean) / ((variance * n / max(n - 1, 1)).sqrt() + 1e-8)
+    return Batch(
+        inputs=inputs,
+        curvature_inputs=random_part(inputs, agent.fisher_fraction),
+        actions=actor.targets(rollout.actions[part]),
+        old_log_likelihood=rollout.old_log_prob[part],
+        advantages=advantages,
+    )
+
+
+def surrogate(family: Family, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """Outputs ↦ E[(π/π_old) A], the surrogate return of the importance-weighted batch (TRPO, equation 14)."""
+
+    def of_outputs(outputs: Tensor) -> Tensor:
+        ratio = torch.exp(family.log_likelihood(outputs, batch.actions) - batch.old_log_likelihood)
+        return (ratio * batch.advantages).mean()
+
+    return of_outputs
+
+
+def critic_of(agent: NaturalPolicyAlgorithm) -> AdamCritic | NaturalCritic:
+    """How the agent fits its critic."""
+    networks = agent.networks
+    if agent.critic == "adam":
+        return AdamCritic(
+            networks.critic,
+            networks.critic_parameters,
+            agent.policy.optimizer,
+            epochs=agent.n_critic_updates,
+            batch_size=agent.batch_size,
+            process_group=agent.process_group,
+        )
+    return NaturalCritic(
+        networks.critic,
+        networks.critic_parameters,
+        steps=agent.n_critic_updates,
+        products=agent.cg_max_steps,
+        fisher_fraction=agent.fisher_fraction,
+        damping=agent.critic_damping,
+        process_group=agent.process_group,
+    )
+
+
+#: What the log has of an actor's report, as far as that has it.
+_LOGGED = {
+    "train/predicted_{divergence}": "predicted_kl",
+    "train/predicted_gain": "predicted_gain",
+    "train/backtracks": "backtracks",
+    "train/cg_iterations": "iterations",
+    "train/cg_residual": "residual",
+    "train/step_norm": "step_norm",
+    "train/gradient_norm": "gradient_norm",
+    "time/solve_seconds": "solve_seconds",
+    "time/search_seconds": "search_seconds",
+}
+
+
+def log_of(report: Any, divergence: str) -> dict[str, float]:
+    """An actor's report under the names of the log; nothing where there was no step."""
+    if report is None:
+        return {}
+    gain, kl = (report.actual_gain, report.kl) if report.accepted else (0.0, 0.0)
+    own = {name: getattr(report, field) for name, field in _LOGGED.items() if hasattr(report, field)}
+    return {
+        f"train/{divergence}": kl,
+        "train/accepted": float(report.accepted),
+        "train/actual_gain": gain,
+        "train/policy_objective": report.objective + gain,
+        **{name.format(divergence=divergence): value for name, value in own.items()},
+    }
+
+
+def explained_variance(agent: NaturalPolicyAlgorithm) -> float:
+    """1 − Var[R − V] / Var[R] of the returns R and the values V before the update; NaN for a constant return."""
+    buffer: RolloutBuffer = agent.rollout_buffer
+    values, returns = (torch.as_tensor(x, device=agent.device).flatten() for x in (buffer.values, buffer.returns))
+    _, unexplained = moments(returns - values, agent.process_group)
+    _, variance = moments(returns, agent.process_group)
+    return float(1 - unexplained / variance) if variance > 0 else nan
+
+
+def copy_of_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
+    """What `load_state_dict` brings back, as it is now."""
+    return pytree.tree_map_only(Tensor, torch.clone, owner.state_dict())
+
+
+@contextmanager
+def undone_on_error(
+    agent: NaturalPolicyAlgorithm, optimizers: Sequence[nn.Module | torch.optim.Optimizer]
+) -> Iterator[None]:
+    """Put back all that an update moves, the policy and these, if an error or an interrupt leaves the block."""
+    states = [copy_of_state(owner) for owner in optimizers]
+    parameters = [(p, p.detach().clone()) for p in agent.policy.parameters()]
+    buffers, damping = Buffers(agent.policy), agent.critic_damping
+    try:
+        yield
+    except BaseException:
+        for owner, state in zip(optimizers, states):
+            owner.load_state_dict(state)
+        for p, before in parameters:
+            p.data.copy_(before)
+        buffers.restore()
+        agent.critic_damping = damping
+        raise

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional
 
 from npg import families
-from npg.optim import NGD, UPDATE_PERIOD, DiagonalNGD, OnlineNGD
+from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.optim.base import UPDATE_PERIOD
 from npg.vision import model_from_name
 
 LR = 1e-3

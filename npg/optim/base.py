@@ -1,0 +1,235 @@
+"""What the optimizers share: checks, an exact resume, and a model that is linearised by the optimizer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from math import inf
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from npg.curvature.online import OnlinePreconditioner
+from npg.families import Family
+from npg.fisher import Kind
+from npg.linearize import uncompiled
+from npg.parameters import Parameters
+
+__all__ = [
+    "BURN_IN",
+    "MISSING",
+    "UPDATE_PERIOD",
+    "ExactResume",
+    "ModelOptimizer",
+    "Tensors",
+    "TrackedFactors",
+    "check",
+    "decay_matrices",
+    "dense_gradients",
+    "flat",
+    "is_due",
+    "split",
+]
+
+Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+
+#: Steps at the start on which online factors are always updated.
+BURN_IN = 10
+#: And after them on every so many.
+UPDATE_PERIOD = 4
+
+
+def is_due(step: int, period: int) -> bool:
+    """Whether factors are updated on this step, counted from 0."""
+    return step < BURN_IN or step % period == 0
+
+
+MISSING: Any = object()
+
+
+def check(ok: bool, name: str, value: object, wanted: str) -> None:
+    """Raise ValueError unless ``ok``: it names the argument, the value, and what is ``wanted``."""
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not usable: it must be {wanted}")
+
+
+def dense_gradients(params: Iterable[Tensor]) -> None:
+    """Raise ValueError if a gradient is sparse."""
+    for p in params:
+        if p.grad is not None and p.grad.is_sparse:
+            raise ValueError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse; "
+                "this optimizer needs dense gradients (for an embedding: sparse=False)"
+            )
+
+
+def decay_matrices(params: Iterable[Tensor], amount: float | Tensor) -> None:
+    """Decoupled weight decay of all parameters but biases and those of normalisation."""
+    matrices = [p for p in params if p.ndim > 1]
+    if matrices and (isinstance(amount, Tensor) or amount):
+        torch._foreach_mul_(matrices, 1 - amount)
+
+
+class ExactResume(Optimizer):
+    """An optimizer whose state comes back from a checkpoint with the dtype it was saved with.
+
+    `Optimizer.load_state_dict` casts state to the dtype of its parameter, which rounds the float32 state of
+    half-precision parameters, and may share memory with the checkpoint.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict` of the same optimizer over parameters of the same shapes."""
+        # `torch.distributed.checkpoint` puts {} where a flattened state lacks an entry.
+        kept = {i: {k: v for k, v in state.items() if v != {}} for i, state in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": kept}
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for i, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    # counts are for the host
+                    self.state[p][key] = value.to(p.device if value.is_floating_point() else "cpu", copy=True)
+
+
+class ModelOptimizer(ExactResume):
+    """An optimizer that linearises the model itself; one parameter group, all that is trainable."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        defaults: dict[str, Any],
+        fisher: Kind,
+        process_group: dist.ProcessGroup | None,
+        damping_metric: str,
+        alpha: float,
+    ) -> None:
+        if isinstance(model, DistributedDataParallel):
+            # Forward mode cannot pass through the wrapper; the reduction is done here, once per product.
+            process_group = process_group or model.process_group
+            model = model.module
+        model = cast(nn.Module, uncompiled(model))
+        check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
+        check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
+        self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
+        self.damping_metric, self.alpha = damping_metric, alpha
+        self._factors: TrackedFactors | None = None
+        super().__init__(Parameters(model).tensors, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_factors": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._factors = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise ValueError for a second group: the parameters are those of the model."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} has one parameter group, that of its model: put all into the model"
+            )
+        super().add_param_group(param_group)
+
+    def _trainable(self) -> list[Tensor]:
+        """What the model trains; all of it is in the parameter group."""
+        held = {id(p) for p in self.param_groups[0]["params"]}
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if new := [name for name, p in named.items() if id(p) not in held]:
+            raise ValueError(
+                f"{new} became trainable, or part of the model, after this {type(self).__name__} was made: make it anew"
+            )
+        return list(named.values())
+
+    def _has_batch(self, inputs: Any, targets: Any, closure: Any) -> bool:
+        """Whether there is a mini-batch to take a step on; False where the state is to be made, and nothing else.
+
+        `torch.distributed.checkpoint` calls ``step(closure=None)`` for that.
+        """
+        if inputs is MISSING and targets is MISSING and closure is None:
+            self._make_state(self._trainable())
+            return False
+        if inputs is MISSING or targets is MISSING or closure not in (None, MISSING):
+            raise TypeError(
+                f"{type(self).__name__} differentiates the model itself, without loss.backward() or a closure: "
+                "call step(inputs, targets)"
+            )
+        if not isinstance(targets, Tensor) or targets.ndim == 0:
+            kind = "a tensor without axes" if isinstance(targets, Tensor) else type(targets).__name__
+            raise ValueError(f"targets must be a tensor whose leading axis is that of the mini-batch, got {kind}")
+        return True
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        """Make every entry of the state that steps would make, with what it has before the first of them."""
+        raise NotImplementedError
+
+    def _log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log p(targets | outputs) of each event."""
+        if outputs.ndim == 1:
+            raise ValueError(
+                f"the model returns outputs of shape {tuple(outputs.shape)}: that is one event of {len(outputs)} "
+                "components, and a mini-batch has its events on the leading axis. Return "
+                f"({len(outputs)}, 1) for {len(outputs)} events, without squeeze(-1); (1, {len(outputs)}) for one"
+            )
+        return self.family.log_likelihood(outputs, targets)
+
+    def _steps(self, params: Iterable[Tensor]) -> int:
+        """The number of steps that were taken: the largest, where some of the parameters were frozen for a while."""
+        return max(int(self.state[p].get("step", 0)) for p in params if p in self.state) if self.state else 0
+
+    def _count_to(self, steps: int, params: Iterable[Tensor]) -> None:
+        count = torch.tensor(steps)
+        for p in params:
+            self.state[p]["step"] = count
+
+    def _online_factors(self) -> TrackedFactors | None:
+        """The factors of the metric C; None if the damping does not use it."""
+        if self.damping_metric != "online":
+            return None
+        params = self._trainable()
+        if self._factors is None or not self._factors.cover(params):
+            self._factors = TrackedFactors(params, self.state, self.alpha)
+        return self._factors
+
+    def _states(self, key: str, params: Iterable[Tensor]) -> list[Tensor]:
+        """One state tensor of each parameter, zero at first, at least float32."""
+        for p in params:
+            if key not in self.state[p]:
+                self.state[p][key] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        return [self.state[p][key] for p in params]
+
+
+class TrackedFactors:
+    """`OnlineNGD`'s factors of the gradients of a model, with its defaults; the optimizer's state is views of them.
+
+    Gradients are the same on all processes, and so are the factors.
+    """
+
+    def __init__(self, params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], alpha: float) -> None:
+        self.params = [p for p in params if p.numel() > 0]
+        self.preconditioner = OnlinePreconditioner(self.params, [states[p] for p in self.params], alpha=alpha)
+
+    def cover(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters, empty ones aside."""
+        return {*self.params} == {p for p in params if p.numel() > 0}
+
+    def update(self, gradient: Tensor, step: int) -> None:
+        """Take in the gradient of a step, (P,), where it is due; steps are counted from 0."""
+        if is_due(step, UPDATE_PERIOD):
+            self.preconditioner(split(gradient, self.params), update=True, first=step == 0)
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors → one vector, (P,)."""
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def split(vector: Tensor, like: Tensors) -> list[Tensor]:
+    """(P,) → views shaped like the tensors."""
+    parts = vector.split([t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]

@@ -1,0 +1,314 @@
+"""Natural gradient descent: `npg.natural_step` as an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import ceil, inf
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor, nn
+
+from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
+from npg.families import Family, Geometry
+from npg.fisher import Fisher, Kind
+from npg.linearize import Buffers
+from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, is_due, split
+from npg.optim.batches import first_rows
+from npg.parameters import Parameters
+from npg.solvers import Solution, Solver, conjugate_gradient, dense_solve, solve_in_metric
+from npg.step import StepReport, natural_step
+from npg.transport import geometry
+from npg.trust_region import LevenbergMarquardt, TrustRegion
+
+__all__ = ["NGD"]
+
+
+class NGD(ModelOptimizer):
+    r"""Natural gradient descent with the exact Fisher information, F s = g solved by conjugate gradients.
+
+    Every step is one `natural_step` that maximises the mean log-likelihood:
+
+        d = β (F + λI)⁻¹ ∇ mean log p(targets | inputs),    θ ← (1 − lr · weight_decay) (θ + d + μ m),    m ← d + μ m.
+
+    β is ``lr``, or with ``max_kl`` the smaller of that and the length at which the model moves by KL ≤ ``max_kl``.
+
+    Args:
+        model: all its trainable parameters are optimised.
+        family: what the outputs of ``model`` mean.
+        lr: step size; 1 is the full natural (Gauss–Newton) step.
+        damping: λ ≥ 0. It has to be positive where F is singular to working precision and the gradient is noisy: with
+            batch normalisation, for one.
+        max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
+        momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
+        weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone.
+        solver: ``"cg"``; ``"kfac"`` or ``"ekfac"``, which take the Kronecker-factored F̂ + λI for F + λI and its inverse
+            for the solution (`npg.curvature.kronecker`); or ``"dense"`` for the report's Algorithm 1 as printed: F as a
+            matrix, and its inverse (its pseudo-inverse where λ = 0 and F is singular), for up to some thousands of
+            parameters.
+        preconditioner: None, ``"kfac"`` or ``"ekfac"``, for conjugate gradients. One iteration is K-FAC's direction at
+            the length that is best for F; more of them lead from there to the solution.
+        max_iterations: of conjugate gradients, each about the cost of one gradient.
+        rtol: conjugate gradients stop where the residual is below ``rtol`` · ‖g‖.
+        factor_decay: γ, in [0, 1): F̂ is an average over mini-batches, that of k updates ago with the weight γᵏ.
+        update_period: F̂ is updated on each of the first 10 steps and on every ``update_period``-th step after them.
+        probes: backward passes per update of F̂; None takes one for each output.
+        generator: the source of their signs, and of sampled labels, by default torch's global one, which a checkpoint
+            has to hold anyway.
+        warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
+        damping_metric: ``"identity"``; for ``"cg"`` without a preconditioner or a warm start ``"online"``: solve
+            (F + λC) s = g with the metric C that the gradients so far define (`npg.curvature.online`), which also
+            preconditions the solver then; for ``"kfac"`` and ``"ekfac"`` ``"factors"``: share λ out to the factors of
+            each layer, in proportion to their size (`npg.curvature.kronecker`).
+        alpha: smoothing of the online factors, as in `OnlineNGD`.
+        curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
+        fisher: ``"exact"``, ``"sampled"`` or ``"empirical"``.
+        metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, and
+            ``wasserstein(family, graph)`` that with classes on a graph of your own. ``max_kl`` then bounds ½W₂², and
+            the gain that ``damping_control`` compares with is that of the linear model.
+        damping_control: adapts λ after each step, which then costs one more forward pass.
+        process_group: average over these processes, each of which holds an equal share of the mini-batch. A model in
+            DistributedDataParallel brings its own.
+
+    Raises:
+        ValueError: if an option is out of its range.
+        TypeError: if the family has no Wasserstein metric.
+
+    Source: Amari (1998), Natural gradient works efficiently in learning; Martens (2010), Deep learning via
+    Hessian-free optimization.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        lr: float = 1.0,
+        damping: float = 1e-3,
+        *,
+        max_kl: float | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        solver: Literal["cg", "kfac", "ekfac", "dense"] = "cg",
+        preconditioner: Literal["kfac", "ekfac"] | None = None,
+        max_iterations: int = 10,
+        rtol: float = 1e-3,
+        factor_decay: float = 0.95,
+        update_period: int = 10,
+        probes: int | None = 1,
+        generator: Generator | None = None,
+        warm_start: float = 0.0,
+        damping_metric: Literal["identity", "online", "factors"] = "identity",
+        alpha: float = 4.0,
+        curvature_fraction: float = 1.0,
+        fisher: Kind = "exact",
+        metric: Literal["fisher", "wasserstein"] | Geometry = "fisher",
+        damping_control: LevenbergMarquardt | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check(0 <= lr < inf, "lr", lr, "a finite number, 0 or above")
+        check(0 <= damping < inf, "damping", damping, "a finite number, 0 or above")
+        check(max_kl is None or 0 < max_kl < inf, "max_kl", max_kl, "None or a positive KL in nats")
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        check(not (momentum and max_kl), "momentum", momentum, "0 with max_kl, whose radius it would break")
+        check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
+        check(solver in ("cg", "kfac", "ekfac", "dense"), "solver", solver, "'cg', 'kfac', 'ekfac' or 'dense'")
+        check(preconditioner in (None, "kfac", "ekfac"), "preconditioner", preconditioner, "None, 'kfac' or 'ekfac'")
+        check(preconditioner is None or solver == "cg", "preconditioner", preconditioner, "None without solver='cg'")
+        check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
+        check(rtol >= 0, "rtol", rtol, "0 or above")
+        check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
+        check(not warm_start or solver == "cg", "warm_start", warm_start, f"0 with solver={solver!r}")
+        check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
+        check(update_period >= 1, "update_period", update_period, "at least 1")
+        check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
+        approximation = solver if solver in ("kfac", "ekfac") else preconditioner
+        metrics = ("identity", "online", "factors")
+        check(damping_metric in metrics, "damping_metric", damping_metric, "'identity', 'online' or 'factors'")
+        if damping_metric == "factors":
+            check(solver in ("kfac", "ekfac"), "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")
+        if damping_metric == "online":
+            check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
+            check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
+            check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
+        check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
+        self.metric = geometry(metric, family)
+        check(fisher == "exact" or self.metric is None, "fisher", fisher, "'exact' with another metric")
+        check(approximation is None or self.metric is None, "metric", metric, f"'fisher' with {approximation}")
+        defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
+        self.trust_region = None if max_kl is None else TrustRegion(max_kl)
+        self.damping_control = damping_control
+        self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
+        self.solver, self.preconditioner, self.probes, self.generator = solver, preconditioner, probes, generator
+        self.factor_decay, self.update_period = factor_decay, update_period
+        self._solver: Solver = partial(dense_solve, method="eigh")
+        if solver == "cg":
+            self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, inputs: Any = MISSING, targets: Tensor = MISSING, *, closure: None = MISSING
+    ) -> StepReport:
+        """Take one step on a mini-batch; a step that is refused leaves everything as it was but the damping.
+
+        Args:
+            inputs: a tensor, or a tuple of the model's positional arguments.
+            targets: in the shape that ``family.log_likelihood`` takes.
+            closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for,
+                and returns None.
+
+        Raises:
+            TypeError: without inputs and targets, or with a closure; with ``curvature_fraction`` also for inputs in
+                which no rows can be found.
+            ValueError: with ``curvature_fraction``, where it is not clear which tensors have the batch's rows.
+        """
+        if not self._has_batch(inputs, targets, closure):
+            return cast(StepReport, None)
+        group = self.param_groups[0]
+        params = self._trainable()
+        # A scheduler may have set it since: OneCycleLR does, unless cycle_momentum=False.
+        momentum = group["momentum"]
+        check(not (momentum and self.trust_region), "momentum", momentum, "0 with max_kl, whose radius it would break")
+        solver, x0, fraction = self._solver, None, self.curvature_fraction
+        count = self._steps(params)
+        kronecker = KroneckerState(self, params, count) if self._kronecker else None
+        if kronecker is not None and self.preconditioner is None:
+            solver = kronecker.solve
+            fraction = fraction if kronecker.due else 1.0  # no F is looked at, so that none is linearised for itself
+        rows = ceil(fraction * len(targets))
+        curvature_inputs = first_rows(inputs, rows, len(targets)) if rows < len(targets) else None
+        if (factors := self._online_factors()) is not None:
+            solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
+        if self.warm_start:
+            x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
+        decay = group["lr"] * group["weight_decay"]
+        theta, buffers = Parameters(self.model), Buffers(self.model)
+        origin = theta.copy() if momentum or decay else []
+        report = natural_step(
+            self.model,
+            inputs,
+            self.family,
+            lambda outputs: self._log_likelihood(outputs, targets).mean(),
+            trust_region=self.trust_region,
+            learning_rate=group["lr"],
+            damping=group["damping"],
+            solver=solver,
+            fisher=partial(
+                Fisher,
+                kind=self.fisher,
+                targets=targets[:rows] if self.fisher == "empirical" else None,
+                generator=self.generator,
+            ),
+            metric=self.metric,
+            curvature_inputs=curvature_inputs,
+            preconditioner=None if self.preconditioner is None else kronecker,
+            x0=x0,
+            # the Hessian of the loss is about the Fisher information, and about no other metric
+            objective_curvature=1.0 if self.metric is None else 0.0,
+            evaluate=self.damping_control is not None,
+            process_group=self.process_group,
+        )
+        if report.accepted and origin:
+            if momentum:
+                torch._foreach_add_(params, self._states("momentum_buffer", params), alpha=momentum)
+            decay_matrices(params, decay)
+            torch.clear_autocast_cache()
+            if not theta.is_finite():
+                theta.restore(origin)
+                buffers.restore()
+                report = replace(report, accepted=False, step=torch.zeros_like(report.step), step_norm=0.0, scale=0.0)
+        if report.accepted:
+            if momentum:
+                momenta = self._states("momentum_buffer", params)
+                torch._foreach_mul_(momenta, momentum)
+                torch._foreach_add_(momenta, split(report.step, momenta))
+            if self.warm_start:
+                torch._foreach_copy_(self._states("solution", params), split(report.solution, params))
+            if factors is not None:
+                factors.update(report.gradient, count)
+            if kronecker is not None:
+                kronecker.keep()
+            self._count_to(count + 1, params)
+        if self.damping_control is not None:
+            group["damping"] = self.damping_control.update(
+                group["damping"], report.predicted_gain, report.actual_gain, report.accepted
+            )
+        return report
+
+    @property
+    def _kronecker(self) -> bool:
+        """Whether F̂ is the solver or the preconditioner."""
+        return bool({self.solver, self.preconditioner} & {"kfac", "ekfac"})
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        self._count_to(self._steps(params), params)
+        self._online_factors()
+        if self.param_groups[0]["momentum"]:
+            self._states("momentum_buffer", params)
+        if self.warm_start:
+            self._states("solution", params)
+        if self._kronecker:  # which parameters will hold a block is not known before the first step
+            for name in {"key", *Block._fields, *Multiple._fields}:
+                for p in params:
+                    self.state[p].setdefault(f"kfac_{name}", torch.empty(0))
+
+
+class KroneckerState:
+    """F̂ of a step of `NGD`, its solver or preconditioner: updated where that is due, kept if the step is taken."""
+
+    def __init__(self, optimizer: NGD, params: list[Tensor], step: int) -> None:
+        self.optimizer, self.params, self.step = optimizer, params, step
+        # The state names parameters by their places in the group, which do not change when some are frozen.
+        places = {id(p): place for place, p in enumerate(optimizer.param_groups[0]["params"])}
+        self.places = [places[id(p)] for p in params]
+        index = {place: i for i, place in enumerate(self.places)}
+        self.blocks: dict[tuple[int, ...], Block | Multiple] = {}
+        for state in (optimizer.state[p] for p in params if "kfac_key" in optimizer.state[p]):
+            key = state["kfac_key"].tolist()
+            if key and all(place in index for place in key):
+                kind = Block if "kfac_inputs" in state and state["kfac_inputs"].numel() else Multiple
+                fields = {name: state[f"kfac_{name}"] for name in kind._fields}
+                self.blocks[tuple(index[place] for place in key)] = kind(**fields)
+
+    def __call__(self, fisher: Fisher, damping: float) -> Callable[[Tensor], Tensor]:
+        """R ↦ (F̂ + λI)⁻¹ r."""
+        return self._approximation(fisher).inverse(damping)
+
+    def solve(self, A: Fisher, b: Tensor, /, *, x0: Tensor | None = None, damping: float = 0.0) -> Solution:
+        """(F̂ + λI)⁻¹ b."""
+        shared = self.optimizer.damping_metric == "factors"
+        return self._approximation(A).solve(b, damping=damping, shared=shared)
+
+    @property
+    def due(self) -> bool:
+        """Whether this step updates F̂; it does where F̂ does not have each parameter once."""
+        covered = sorted(i for key in self.blocks for i in key)
+        return covered != list(range(len(self.params))) or is_due(self.step, self.optimizer.update_period)
+
+    def _approximation(self, fisher: Fisher) -> KroneckerFisher:
+        optimizer = self.optimizer
+        if not self.due:
+            return KroneckerFisher.of(fisher.parameters, self.blocks)
+        approximation = KroneckerFisher(
+            fisher,
+            corrected="ekfac" in (optimizer.solver, optimizer.preconditioner),
+            probes=optimizer.probes,
+            generator=optimizer.generator,
+            previous=self.blocks,
+            decay=optimizer.factor_decay,
+        )
+        self.blocks = approximation.blocks
+        return approximation
+
+    def keep(self) -> None:
+        """Put F̂ into the optimizer's state."""
+        states = [self.optimizer.state[p] for p in self.params]
+        for state in states:
+            for name in [name for name in state if name.startswith("kfac_")]:
+                del state[name]
+        for key, block in self.blocks.items():
+            fields = {f"kfac_{name}": value for name, value in block._asdict().items()}
+            states[key[0]].update({"kfac_key": torch.tensor([self.places[i] for i in key]), **fields})

@@ -13,7 +13,8 @@ In the basis of its eigenvectors F̂ is diagonal, so that the inverse of F̂ + �
 
 EKFAC keeps the basis and puts the second moments E[(Vᵀ (Σ g āᵀ) U)²] in the place of t sᵀ, with the sum over all uses
 of the layer in one event: of all matrices that are diagonal in this basis, the nearest to the block of F in the
-Frobenius norm. For that it has to be known which rows of a layer's inputs are of which event, see `_by_event`.
+Frobenius norm. For that it has to be known which rows of a layer's inputs are of which event: see `events_apart` in
+`npg.curvature.layers`.
 
 Damping may be shared out to the factors, each at its own scale: with π² = (tr A / I) / (tr G / O),
 
@@ -31,27 +32,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from math import inf, nan
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Generator, Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Generator, Tensor
 
+from npg.curvature.layers import (
+    Call,
+    Key,
+    Pulled,
+    events_apart,
+    events_at_once,
+    input_factor,
+    patches_of,
+    positions_of,
+    record_layers,
+)
 from npg.fisher import Fisher
-from npg.linearize import Linearization, Model
 from npg.parallel import average_
 from npg.parameters import Parameters
 from npg.solvers import Solution, Status
 
 __all__ = ["Block", "KroneckerFisher", "Multiple"]
-
-#: A layer of more inputs or outputs has no factors: memory would grow with the square, time with the cube.
-MAX_SIZE = 8192
-_ELEMENTS = 2**24  # of patches, or of gradients event by event, that are in memory at once
-_Key = tuple[int, ...]
 
 
 class Block(NamedTuple):
@@ -136,13 +138,13 @@ class KroneckerFisher:
         corrected: bool = False,
         probes: int | None = 1,
         generator: Generator | None = None,
-        previous: Mapping[_Key, Block | Multiple] | None = None,
+        previous: Mapping[Key, Block | Multiple] | None = None,
         decay: float = 0.0,
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.parameters = fisher.parameters
-        outputs, layers, calls = _record(fisher.linearization)
+        outputs, layers, calls = record_layers(fisher.linearization)
         past = dict(previous or {})
         keys = set(layers.values())  # no two of them share a parameter, so that no two blocks do
         # Also of a layer that is not in use today.
@@ -151,7 +153,7 @@ class KroneckerFisher:
             _check_size(block, key, self.parameters)
         inside = {index for key in (*calls, *kept) for index in key}
         rest = [index for index in range(len(self.parameters.tensors)) if index not in inside]
-        self.blocks: dict[_Key, Block | Multiple] = dict(kept)
+        self.blocks: dict[Key, Block | Multiple] = dict(kept)
         with torch.autocast(outputs.device.type, enabled=False):
             factors, means, pulled = _moments(fisher, outputs, calls, rest, probes, generator, keep=corrected)
             for key, pair in factors.items():
@@ -166,7 +168,7 @@ class KroneckerFisher:
                 updates, newest = _count(before, decay)
                 self.blocks[index,] = Multiple(mean if before is None else before.values.lerp(mean, newest), updates)
             if corrected:
-                apart = _by_event(fisher.linearization, layers)
+                apart = events_apart(fisher.linearization, layers)
                 for key in calls.keys() - apart:
                     warnings.warn(
                         f"EKFAC takes K-FAC's values for {self.parameters.names[key[0]]!r}: the rows of its inputs are "
@@ -176,17 +178,17 @@ class KroneckerFisher:
                     )
                 self._correct([{k: v for k, v in uses.items() if k in apart} for uses in pulled], fisher)
 
-    def _correct(self, pulled: list[_Pulled], fisher: Fisher) -> None:
+    def _correct(self, pulled: list[Pulled], fisher: Fisher) -> None:
         """Second moments of the gradients, event by event, in the place of the products of eigenvalues."""
-        moments: dict[_Key, Tensor] = {}
+        moments: dict[Key, Tensor] = {}
         for key, uses in ((key, uses) for probe in pulled for key, uses in probe.items()):
             block = self.blocks[key]
             assert isinstance(block, Block)
             moment = moments.setdefault(key, torch.zeros_like(block.values))
-            events = _events(max(block.values.numel(), *(call.patch_elements for call, _ in uses)))
+            events = events_at_once(max(block.values.numel(), *(call.patch_elements for call, _ in uses)))
             for parts in zip(*(zip(call.inputs.split(events), g.split(events)) for call, g in uses), strict=True):
                 pairs = [
-                    (g @ block.output_basis, _patches(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis)
+                    (g @ block.output_basis, patches_of(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis)
                     for (call, _), (x, g) in zip(uses, parts)
                 ]
                 if len(pairs) == 1 and pairs[0][0].shape[1] == 1:
@@ -200,7 +202,7 @@ class KroneckerFisher:
             self.blocks[key] = self.blocks[key]._replace(values=moment)
 
     @classmethod
-    def of(cls, parameters: Parameters, blocks: Mapping[_Key, Block | Multiple]) -> Self:
+    def of(cls, parameters: Parameters, blocks: Mapping[Key, Block | Multiple]) -> Self:
         """F̂ with the given ``blocks``.
 
         Raises:
@@ -242,7 +244,7 @@ class KroneckerFisher:
         """
         if not 0 <= damping < inf:
             raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
-        blocks: dict[_Key, Block | Multiple] = {}
+        blocks: dict[Key, Block | Multiple] = {}
         for key, block in self.blocks.items():
             damped = block.damped(damping, shared=shared)
             blocks[key] = block._replace(values=torch.where(damped == 0, 0.0, 1 / damped))
@@ -261,7 +263,7 @@ class KroneckerFisher:
         status = Status.CONVERGED if bool(torch.isfinite(value)) else Status.NON_FINITE
         return Solution(x, status, (status,), 0, torch.full_like(curvature, nan), curvature, value)
 
-    def _apply(self, blocks: Mapping[_Key, Block | Multiple], v: Tensor) -> Tensor:
+    def _apply(self, blocks: Mapping[Key, Block | Multiple], v: Tensor) -> Tensor:
         self.parameters.check(v)
         columns = v.T if v.ndim == 2 else v.unsqueeze(0)
         parts = list(columns.to(self.parameters.dtype).split(self.parameters.sizes, 1))
@@ -279,7 +281,7 @@ class KroneckerFisher:
         return w.T if v.ndim == 2 else w.squeeze(0)
 
 
-def _check_size(block: Block, key: _Key, parameters: Parameters) -> None:
+def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
     weight = parameters.tensors[key[0]]
     size = (len(weight), weight.numel() // max(len(weight), 1) + len(key) - 1)
     if block.values.shape != size:
@@ -298,27 +300,27 @@ def _count(before: Block | Multiple | None, decay: float) -> tuple[Tensor, float
 def _moments(
     fisher: Fisher,
     outputs: Tensor,
-    calls: Mapping[_Key, list[_Call]],
+    calls: Mapping[Key, list[Call]],
     rest: list[int],
     probes: int | None,
     generator: Generator | None,
     *,
     keep: bool,
-) -> tuple[dict[_Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[_Pulled]]:
+) -> tuple[dict[Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[Pulled]]:
     """A and G of each layer, the mean diagonal of every other parameter; and to ``keep``, each probe's gradients."""
     dtype, leaves = fisher.dtype, fisher.linearization.leaves
-    inputs = {key: _input_factor(made, len(key) > 1, dtype) for key, made in calls.items()}
+    inputs = {key: input_factor(made, len(key) > 1, dtype) for key, made in calls.items()}
     factors = {key: inputs[key].new_zeros(made[0].width, made[0].width) for key, made in calls.items()}
     means = {index: torch.zeros((), dtype=dtype, device=outputs.device) for index in rest}
     uses = [(key, call) for key, made in calls.items() for call in made]
     targets: list[Any] = [*(call.output for _, call in uses), *(leaves[index] for index in rest)]
-    pulled: list[_Pulled] = []
+    pulled: list[Pulled] = []
     for u in fisher.factor_vectors(probes, generator):
         gradients = torch.autograd.grad(outputs, targets, u, retain_graph=True, allow_unused=True)
         pulled.append({})
         for (key, call), gradient in zip(uses, gradients):
             if gradient is not None:
-                g = _positions(call.module, gradient).to(dtype)
+                g = positions_of(call.module, gradient).to(dtype)
                 factors[key] += g.flatten(0, 1).T @ g.flatten(0, 1) / fisher.events
                 if keep:
                     pulled[-1].setdefault(key, []).append((call, g))
@@ -338,204 +340,3 @@ def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     except RuntimeError:  # single precision may not converge where eigenvalues are many and near zero
         values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
     return values.clamp(min=0), vectors
-
-
-# --------------------------------------------------------------------------------------------------------- the layers
-
-
-class _Call(NamedTuple):
-    """One use of a layer in the recorded forward pass."""
-
-    module: nn.Module
-    inputs: Tensor  #: (events, …)
-    output: GradientEdge  #: its place in the graph, which no later operation in place can move
-    width: int  #: O
-    patch_elements: int  #: of the patches of one event
-
-
-_Pulled = dict[_Key, list[tuple[_Call, Tensor]]]  # the gradients of one probe at the outputs of every call
-
-#: Exactly these, since a layer's forward pass is written out here (`_recorded`); a subclass may have another.
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-
-
-def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, _Key]:
-    """The modules that may have factors, with the indices of their weight and bias; no two keys overlap.
-
-    A weight in several modules is one layer, unless these have several biases.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError("fisher must be of a module: a function has no layers to factor")
-    names = {id(p): name for name, p in model.named_parameters()}
-    index = {name: i for i, name in enumerate(parameters.names)}
-    found: dict[nn.Module, _Key] = {}
-    for module in model.modules():
-        plain = type(module) in _LAYERS and not {"forward", "_conv_forward"} & vars(module).keys()
-        if plain and getattr(module, "groups", 1) == 1:
-            own = [module._parameters.get(name) for name in ("weight", "bias")]
-            key = tuple(index[names[id(p)]] for p in own if p is not None and names[id(p)] in index)
-            if own[0] is not None and names[id(own[0])] in index:
-                outputs = own[0].shape[0]
-                if max(outputs, own[0].numel() // max(outputs, 1)) <= MAX_SIZE:
-                    found[module] = key
-    keys = set(found.values())
-    alone = {key for key in keys if not any(other != key and set(other) & set(key) for other in keys)}
-    return {module: key for module, key in found.items() if key in alone}
-
-
-def _record(linearization: Linearization) -> tuple[Tensor, dict[nn.Module, _Key], dict[_Key, list[_Call]]]:
-    """The forward pass as a graph, the layers that have factors, and every use of them in it.
-
-    The layers compute with copies of their parameters. What still reaches the parameters themselves are uses that are
-    no call of the layer (a tied embedding, `functional.linear` with the weight), and such a layer has no factors: the
-    gradient of its weight is not Σ g āᵀ over its calls.
-    """
-    layers = _layers(linearization.model, linearization.parameters)
-    while True:
-        outputs, calls = _call_layers(linearization, layers)
-        reached = _reached(outputs)
-        used = {key for key in layers.values() if any(id(linearization.leaves[index]) in reached for index in key)}
-        if not used:
-            return outputs, layers, calls
-        layers = {module: key for module, key in layers.items() if key not in used}
-
-
-def _call_layers(
-    linearization: Linearization, layers: Mapping[nn.Module, _Key]
-) -> tuple[Tensor, dict[_Key, list[_Call]]]:
-    """The forward pass, and the calls of the layers in it, on copies of their parameters."""
-    calls: dict[_Key, list[_Call]] = {}
-    try:
-        for module, key in layers.items():
-            module.forward = _recorded(module, calls, key)
-        return linearization.record(), calls
-    finally:
-        for module in layers:
-            vars(module).pop("forward", None)
-
-
-def _recorded(module: nn.Module, calls: dict[_Key, list[_Call]], key: _Key) -> Callable[[Tensor], Tensor]:
-    """The layer's own forward pass, on copies of its parameters, and writing down the call."""
-
-    def forward(input: Tensor) -> Tensor:
-        layer = cast(nn.Conv2d, module)  # or another of `_LAYERS`
-        # What no graph holds, and what stands for many tensors at once, cannot be written down.
-        if not torch.is_grad_enabled() or input.is_nested or is_functorch_wrapped_tensor(input):
-            return type(layer).forward(layer, input)
-        weight = layer.weight.detach().requires_grad_()
-        bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
-        if isinstance(module, nn.Linear):
-            output = functional.linear(input, weight, bias)
-        else:
-            output = layer._conv_forward(input, weight, bias)
-        y = _batched(module, output)
-        width = len(weight)
-        patch_elements = y[0].numel() // width * (weight.numel() // width + 1) if y.numel() else 0
-        call = _Call(module, _batched(module, input.detach()), get_gradient_edge(output), width, patch_elements)
-        calls.setdefault(key, []).append(call)
-        return output
-
-    return forward
-
-
-def _reached(outputs: Tensor) -> set[int]:
-    """The tensors that the graph ends in, by their ids."""
-    seen, todo = set(), [outputs.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [node for node, _ in node.next_functions]
-    return {id(node.variable) for node in seen if hasattr(node, "variable")} | {id(outputs)}
-
-
-def _by_event(linearization: Linearization, layers: Mapping[nn.Module, _Key]) -> set[_Key]:
-    """The layers whose inputs have one row for each event, in the order of the outputs' leading axis.
-
-    Gradients show it: if u is scaled event by event, those at the row of an event are scaled as its u is, and powers of
-    two change no digit. Where sequences come first, inputs are stacked or events see each other, they are not.
-
-    Batch normalisation, by which the events of every layer see each other, uses its running statistics here: what
-    events share by the batch's is left out of EKFAC's values, as it is out of K-FAC's.
-    """
-    model = cast(nn.Module, linearization.model)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    try:
-        for norm in norms:
-            norm.training = False
-        outputs, calls = _call_layers(linearization, layers)
-    finally:
-        for norm in norms:
-            norm.training = True
-    outputs = outputs.unsqueeze(0) if outputs.ndim == 1 else outputs
-    exponents = torch.randint(8, outputs.shape[:1], generator=Generator().manual_seed(0))
-    scale = torch.ones(len(outputs)).ldexp(exponents).to(outputs)
-    uses = [(key, call) for key, made in calls.items() for call in made]
-    if not uses:
-        return set()
-    u = torch.arange(outputs.numel(), device=outputs.device).to(outputs.dtype).cos_().view_as(outputs)
-    pair = [
-        torch.autograd.grad(outputs, [call.output for _, call in uses], x, retain_graph=True, allow_unused=True)
-        for x in (u, _along_first(scale, u) * u)
-    ]
-    mixed = {key for key, call in uses if len(call.inputs) != len(outputs)}
-    keys, wrong = [], []
-    for (key, call), plain, scaled in zip(uses, *pair):
-        if plain is not None and plain.numel() and key not in mixed:
-            plain, scaled = _batched(call.module, plain), _batched(call.module, scaled)
-            error = scaled / _along_first(scale, scaled).to(scaled.dtype) - plain
-            keys.append(key)
-            wrong.append(error.abs().amax() > torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().amax())
-    if wrong:
-        mixed |= {key for key, is_wrong in zip(keys, torch.stack(wrong).tolist()) if is_wrong}
-    return calls.keys() - mixed
-
-
-def _along_first(x: Tensor, like: Tensor) -> Tensor:
-    """(N,) → (N, 1, …), of as many axes as ``like``."""
-    return x.view(-1, *[1] * (like.ndim - 1))
-
-
-def _batched(module: nn.Module, x: Tensor) -> Tensor:
-    """With an axis of events, also where the module was given a single one."""
-    axes = 2 if isinstance(module, nn.Linear) else len(cast(nn.Conv2d, module).kernel_size) + 2
-    return x.unsqueeze(0) if x.ndim < axes else x
-
-
-def _positions(module: nn.Module, y: Tensor) -> Tensor:
-    """What has the shape of a layer's outputs → (events, positions, O)."""
-    y = _batched(module, y)
-    return y.reshape(len(y), -1, y.shape[-1]) if isinstance(module, nn.Linear) else y.flatten(2).transpose(1, 2)
-
-
-def _patches(module: nn.Module, x: Tensor, biased: bool) -> Tensor:
-    """A layer's inputs (events, …) → what [W, b], or W alone, is multiplied by, (events, positions, I)."""
-    if isinstance(module, nn.Linear):
-        x = x.reshape(len(x), -1, x.shape[-1])
-    else:
-        module = cast(nn.Conv2d, module)
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = functional.pad(x, module._reversed_padding_repeated_twice, mode)
-        lines = (1,) * (2 - len(module.kernel_size))  # one dimension is two, of height 1
-        x = functional.unfold(
-            x.unsqueeze(-2) if lines else x,
-            kernel_size=(*lines, *module.kernel_size),
-            dilation=(*lines, *module.dilation),
-            stride=(*lines, *module.stride),
-        ).transpose(1, 2)
-    return functional.pad(x, (0, 1), value=1.0) if biased else x
-
-
-def _events(elements: int) -> int:
-    """How many events, each of so many elements, are treated at once."""
-    return max(1, _ELEMENTS // max(elements, 1))
-
-
-def _input_factor(calls: list[_Call], biased: bool, dtype: torch.dtype) -> Tensor:
-    """A, the mean of āāᵀ over all positions."""
-    total, rows = torch.zeros(()), 0
-    for call in calls:
-        for x in call.inputs.split(_events(call.patch_elements)):
-            a = _patches(call.module, x, biased).flatten(0, 1).to(dtype)
-            total, rows = total.to(a) + a.T @ a, rows + len(a)
-    return total / rows

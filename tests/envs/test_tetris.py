@@ -12,6 +12,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from envs import make_vec_env
 
 tetris = pytest.importorskip("envs.tetris", exc_type=ImportError)
+kernels = pytest.importorskip("envs.tetris_kernels", exc_type=ImportError)
 
 # --------------------------------------------------------------- the slow twin: lists of rows of 0 and 1, cell by cell
 
@@ -233,7 +234,7 @@ def test_four_rows_at_once():
 def test_pieces_are_uniform():
     games = tetris.Games(1)
     games.seed(0, np.random.default_rng(0))
-    draws = np.array([(tetris._random(games._streams[0]) * 7) >> 32 for _ in range(70_000)])
+    draws = np.array([(kernels.random_bits(games._streams[0]) * 7) >> 32 for _ in range(70_000)])
     counts = np.bincount(draws, minlength=7)
     assert len(counts) == 7
     chi_square = ((counts - 10_000) ** 2 / 10_000).sum()

@@ -7,8 +7,10 @@ Everything in `npg.optim` and in `agents` that moves parameters by a natural gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
 from typing import Any
@@ -22,7 +24,7 @@ from npg.fisher import Fisher
 from npg.linearize import Buffers, Linearization, Model, frozen_statistics, replayed_randomness, uncompiled
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
-from npg.trust_region import Trial, TrustRegion
+from npg.trust_region import KLDirection, SearchResult, Trial, TrustRegion
 
 __all__ = ["StepReport", "natural_step"]
 
@@ -156,23 +158,13 @@ def natural_step(
     buffers = Buffers(model)
     with buffers.restored_on_error():
         started = perf_counter()
-        # 1. Outputs and gradient: one forward pass serves the objective, its gradient and the Fisher.
+        # 1. Outputs, gradient and curvature: one forward pass serves the objective, its gradient and the Fisher.
         linearization = Linearization(model, inputs, parameters, move_statistics=True)
-        theta = linearization.parameters
-        old = linearization.outputs
-        value, slope_outputs = old.new_full((), nan), torch.full_like(old, nan)
-        F: Fisher | None = None
-        try:
-            with torch.enable_grad():
-                outputs = old.clone().requires_grad_()
-                value = objective(outputs)
-                if value.ndim != 0:
-                    raise ValueError(
-                        f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}"
-                    )
-                (ascent,) = torch.autograd.grad(value, outputs)
-            # 2. Curvature.
-            F = fisher(
+        value, slope, F = _first_order(
+            linearization,
+            objective,
+            partial(
+                fisher,
                 model,
                 inputs if curvature_inputs is None else curvature_inputs,
                 family,
@@ -180,88 +172,57 @@ def natural_step(
                 process_group=process_group,
                 linearization=None if curvature_inputs is not None else linearization,
                 **({} if metric is None else {"metric": metric}),
-            )
-            slope_outputs = ascent
-        except OutOfDomainError:
-            pass  # the gradient is then NaN, in all processes
-        before = mean_(value.detach().double(), process_group)
-        g = mean_(linearization.pull_back(slope_outputs), process_group)
+            ),
+        )
+        before = mean_(value.double(), process_group)
+        g = mean_(linearization.pull_back(slope), process_group)
 
-        # 3. Solve.
+        # 2. Solve.
         if F is not None and bool(torch.isfinite(g).all() & torch.isfinite(before)):
             options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
             solution = solver(F, g, x0=x0, damping=damping, **options)
         else:
             solution = not_finite(g)
         s = solution.x
-        slope, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
-            [
-                torch.dot(g.double(), s.double()),
-                norm(s),
-                norm(g),
-                solution.curvature,
-                solution.residual_norm,
-                before,
-            ]
+        slope_along, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
+            [torch.dot(g.double(), s.double()), norm(s), norm(g), solution.curvature, solution.residual_norm, before]
         ).tolist()
         solve_seconds = perf_counter() - started
 
-        # 4. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
-        origin = theta.copy()
-        forward = "old_new" if trust_region is None else trust_region.kl_direction
-        divergence = family.kl if metric is None else metric.divergence
-
-        @torch.no_grad()
-        def move(scale: float) -> bool:
-            """Go to θ + βs; whether that is finite in the precision of the parameters."""
-            theta.move(origin, s, scale)
-            return theta.is_finite()
-
-        @torch.no_grad()
-        def trial(scale: float) -> Trial:
-            if not move(scale):
-                return Trial(nan, nan)
-            with frozen_statistics(model), replayed_randomness(linearization.random_state, theta.device):
-                buffers.restore()  # the forward pass at θ began with these
-                new = linearization.forward()
-            try:
-                kl = in_double(divergence, *((old, new) if forward == "old_new" else (new, old)))
-                local = torch.stack([objective(new).double(), kl.double().mean()])
-            except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
-                local = old.new_full((2,), nan, dtype=torch.float64)
-            value, kl_mean = mean_(local, process_group).tolist()
-            return Trial(value - objective_before, kl_mean)
-
+        # 3. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
+        line = _Line(
+            linearization,
+            buffers,
+            s,
+            objective,
+            objective_before,
+            family.kl if metric is None else metric.divergence,
+            "old_new" if trust_region is None else trust_region.kl_direction,
+            process_group,
+        )
         scale = trust_region.scale(curvature) if trust_region is not None else inf
-        if learning_rate is not None:
-            scale = min(scale, learning_rate)
-        outcome, backtracks = Trial(nan, nan), 0
-        accepted = isfinite(s_norm) and solution.status is not Status.NON_FINITE
-        try:
-            if accepted and ((g_norm == 0 and s_norm == 0) or learning_rate == 0):
-                scale, outcome = 0.0, Trial(0.0, 0.0)  # a stationary point, or no step is asked for
-            elif not (accepted and 0 < scale * s_norm < inf):
-                accepted = False
+        scale = scale if learning_rate is None else min(scale, learning_rate)
+        with line.restored_on_error():
+            if not isfinite(s_norm) or solution.status is Status.NON_FINITE:
+                found = SearchResult(False, 0.0, UNTRIED, 0)
+            elif (g_norm == 0 and s_norm == 0) or learning_rate == 0:
+                found = SearchResult(True, 0.0, Trial(0.0, 0.0), 0)  # a stationary point, or no step is asked for
+            elif not 0 < scale * s_norm < inf:
+                found = SearchResult(False, 0.0, UNTRIED, 0)
             elif trust_region is not None and trust_region.backtrack:
-                accepted = slope > 0
-                if accepted:
-                    accepted, scale, outcome, backtracks = trust_region.search(trial, scale, slope)
-            elif evaluate:
-                outcome = trial(scale)
-                accepted = isfinite(outcome.gain) and isfinite(outcome.kl)
+                no_gain = SearchResult(False, 0.0, UNTRIED, 0)
+                found = trust_region.search(line.trial, scale, slope_along) if slope_along > 0 else no_gain
             else:
-                accepted = move(scale)
-        except BaseException:  # an interrupt, or an error of the model: nothing is lost
-            theta.restore(origin)
-            raise
+                found = line.take(scale, evaluate=evaluate)
+        accepted, scale, outcome, backtracks = found
         if not accepted:
-            theta.restore(origin)
+            line.restore()
             scale = 0.0
         predicted_kl = max(0.0, 0.5 * scale * (scale * (curvature - damping * s_norm * s_norm))) if accepted else 0.0
         report = StepReport(
             accepted=accepted,
             objective=objective_before,
-            predicted_gain=scale * slope - objective_curvature * predicted_kl if accepted else 0.0,
+            predicted_gain=scale * slope_along - objective_curvature * predicted_kl if accepted else 0.0,
             actual_gain=outcome.gain,
             predicted_kl=predicted_kl,
             kl=outcome.kl,
@@ -282,3 +243,99 @@ def natural_step(
     if not report.accepted:
         buffers.restore()
     return report
+
+
+UNTRIED = Trial(nan, nan)
+
+
+def _first_order(
+    linearization: Linearization, objective: Callable[[Tensor], Tensor], fisher: Callable[[], Fisher]
+) -> tuple[Tensor, Tensor, Fisher | None]:
+    """The objective, its slope in the outputs, and F; NaN and None where the outputs are out of a family's domain."""
+    old = linearization.outputs
+    value, slope = old.new_full((), nan), torch.full_like(old, nan)
+    try:
+        with torch.enable_grad():
+            outputs = old.clone().requires_grad_()
+            value = objective(outputs)
+            if value.ndim != 0:
+                raise ValueError(f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}")
+            (ascent,) = torch.autograd.grad(value, outputs)
+        F = fisher()
+    except OutOfDomainError:
+        return value.detach(), slope, None
+    return value.detach(), ascent, F
+
+
+class _Line:
+    """The line θ + βs: going along it, and what the model does there.
+
+    Args:
+        linearization: at θ.
+        buffers: before the forward pass at θ, with which every forward pass begins.
+        s: the direction, (P,).
+        objective: outputs ↦ its mean over events.
+        objective_before: at θ, of all processes.
+        divergence: per event, of two outputs.
+        direction: which of them is the first.
+        process_group: means are over its processes.
+    """
+
+    def __init__(
+        self,
+        linearization: Linearization,
+        buffers: Buffers,
+        s: Tensor,
+        objective: Callable[[Tensor], Tensor],
+        objective_before: float,
+        divergence: Callable[[Tensor, Tensor], Tensor],
+        direction: KLDirection,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self._linearization, self._buffers, self._s = linearization, buffers, s
+        self._objective, self._before, self._divergence = objective, objective_before, divergence
+        self._direction, self._group = direction, process_group
+        self._theta = linearization.parameters
+        self._origin = self._theta.copy()
+
+    def move(self, scale: float) -> bool:
+        """Go to θ + βs; whether that is finite in the precision of the parameters."""
+        self._theta.move(self._origin, self._s, scale)
+        return self._theta.is_finite()
+
+    def restore(self) -> None:
+        """Go back to θ, bit for bit."""
+        self._theta.restore(self._origin)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Go back if an error of the model, or an interrupt, leaves the block: nothing is lost."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def trial(self, scale: float) -> Trial:
+        """Go to θ + βs; the gain and the mean divergence there, NaN where something is not finite."""
+        if not self.move(scale):
+            return UNTRIED
+        old, randomness = self._linearization.outputs, self._linearization.random_state
+        with frozen_statistics(self._linearization.model), replayed_randomness(randomness, self._theta.device):
+            self._buffers.restore()  # the forward pass at θ began with these
+            new = self._linearization.forward()
+        try:
+            kl = in_double(self._divergence, *((old, new) if self._direction == "old_new" else (new, old)))
+            local = torch.stack([self._objective(new).double(), kl.double().mean()])
+        except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
+            local = old.new_full((2,), nan, dtype=torch.float64)
+        value, kl_mean = mean_(local, self._group).tolist()
+        return Trial(value - self._before, kl_mean)
+
+    def take(self, scale: float, *, evaluate: bool) -> SearchResult:
+        """Go to θ + βs without a search; refused where what is looked at is not finite."""
+        if not evaluate:
+            return SearchResult(self.move(scale), scale, UNTRIED, 0)
+        outcome = self.trial(scale)
+        return SearchResult(isfinite(outcome.gain) and isfinite(outcome.kl), scale, outcome, 0)

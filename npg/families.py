@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from math import isnan, log, pi
+from math import log, pi
 from typing import Protocol, TypeVar
 
 import torch
@@ -161,7 +161,7 @@ class Categorical(Family):
         return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
-        p = _probabilities(outputs.detach().softmax(-1))
+        p = outputs.detach().softmax(-1)
         draws = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
         return draws.reshape(p.shape[:-1])
 
@@ -203,13 +203,6 @@ def covariance(p: Tensor) -> LinearMap:
         return p * (centred - (p * centred).sum(-1, keepdim=True))
 
     return apply
-
-
-def _probabilities(p: Tensor) -> Tensor:
-    """``p``, unless there is a NaN in it, which would end a process on CUDA when drawn from."""
-    if isnan(float(p.sum())):
-        raise OutOfDomainError("outputs must give finite probabilities to draw from, got NaN: are the outputs finite?")
-    return p
 
 
 class MultiCategorical(Family):
@@ -295,7 +288,7 @@ class Bernoulli(Family):
         return (outputs.sigmoid() * softplus(-outputs) + (-outputs).sigmoid() * softplus(outputs)).sum(-1)
 
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
-        return torch.bernoulli(_probabilities(outputs.detach().sigmoid()), generator=generator)
+        return torch.bernoulli(outputs.detach().sigmoid(), generator=generator)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         # y − p = yq − (1 − y)p

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import nan
+from math import inf, nan
 from typing import Any, Literal
 
 import torch
@@ -63,6 +63,7 @@ class Fisher:
 
     Raises:
         ValueError: if an argument is out of its range, or if nothing is trainable.
+        OutOfDomainError: a ValueError, if the family's metric is not finite at these outputs.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class Fisher:
         if kind == "exact":
             self._metric = (metric or family.metric)(outputs)
         else:
-            # An event whose outputs are not finite has no label to draw and no score: all products are NaN with it.
-            finite = torch.isfinite(outputs).all(-1, keepdim=True)
-            at = torch.where(finite, outputs, 0.0)
+            # An event with NaN or ∞ among its outputs has no label to draw (on CUDA that would end the process) and no
+            # score: all products are NaN with it. −∞ forbids a class.
+            usable = (outputs < inf).all(-1, keepdim=True)
+            at = torch.where(usable, outputs, 0.0)
             labels = [targets] if targets is not None else [family.sample(at, generator) for _ in range(samples)]
-            self._scores = torch.stack([torch.where(finite, family.score(at, y), nan) for y in labels])
+            self._scores = torch.stack([torch.where(usable, family.score(at, y), nan) for y in labels])
             # Not a method of this object, which would hold itself and all of its activations that way.
             self._metric = partial(_outer_products, self._scores)
 

@@ -504,12 +504,6 @@ def test_a_mistake_in_the_map_is_not_taken_for_outputs_out_of_the_domain():
     assert not isinstance(caught.value, families.OutOfDomainError)
 
 
-@pytest.mark.parametrize("family", [families.Categorical(), families.MultiCategorical([2, 2]), families.Bernoulli()])
-def test_nothing_is_drawn_from_nan(family):
-    with pytest.raises(families.OutOfDomainError, match="finite probabilities to draw from"):
-        family.sample(torch.tensor([[0.0, 1.0, math.nan, 0.0], [0.0] * 4]))
-
-
 def test_draws_outside_of_the_support_are_refused():
     """PyTorch's counts at a rate of 10²⁰ are −2⁶³."""
     poisson = families.from_torch(lambda o: D.Independent(D.Poisson(o.exp()), 1))

@@ -708,3 +708,24 @@ def test_outputs_that_are_not_finite_have_products_that_are_not(kind, name, mlp,
     x[2, 1] = torch.nan
     fisher = Fisher(model, x, family, kind=kind, targets=targets)
     assert torch.isnan(fisher @ torch.randn(fisher.shape[0])).all()
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+def test_a_forbidden_class_leaves_the_products_finite(kind, mlp):
+    model, x, family = mlp(4), torch.randn(5, 3), families.Categorical()
+
+    def masked(parameters, x):
+        logits = torch.func.functional_call(model, parameters, x)
+        return logits.masked_fill(torch.tensor([False, False, True, False]), -torch.inf)
+
+    fisher = Fisher(
+        masked,
+        x,
+        family,
+        kind=kind,
+        targets=torch.zeros(5, dtype=torch.long) if kind == "empirical" else None,
+        parameters=dict(model.named_parameters()),
+    )
+    product = fisher @ torch.randn(fisher.shape[0])
+    assert torch.isfinite(product).all()
+    assert product.abs().max() > 0

@@ -463,6 +463,9 @@ def test_outputs_beyond_a_family_are_a_refused_step(name, objective, kind, lengt
 def test_a_sampled_fisher_of_nan_outputs_is_a_refused_step(problem, family):
     model, x, _ = problem
     x[0, 0] = math.nan
+    assert torch.isnan(
+        Fisher(model, x, family, kind="sampled") @ torch.ones(sum(p.numel() for p in model.parameters()))
+    ).all()
     report = natural_step(
         model, x, family, lambda o: o[1:].mean(), damping=0.1, learning_rate=0.1, fisher=partial(Fisher, kind="sampled")
     )

@@ -21,7 +21,7 @@ from agents.checks import all_finite
 from agents.heads import CriticHead
 from agents.networks import Networks
 from npg.families import Gaussian
-from npg.linearize import frozen_statistics
+from npg.model import frozen_statistics
 from npg.parallel import average_, mean_, moments, size
 from npg.solvers import conjugate_gradient
 from npg.step import natural_step

@@ -24,8 +24,8 @@ from torch.nn.functional import mse_loss
 from agents.distributions import FAMILIES, described
 from agents.standard import GLOBAL_HOOKS, MODED, aside, is_known, is_own, is_standard
 from npg import families
-from npg.linearize import by_slot
-from npg.program import straight_line
+from npg.acceleration import accelerate_function, close
+from npg.model import by_slot
 
 __all__ = ["ActorHead", "CriticHead"]
 
@@ -35,7 +35,6 @@ class _Head(nn.Module):
         super().__init__()
         self.policy = policy
         self.standard = is_standard(policy)
-        self._programs: dict[Any, Any] = {}
 
     def prepare(self, observations: Any) -> Any:
         """What ``forward`` takes, from raw observations; done once per batch and not once per forward pass."""
@@ -52,35 +51,22 @@ class _Head(nn.Module):
         inputs: Sequence[Tensor],
         agrees: Callable[[Callable[..., Sequence[Tensor]]], bool],
     ) -> Callable[..., Sequence[Tensor]] | None:
-        """`npg.program.straight_line` of a function of tensors by name, for `functional_call`, and of ``inputs``.
+        """`npg.acceleration.accelerate_function` of a function of tensors by name, for `functional_call`, and inputs.
 
-        It takes the tensors as they are in each call, without gradients. A program is kept for shapes like these, and
-        traced anew where it no longer ``agrees``; None where there can be none.
+        The program takes the inputs; the tensors are taken as they are in each call. None where there can be none.
         """
         tensors = list(named.values())
-        key = tuple((t.shape, t.dtype, t.device) for t in (*tensors, *inputs))
 
         def functional(*values: Tensor) -> Sequence[Tensor]:
             return function(by_slot(self, dict(zip(named, values))), *values[len(named) :])
 
-        for fresh in (False, True):
-            if key not in self._programs:
-                fresh = True
-                try:
-                    self._programs[key] = straight_line(functional, [*(t.detach() for t in tensors), *inputs])
-                except Exception:  # what looks at values cannot be traced
-                    self._programs[key] = None
-            if self._programs[key] is None:
-                break
-            run = partial(self._programs[key], *tensors)
-            with torch.no_grad():
-                agreed = agrees(run)
-            if agreed:
-                return run
-            self._programs.pop(key)
-            if fresh:
-                self._programs[key] = None
-        return None
+        program = accelerate_function(
+            self,
+            functional,
+            [*(t.detach() for t in tensors), *inputs],
+            lambda program: agrees(partial(program, *tensors)),
+        )
+        return None if program is None else partial(program, *tensors)
 
     def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
         """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
@@ -182,9 +168,7 @@ class ActorHead(_Head):
 
         with torch.no_grad(), torch.random.fork_rng([observations.device] if observations.is_cuda else []):
             expected = self(self.prepare(observations))
-            run = self._program(
-                functional, named, [observations], lambda run: _close(run(observations)[1:], [expected])
-            )
+            run = self._program(functional, named, [observations], lambda run: close(run(observations)[1:], [expected]))
         return run or by_modules
 
     def _watch(self, parts: list[nn.Module]) -> None:
@@ -310,13 +294,6 @@ class CriticHead(_Head):
             functional,
             dict(self.named_parameters()),
             [prepared, targets],
-            lambda run: _close(run(prepared, targets), expected),
+            lambda run: close(run(prepared, targets), expected),
         )
         return by_autograd if run is None else torch.no_grad()(run)
-
-
-def _close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two lists of tensors are the same up to rounding, each relative to its largest element."""
-    return all(
-        x.shape == y.shape and bool((x - y).abs().amax() <= 1e-4 * y.abs().amax()) for x, y in zip(a, b, strict=True)
-    )

@@ -15,7 +15,7 @@ from agents.checks import all_finite, number, whole
 from agents.options import option
 from agents.update import Batch, copy_of_state
 from npg.fisher import Fisher
-from npg.linearize import Buffers
+from npg.model import Buffers
 from npg.parallel import average_, mean_
 from npg.parameters import Parameters
 

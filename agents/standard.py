@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agents.afterstate import AfterstatePolicy, Afterstates
 from agents.distributions import FAMILIES
-from npg.linearize import Buffers
+from npg.model import Buffers
 
 __all__ = ["GLOBAL_HOOKS", "MODED", "aside", "is_known", "is_own", "is_standard"]
 

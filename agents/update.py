@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from agents.buffer import random_part, rows
 from agents.critic import AdamCritic, NaturalCritic, fixed_statistics_of_the_actor, training_mode
 from npg.families import Family
-from npg.linearize import Buffers
+from npg.model import Buffers
 from npg.parallel import average_, equal, moments, size
 
 if TYPE_CHECKING:

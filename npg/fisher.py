@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from npg.families import Family, LinearMap
-from npg.linearize import Linearization, Model
+from npg.linearize import Linearization
+from npg.model import Model
 from npg.parallel import mean_
 
 __all__ = ["Fisher", "Kind"]

@@ -1,180 +1,54 @@
 """The first-order model of a network: η(θ + v) ≈ η + J v, formed once and applied as often as a solver asks.
 
-A Fisher-vector product is Jᵀ M J v. Here are its two outer maps:
+A Fisher-vector product is Jᵀ M J v. Here are its two outer maps, by PyTorch's own derivatives:
 
-* **push forward**, v ↦ J v, in forward mode;
-* **pull back**, u ↦ Jᵀu, in reverse mode.
+* **pull back**, u ↦ Jᵀu: `torch.autograd.grad` over the recorded forward pass. It is the truth, and gives the gradient;
+* **push forward**, v ↦ J v, in the first of these ways that is right:
 
-The gradient of a step is pulled back over the recorded forward pass, by PyTorch's autograd. A solver asks for many more
-products, and gets them from a straight-line `Program` of both maps, traced once per network and batch shape. No
-derivative is written here by hand: the program is what PyTorch's own forward and reverse mode executed.
+  1. a traced program of both maps, where `npg.acceleration` has one: the same numbers, sooner;
+  2. forward mode, `torch.func.jvp`;
+  3. double backward: u ↦ Jᵀu is linear, and its derivative in u, applied to v, is J v. For operations that have no
+     forward rule;
+  4. the same, with attention by its plain formula: a fused kernel has no second backward;
+  5. J itself, if it is small, one backward pass for each row. A custom ``autograd.Function`` whose backward is
+     ``once_differentiable``, or computes without a graph, has no second derivative.
 
-The recorded pull back is the truth. A program is only ever used after its outputs were seen to equal those of the
-network itself on this very batch, its pull back to equal the recorded one in every parameter, and its push forward to
-be the adjoint of that; a network whose control flow or constants changed is traced again. Where an operation has no
-forward rule, the push forward falls back to differentiating the recorded pull back, u ↦ Jᵀu, in u (the double-backward
-trick), and says so once. That too must be the adjoint: a custom ``autograd.Function`` whose backward is
-``once_differentiable``, or computes without a graph, has no second derivative. Of such a network J is formed row by
-row if it is small, and refused by name if not.
+Every way has to agree with the recorded pull back before it is used (`npg.acceleration.agreement`): its own pull back
+in every parameter, and its push forward as the adjoint of that. What is left out is said once for each model. A network
+for which no way is right is refused by name.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import hypot, isfinite
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple, Protocol, cast
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import functional_call, jvp
 from torch.utils import _pytree as pytree
 
+from npg.acceleration import Function, Maps, Recorded, accelerate
+from npg.model import (
+    Buffers,
+    Model,
+    by_slot,
+    frozen_statistics,
+    is_autocast,
+    plain_attention,
+    random_state,
+    replayed_randomness,
+    uncompiled,
+    without_autocast,
+)
 from npg.parameters import Parameters
-from npg.program import Maps, Program
 
-__all__ = ["Buffers", "Linearization", "Model", "by_slot", "frozen_statistics", "replayed_randomness", "uncompiled"]
-
-
-class FunctionalModel(Protocol):
-    """A network as a function of its parameters: ``f(parameters, *inputs) → outputs``."""
-
-    def __call__(self, parameters: Mapping[str, Tensor], /, *inputs: Any) -> Tensor: ...
-
-
-Model = nn.Module | FunctionalModel
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
-
-class Buffers:
-    """The buffers of a model, running statistics among them, as they are now."""
-
-    def __init__(self, model: Model) -> None:
-        modules = model.named_modules() if isinstance(model, nn.Module) else ()
-        self._copies = [
-            (module, path, name, buffer, buffer.detach().clone())
-            for path, module in modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    def named(self) -> dict[str, Tensor]:
-        """Their values as they were, by name."""
-        return {f"{path}.{name}" if path else name: copy for _, path, name, _, copy in self._copies}
-
-    @torch.no_grad()
-    def restore(self, keep: Tensor | None = None) -> None:
-        """Put them back as they were, bit for bit; all but where ``keep``, (), is true."""
-        for module, _, name, buffer, copy in self._copies:
-            now = module._buffers[name]
-            if keep is not None and now is not None and now.shape == copy.shape:
-                copy = torch.where(keep, now, copy)
-            module._buffers[name] = buffer
-            buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """Put them back if an error, or an interrupt, leaves the block."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
-
-
-@contextmanager
-def frozen_statistics(model: Model) -> Iterator[None]:
-    """Normalise with the batch's own statistics, as in training, without moving the running ones or any other buffer.
-
-    Dropping ``track_running_stats`` is the one switch that BatchNorm looks at in training mode; InstanceNorm looks at
-    none, and so has its running statistics taken away meanwhile.
-    """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    buffers = Buffers(model)
-    moved = [
-        m for m in modules if m.training and getattr(m, "track_running_stats", False) and hasattr(m, "running_mean")
-    ]
-    hidden = [(m, m.running_mean, m.running_var) for m in moved if isinstance(m, _INSTANCE_NORMS)]
-    for m in moved:
-        m.track_running_stats = False  # type: ignore[assignment]
-    for norm, *_ in hidden:
-        norm.running_mean = norm.running_var = None
-    try:
-        yield
-    finally:
-        for m in moved:
-            m.track_running_stats = True  # type: ignore[assignment]
-        for norm, mean, variance in hidden:
-            norm.running_mean, norm.running_var = mean, variance
-        buffers.restore()
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
-@contextmanager
-def replayed_randomness(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers (dropout masks) as the forward pass that began at ``state``; leave no trace."""
-    after = _random_state(device)
-    _set_random_state(state, device)
-    try:
-        yield
-    finally:
-        _set_random_state(after, device)
-
-
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
-
-
-def _at_least_float(outputs: Any) -> Tensor:
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.ndim < 1:
-        kind = f"a {outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise TypeError(
-            "model must return one floating-point tensor whose last axis holds the parameters of a distribution, "
-            f"got {kind}"
-        )
-    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-
-
-def uncompiled(model: Model) -> Model:
-    """The module behind one of ``torch.compile``, through which no forward mode passes."""
-    return cast(Model, getattr(model, "_orig_mod", model))
-
-
-def _is_autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """For derivatives, which run in the types that the forward pass chose; autocast would choose for them again."""
-    return torch.autocast(device.type, enabled=False) if _is_autocast(device) else nullcontext()
-
-
-def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``values`` once for every place in the model that holds the tensor so named.
-
-    `functional_call` ties names by itself, but where one module is registered under two names it swaps the same place
-    twice, and then puts the stand-in back for good.
-    """
-    held = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    return {
-        f"{path}.{name}" if path else name: values[held[id(t)]]
-        for path, module in model.named_modules()
-        for name, t in (*module._parameters.items(), *module._buffers.items())
-        if t is not None and held.get(id(t)) in values
-    }
+__all__ = ["Linearization"]
 
 
 class Linearization:
@@ -226,8 +100,8 @@ class Linearization:
         )
         self._direct = direct
         device = self.parameters.device
-        self.random_state = _random_state(device)
-        self._autocast = torch.get_autocast_dtype(device.type) if _is_autocast(device) else None
+        self.random_state = random_state(device)
+        self._autocast = torch.get_autocast_dtype(device.type) if is_autocast(device) else None
         self._buffers = Buffers(model)
         self._values = self.parameters.copy()
         mine = set(map(id, self.parameters.tensors))
@@ -253,19 +127,19 @@ class Linearization:
     def record(self) -> Tensor:
         """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing."""
         self._check()
-        with torch.enable_grad(), self._as_before():
+        with torch.enable_grad(), self.as_before():
             return self.forward(self.leaves)
 
     @contextmanager
-    def _as_before(self) -> Iterator[None]:
+    def as_before(self) -> Iterator[None]:
         """Repeat the forward pass inside: with the same buffers, random numbers and autocast, and moving nothing."""
         device, buffers = self.parameters.device, Buffers(self.model)
         self._buffers.restore()
         autocast = nullcontext() if self._autocast is None else torch.autocast(device.type, dtype=self._autocast)
         try:
             with (
-                _without_autocast(device),
-                cast(AbstractContextManager[Any], autocast),
+                without_autocast(device),
+                cast(Any, autocast),
                 frozen_statistics(self.model),
                 replayed_randomness(self.random_state, device),
             ):
@@ -278,6 +152,35 @@ class Linearization:
         if isinstance(self.model, nn.Module):
             return functional_call(self.model, by_slot(self.model, parameters), inputs, tie_weights=False)
         return self.model(parameters, *inputs)
+
+    def as_function(self) -> Function:
+        """η as a function of tensors alone: the parameters, buffers, frozen parameters and inputs."""
+        model = self.model
+        flat, spec = pytree.tree_flatten(self._inputs)
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        others = tuple(None if isinstance(x, Tensor) else x for x in flat)
+        buffers, mine = self._buffers.named(), set(self.parameters.names)
+        named = model.named_parameters() if isinstance(model, nn.Module) else ()
+        constants = {**buffers, **{name: p.detach() for name, p in named if name not in mine}}
+        n, c = len(mine), len(constants)
+
+        def call(*values: Tensor) -> Tensor:
+            rest, given = dict(zip(constants, values[n : n + c])), iter(values[n + c :])
+            inputs = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in flat], spec)
+            moving = {name: rest[name].clone() for name in buffers}  # a forward pass may write to them
+            return _at_least_float(self._call({**self.parameters.named(values[:n]), **rest, **moving}, *inputs))
+
+        return Function(
+            call,
+            [*self._values, *constants.values(), *(x.detach() for x in tensors)],
+            (
+                tuple(self.parameters.names),
+                tuple(x for x in others if isinstance(x, (int, float, str, bool))),
+                str(spec),
+                tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else (),
+                self._autocast,
+            ),
+        )
 
     def _present_versions(self) -> tuple[list[tuple[int, int]], list[int]]:
         return [(p._version, p.data_ptr()) for p in self.parameters.tensors], [x._version for x in self._fixed]
@@ -305,39 +208,32 @@ class Linearization:
         """Jᵀ u; (…, D) → (P,), or (K, …, D) → (P, K)."""
         p = self.parameters
         self._check(values=self._graph is not None and p.device.type == "cpu")  # elsewhere the host would wait
-        u = u.to(self.outputs.dtype).contiguous()  # see `npg.program._dense`
-        with _without_autocast(p.device):
+        u = u.to(self.outputs.dtype).contiguous()  # see `npg.acceleration.program.dense`
+        with without_autocast(p.device):
             if u.ndim == self.outputs.ndim + 1:
-                columns = _each(self._reverse if self._maps is None else self._maps.plain_pull, u)
+                columns = _each(self._by_autograd() if self._maps is None else self._maps.plain_pull, u)
                 return torch.cat([c.reshape(len(u), -1).to(p.dtype) for c in columns], 1).T
             if self._maps is None:
-                pulled = p.flatten(self._reverse(u))
+                pulled = p.flatten(self._by_autograd()(u))
                 if self._seen is None:
                     self._seen = (u.clone(), pulled.clone())
                 return pulled
             with torch.no_grad():
                 return p.flatten(self._maps.pull(u))
 
-    def _reverse(self, u: Tensor) -> Sequence[Tensor]:
-        """Jᵀ u over the recorded forward pass."""
-        assert self._graph is not None
-        return torch.autograd.grad(
-            self._graph, self.leaves, u, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-
     @torch.no_grad()
     def push_forward(self, v: Tensor) -> Tensor:
         """J v; (P,) → (…, D), or (P, K) → (K, …, D).
 
         Raises:
-            RuntimeError: if the parameters have changed, or if the network's backward pass is not a linear map that
-                PyTorch can differentiate.
+            RuntimeError: if the parameters or the model have changed, or if the network's backward pass is not a linear
+                map that PyTorch can differentiate.
         """
         self._check(values=self._graph is not None)
         self.parameters.check(v)
-        with _without_autocast(self.parameters.device):
+        with without_autocast(self.parameters.device):
             if self._maps is None:
-                self._maps = self._first_that_agrees()
+                self._maps, self._graph = self._first_that_agrees()
                 self._seen = None
             if v.ndim == 1:
                 return self._maps.push(self.parameters.unflatten(v.contiguous()))
@@ -346,25 +242,35 @@ class Linearization:
 
     # ------------------------------------------------------------------------------------ how the push forward is had
 
-    def _first_that_agrees(self) -> Maps:
-        """The two maps in the first way that is right."""
-        reference = self._reference()
+    def _by_autograd(self) -> Callable[[Tensor], Sequence[Tensor]]:
+        """U ↦ Jᵀu over the recorded forward pass."""
+        assert self._graph is not None
+        return partial(_pull, self._graph, self.leaves)
+
+    def _first_that_agrees(self) -> tuple[Maps, Tensor | None]:
+        """The two maps in the first way that is right, and the graph that they read, if any."""
+        recorded = Recorded(self.parameters, self.outputs, self._by_autograd(), self._seen, self._autocast)
         ways = {
-            "forward mode": self._by_program,
+            "program": self._by_program,
+            "forward mode": self._by_forward_mode,
             "double backward": self._by_double_backward,
             "double backward, with plain attention": self._by_plain_double_backward,
             "row by row": self._by_rows,
         }
-        reasons = {}
+        reasons: dict[str, str] = {}
         for way, make in ways.items():
             try:
-                maps = make(reference)
+                made = make(recorded)
+                if made is None:
+                    continue
+                if way != "program" and (difference := recorded.difference(made[0])):
+                    raise RuntimeError(difference)
             except Exception as error:  # whatever an exotic operation raises, the next way may do without it
                 reasons[way] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 continue
-            if way != "forward mode":
+            if reasons:
                 _say_once(self.model, way, reasons)
-            return maps
+            return made
         raise RuntimeError(
             f"{_name(self.model)} has no products J v: "
             + "; ".join(f"{way}: {reason}" for way, reason in reasons.items())
@@ -372,84 +278,38 @@ class Linearization:
             "no_grad, NumPy); or use what needs Jᵀu alone: Fisher.diagonal(probes=1), DiagonalNGD, OnlineNGD"
         )
 
-    def _by_program(self, reference: _Reference) -> Maps:
-        """By the traced program."""
-        model, device = self.model, self.parameters.device
-        flat, spec = pytree.tree_flatten(self._inputs)
-        buffers = self._buffers.named()
-        frozen = (
-            {n: p for n, p in model.named_parameters() if n not in set(self.parameters.names)}
-            if isinstance(model, nn.Module)
-            else {}
-        )
-        constants = [*buffers.values(), *frozen.values()]
-        names = [*buffers, *frozen]
-        is_tensor = [isinstance(x, Tensor) for x in flat]
-        primals = self._values
-        arguments = [
-            *primals,
-            *(c.detach() for c in constants),
-            *(x.detach() for x in flat if isinstance(x, Tensor)),
-        ]
+    def _by_program(self, recorded: Recorded) -> tuple[Maps, None] | None:
+        """By a traced program, which has its own residuals; None where there is none."""
+        maps = accelerate(self, recorded)
+        return None if maps is None else (maps, None)
 
-        def first_order(*values: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-            n, c = len(primals), len(constants)
-            rest = dict(zip(names, values[n : n + c]))
-            tensors = iter(values[n + c : len(arguments)])
-            inputs = pytree.tree_unflatten([next(tensors) if t else x for t, x in zip(is_tensor, flat)], spec)
+    def _by_forward_mode(self, recorded: Recorded) -> tuple[Maps, Tensor | None]:
+        """J v by a forward pass that takes v along, and Jᵀu over the recorded one."""
+        network, arguments, _ = self.as_function()
+        primals, rest = tuple(arguments[: len(self.leaves)]), arguments[len(self.leaves) :]
+        same_outputs = recorded.same_outputs
 
-            def network(*p: Tensor) -> Tensor:
-                moving = {name: rest[name].clone() for name in buffers}  # a forward pass may write to them
-                return _at_least_float(self._call({**self.parameters.named(p), **rest, **moving}, *inputs))
+        def push(tangents: Sequence[Tensor]) -> Tensor:
+            with self.as_before(), plain_attention():
+                outputs, moved = cast(Any, jvp(lambda *p: network(*p, *rest), primals, tuple(tangents)))
+            if not same_outputs(outputs):
+                raise RuntimeError(
+                    "a second forward pass gives other outputs than the first: the model has changed since it was "
+                    "linearised here, or is not the same function each time. Make a new Fisher (or Linearization)"
+                )
+            return moved
 
-            def moved(*p: Tensor) -> Any:  # (η, J v): reverse mode over η takes J v along
-                return jvp(network, p, values[len(arguments) : -1])
+        pull = self._by_autograd()
+        return Maps(push, pull, push, pull), self._graph
 
-            outputs, pull, tangent = vjp(moved, *values[:n], has_aux=True)  # type: ignore[misc]  # its stub forgets aux
-            with _without_autocast(device):
-                return outputs, tangent, pull(values[-1])
-
-        owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
-        key = (
-            method,
-            tuple((t.shape, t.dtype, t.device) for t in arguments),
-            tuple(self.parameters.names),
-            tuple(x for x, t in zip(flat, is_tensor) if not t and isinstance(x, (int, float, str, bool))),
-            str(spec),
-            tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else (),
-            self._autocast,
-            torch.backends.mkldnn.enabled,
-        )
-        try:
-            programs = _programs.setdefault(owner, {})
-        except TypeError:  # a callable that cannot be hashed or weakly referenced: nothing is kept of it
-            programs = {}
-        for fresh in (False, True):
-            if fresh:
-                with self._as_before(), _plain_attention(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    tangents = [torch.zeros_like(p) for p in primals]
-                    programs[key] = Program(first_order, arguments, tangents, torch.zeros_like(self.outputs))
-                while len(programs) > _PROGRAMS_PER_MODEL:
-                    programs.pop(next(iter(programs)))
-            elif key not in programs:
-                continue
-            with replayed_randomness(self.random_state, device):
-                outputs, maps = programs[key].linearize(arguments)
-            difference = self._difference(reference, maps, outputs)
-            if not difference:
-                self._graph = None  # the program has its own residuals
-                return maps
-        raise RuntimeError(difference)
-
-    def _by_double_backward(self, reference: _Reference) -> Maps:
+    def _by_double_backward(self, recorded: Recorded, graph: Tensor | None = None) -> tuple[Maps, Tensor]:
         """J v as the derivative of the linear map u ↦ Jᵀu, applied to v, and Jᵀu over the recorded forward pass."""
-        assert self._graph is not None
+        graph = self._graph if graph is None else graph
+        assert graph is not None
+        pull = partial(_pull, graph, self.leaves)
         with torch.enable_grad():
-            u = torch.zeros_like(self._graph, requires_grad=True)
-            pulled = torch.autograd.grad(
-                self._graph, self.leaves, u, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            u = torch.zeros_like(graph, requires_grad=True)
+            pulled = pull(u, create_graph=True)
         used = [i for i, c in enumerate(pulled) if c.requires_grad]
 
         def push(tangents: Sequence[Tensor]) -> Tensor:
@@ -462,28 +322,20 @@ class Linearization:
             )
             return moved
 
-        maps = Maps(push, self._reverse, push, self._reverse)
-        if difference := self._difference(reference, maps):
-            raise RuntimeError(difference)
-        return maps
+        return Maps(push, pull, push, pull), graph
 
-    def _by_plain_double_backward(self, reference: _Reference) -> Maps:
+    def _by_plain_double_backward(self, recorded: Recorded) -> tuple[Maps, Tensor]:
         """The same over a forward pass in which attention is its plain formula: a fused kernel has no second backward.
 
         It is the same function, and only here is it worth the memory.
         """
-        recorded = self._graph
-        with _plain_attention():
-            self._graph = self.record()
-        try:
-            if difference := self._other_outputs(self._graph.detach()):
-                raise RuntimeError(difference)
-            return self._by_double_backward(reference)
-        except BaseException:
-            self._graph = recorded
-            raise
+        with plain_attention():
+            graph = self.record()
+        if not recorded.same_outputs(graph.detach()):
+            raise RuntimeError("a second forward pass gives other outputs than the first")
+        return self._by_double_backward(recorded, graph)
 
-    def _by_rows(self, reference: _Reference) -> Maps:
+    def _by_rows(self, recorded: Recorded) -> tuple[Maps, None]:
         """Both maps by J itself, a backward pass for each of its rows."""
         p, shape, dtype = self.parameters, self.outputs.shape, self.outputs.dtype
         rows = self.outputs.numel()
@@ -491,9 +343,10 @@ class Linearization:
             raise RuntimeError(f"{rows} outputs times {p.numel} parameters are too many")
         units = self.outputs.new_zeros(rows)
         J = torch.empty(rows, p.numel, dtype=torch.promote_types(p.dtype, units.dtype), device=p.device)
+        by_autograd = self._by_autograd()
         for i in range(rows):
             units[i] = 1.0
-            J[i] = p.flatten(self._reverse(units.view(shape)))
+            J[i] = p.flatten(by_autograd(units.view(shape)))
             units[i] = 0.0
 
         def push(tangents: Sequence[Tensor]) -> Tensor:
@@ -502,101 +355,32 @@ class Linearization:
         def pull(u: Tensor) -> Sequence[Tensor]:
             return p.unflatten(J.T @ u.reshape(-1).to(J.dtype))
 
-        maps = Maps(push, pull, push, pull)
-        if difference := self._difference(reference, maps):
-            raise RuntimeError(difference)
-        self._graph = None
-        return maps
-
-    # -------------------------------------------------------------------------------------------------- what is right
-
-    def _reference(self) -> _Reference:
-        """A cotangent u and Jᵀu by autograd: of the first pull back (the gradient of a step is there already)."""
-        seen = self._seen
-        if seen is None or not bool(((seen[0] != 0) & torch.isfinite(seen[0])).all()):
-            u = _generic(self.outputs)  # zeros would leave something unchecked
-            seen = u, self.parameters.flatten(self._reverse(u))
-        size = seen[0].abs().amax()
-        u, pulled = (x / size for x in seen)
-        return _Reference(u, pulled, self._norms(pulled))
-
-    def _norms(self, vector: Tensor) -> list[float]:
-        """Of each parameter's part."""
-        parts = list(vector.split(self.parameters.sizes))
-        return torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).tolist()
-
-    def _other_outputs(self, outputs: Tensor) -> str:
-        """In what the outputs of a second forward pass differ from η."""
-        finite = torch.isfinite(self.outputs)
-        if outputs.shape == self.outputs.shape and torch.equal(torch.isfinite(outputs), finite):
-            mine, theirs = (torch.where(finite, x, 0.0) for x in (self.outputs, outputs))
-            scale = mine.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
-            if bool((theirs - mine).abs().amax() <= min(self._precision() ** 0.5, 0.03) * scale):
-                return ""
-        return "a second forward pass gives other outputs than the first"
-
-    def _precision(self) -> float:
-        """The relative rounding error ε of one operation."""
-        p = self.parameters
-        if self._autocast is not None:
-            return torch.finfo(self._autocast).eps
-        epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
-        return epsilon if p.device.type == "cpu" or p.dtype is torch.float64 else max(epsilon, 2.0**-10)  # TF32
-
-    def _difference(self, reference: _Reference, maps: Maps, outputs: Tensor | None = None) -> str:
-        """In what two maps, and the outputs of the program they are of, differ from the recorded ones.
-
-        1. Each parameter's part of Jᵀu must be the recorded one, relative to its own size: to 10√ε, since of E
-           activations rounding puts some εE on the other side of a kink, each with a share of 1/√E; or to what rounding
-           does to the recorded one, as before a normalisation that takes all of it out.
-        2. The push forward must be the adjoint of that, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, up to rounding, which kinks have no part
-           in. Each parameter has its share of the sum: v is its part of Jᵀu by its square.
-
-        It costs one product.
-        """
-        if outputs is not None and (difference := self._other_outputs(outputs)):
-            return difference
-        p, epsilon = self.parameters, self._precision()
-        u, expected, norms = reference
-        if not all(map(isfinite, norms)):
-            return ""  # no product will be finite, whoever computes it
-        pulled = p.flatten(maps.pull(u))
-        errors = self._norms(pulled - expected)
-        tolerance = min(10 * epsilon**0.5, 0.03)
-        wrong = [i for i, error in enumerate(errors) if not error <= tolerance * norms[i]]
-        if wrong:
-            jitter = _generic(u).mul_(2 * epsilon).add_(1)
-            noise = self._norms(p.flatten(self._reverse(u * jitter)) - expected)
-            wrong = [i for i in wrong if not errors[i] <= 8 * noise[i]]
-        if wrong:
-            return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
-        size = hypot(*norms)
-        scales = [max(norm, 1e-3 * size) or 1.0 for norm in norms]
-        shares = [(1 + i % 7 / 7) * size for i in range(len(norms))]  # unequal: errors must not cancel
-        parts = expected.split(p.sizes)
-        v = torch.cat([part / scale * (share / scale) for part, scale, share in zip(parts, scales, shares)])
-        moved = maps.push(p.unflatten(v if size > 0 else _generic(v)))
-        pairs = (u * moved).flatten().double(), (pulled * v).double()
-        value, expected_value = (terms.sum() for terms in pairs)
-        rounding = _ROUNDINGS * epsilon * (pairs[0].norm() + pairs[1].norm())
-        if not bool((value - expected_value).abs() <= rounding + min(1000 * epsilon, 0.01) * expected_value.abs()):
-            return "J v is not the adjoint of Jᵀu"
-        return ""
+        return Maps(push, pull, push, pull), None
 
 
-_PROGRAMS_PER_MODEL = 8
-_programs: WeakKeyDictionary[Any, dict[Any, Program]] = WeakKeyDictionary()
-_told: WeakSet[Any] = WeakSet()
+_told: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # the ways that a model was said to use
 _ELEMENTS = 2**24  # of the largest J that is formed row by row
-_ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
 
 
-class _Reference(NamedTuple):
-    """What autograd gives over the recorded forward pass."""
+def _as_tuple(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
-    u: Tensor  #: a cotangent with a largest entry of 1
-    pulled: Tensor  #: Jᵀu
-    norms: list[float]  #: of each parameter's part of it
+
+def _at_least_float(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.ndim < 1:
+        kind = f"a {outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(
+            "model must return one floating-point tensor whose last axis holds the parameters of a distribution, "
+            f"got {kind}"
+        )
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool = False) -> Sequence[Tensor]:
+    """Jᵀu over a recorded forward pass."""
+    return torch.autograd.grad(
+        graph, leaves, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def _name(model: Model) -> str:
@@ -615,37 +399,27 @@ def _each(function: Callable[[Tensor], Sequence[Tensor]], block: Tensor) -> Sequ
         return [torch.stack(results) for results in zip(*map(function, block))]
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention by its plain formula: the fused kernels have no forward rule, nor a backward to differentiate."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
 def _say_once(model: Model, way: str, reasons: Mapping[str, str]) -> None:
+    """That ``way`` is used, and why none of those before it."""
     owner = model.__self__ if isinstance(model, MethodType) else model
     try:
-        if owner in _told:
-            return
-        _told.add(owner)
+        told = _told.setdefault(owner, set())
     except TypeError:  # it cannot be hashed or weakly referenced
-        pass
-    first, *others = reasons.values()
+        told = set()
+    if way in told:
+        return
+    told.add(way)
+    name, products = _name(model), "its Fisher-vector products use"
+    if way == "forward mode":
+        said = f"no traced program for {name} ({reasons['program']}); {products} plain forward mode, which is exact"
+        warnings.warn(f"{said} and slower", stacklevel=6)
+        return
+    forward = reasons.get("program", reasons["forward mode"])
     if way == "row by row":
         means = (
-            f"nor can its backward pass be differentiated ({others[0]}); its Fisher-vector products use J, formed row "
-            "by row with one backward pass for each output, which is exact and slow"
+            f"nor can its backward pass be differentiated ({reasons['double backward']}); {products} J, formed row by "
+            "row with one backward pass for each output, which is exact and slow"
         )
     else:
-        means = "its Fisher-vector products use double backward, which is exact and slower"
-    warnings.warn(f"no forward mode for {_name(model)} ({first}); {means}", stacklevel=6)
-
-
-def _generic(like: Tensor) -> Tensor:
-    """A fixed vector that is orthogonal to nothing by accident; no random number is drawn for it."""
-    return torch.arange(like.numel(), device=like.device).remainder_(1009).to(like.dtype).cos_().view(like.shape)
+        means = f"{products} double backward, which is exact and slower"
+    warnings.warn(f"no forward mode for {name} ({forward}); {means}", stacklevel=6)

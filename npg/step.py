@@ -21,7 +21,8 @@ from torch import Tensor
 
 from npg.families import Family, Geometry, OutOfDomainError, in_double
 from npg.fisher import Fisher
-from npg.linearize import Buffers, Linearization, Model, frozen_statistics, replayed_randomness, uncompiled
+from npg.linearize import Linearization
+from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.trust_region import KLDirection, SearchResult, Trial, TrustRegion

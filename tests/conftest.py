@@ -1,14 +1,23 @@
-"""What tests of several processes share."""
+"""What tests of several packages share."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from npg import acceleration
+
+
+@pytest.fixture
+def accelerated() -> Iterator[None]:
+    """Traced programs are on, for tests that ask whether one is used; the others run with and without."""
+    with acceleration.mode("auto"):
+        yield
 
 
 @pytest.fixture(scope="session")

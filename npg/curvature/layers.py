@@ -12,7 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from npg.linearize import Linearization, Model
+from npg.linearize import Linearization
+from npg.model import Model
 from npg.parameters import Parameters
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from npg.curvature.online import OnlinePreconditioner
 from npg.families import Family
 from npg.fisher import Kind
-from npg.linearize import uncompiled
+from npg.model import uncompiled
 from npg.parameters import Parameters
 
 __all__ = [

@@ -12,7 +12,8 @@ from torch import Generator, Tensor, nn
 
 from npg.families import Family
 from npg.fisher import Fisher, Kind
-from npg.linearize import Buffers, Linearization
+from npg.linearize import Linearization
+from npg.model import Buffers
 from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, flat, split
 from npg.parallel import mean_
 

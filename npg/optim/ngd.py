@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
-from npg.linearize import Buffers
+from npg.model import Buffers
 from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, is_due, split
 from npg.optim.batches import first_rows
 from npg.parameters import Parameters

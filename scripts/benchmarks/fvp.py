@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from npg import Fisher, families
-from npg.linearize import frozen_statistics
+from npg.model import frozen_statistics
 from npg.vision import model_from_name
 
 
@@ -67,7 +68,7 @@ def rivals(model: nn.Module, x: torch.Tensor, family: families.Family) -> dict[s
 
     fisher = Fisher(model, x, family)
     with torch.backends.mkldnn.flags(enabled=False):
-        without_one_dnn = Fisher(model, x, family)
+        without_one_dnn = Fisher(deepcopy(model), x, family)  # each has its program from the first product on
         without_one_dnn @ v
 
     def no_one_dnn() -> torch.Tensor:

@@ -11,6 +11,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from agents.heads import ActorHead, CriticHead
+from npg import acceleration
+
+pytestmark = pytest.mark.usefixtures("accelerated")
 
 BOX = spaces.Box(-2.0, 2.0, (5,), np.float32)
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -45,7 +48,7 @@ def by_modules(head: ActorHead, observations: torch.Tensor) -> tuple[torch.Tenso
 
 
 def programs(head) -> list:
-    return [program for program in head._programs.values() if program is not None]
+    return acceleration._functions.kept(head)
 
 
 @pytest.mark.parametrize("observation", [BOX, IMAGE], ids=["vector", "image"])

@@ -18,7 +18,7 @@ from torch import nn
 
 from agents import MDPO, NPG, TRPO, buffer
 from agents.update import batch_of
-from npg import Fisher, families
+from npg import Fisher, acceleration, families
 
 torch.set_num_threads(1)
 
@@ -462,7 +462,7 @@ def test_what_a_callback_changes_acts_from_the_next_step_on(change):
         assert torch.isfinite(torch.cat([p.flatten() for p in model.policy.parameters()])).all()
 
 
-def test_a_policy_that_is_not_changed_acts_by_one_program_to_the_end():
+def test_a_policy_that_is_not_changed_acts_by_one_program_to_the_end(accelerated):
     model = agent()
     seen = []
 
@@ -474,7 +474,7 @@ def test_a_policy_that_is_not_changed_acts_by_one_program_to_the_end():
 
     collected(model, Watch())
     assert not any(seen)
-    assert len([p for p in model.networks.actor._programs.values() if p is not None]) == 1
+    assert len(acceleration._functions.kept(model.networks.actor)) == 1
 
 
 class Counting(BaseFeaturesExtractor):

@@ -14,15 +14,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from npg import Fisher, families, linearize, optim
-from npg.linearize import Linearization, frozen_statistics, replayed_randomness
+from npg import Fisher, acceleration, families, linearize, optim
+from npg.linearize import Linearization
+from npg.model import frozen_statistics, replayed_randomness
 
 pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(linearize, "_told", weakref.WeakSet())
+    monkeypatch.setattr(linearize, "_told", weakref.WeakKeyDictionary())
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def check(jacobian, assert_close):
             assert_close(linearization.pull_back(u), J.T @ u.reshape(-1))
             block = torch.stack([u, -2 * u.sin()])
             assert_close(linearization.pull_back(block), J.T @ block.reshape(2, -1).T)
-        mine = [str(w.message) for w in said if "no forward mode" in str(w.message)]
+        mine = [str(w.message) for w in said if "its Fisher-vector products use" in str(w.message)]
         assert len(mine) == warns, mine
         return linearization
 
@@ -48,16 +49,16 @@ def check(jacobian, assert_close):
 
 
 @pytest.fixture
-def traces(monkeypatch):
+def traces(monkeypatch, accelerated):
     """How many programs were traced so far."""
     count = []
 
-    class Counting(linearize.Program):
+    class Counting(acceleration.Program):
         def __init__(self, *arguments) -> None:
             count.append(1)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(linearize, "Program", Counting)
+    monkeypatch.setattr(acceleration, "Program", Counting)
     return count
 
 
@@ -143,6 +144,38 @@ def test_recurrent_networks(kind, check):
     check(Last(), torch.randn(2, 3, 3))
 
 
+# ------------------------------------------------------------------------------------------------- plain forward mode
+
+
+def test_forward_mode_without_a_program_is_right_and_says_nothing(check):
+    with acceleration.mode("off"):
+        check(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).eval(), torch.randn(5, 3))
+        check(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), torch.randn(2, 3, 4))
+        check(Attending("branch"), torch.randn(2, 5, 3))
+
+
+def test_what_cannot_be_traced_uses_plain_forward_mode_and_says_so_once(check, accelerated):
+    model = Attending("branch")
+    linearization = Linearization(model, torch.randn(2, 5, 3))
+    with pytest.warns(
+        UserWarning, match=r"no traced program for Attending \(.*\); .* plain forward mode, .* exact and"
+    ):
+        linearization.push_forward(torch.randn(linearization.parameters.numel))
+    check(model, torch.randn(2, 5, 3))
+
+
+@pytest.mark.parametrize("change", [lambda m: m.eval(), lambda m: setattr(m[1], "normalized_shape", (3,))])
+def test_a_model_that_changed_between_plain_products_is_refused(change):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with acceleration.mode("off"):
+        linearization = Linearization(model, torch.randn(5, 3))
+        v = torch.randn(linearization.parameters.numel)
+        linearization.push_forward(v)
+        change(model)
+        with pytest.raises(RuntimeError):
+            linearization.push_forward(v)
+
+
 # ------------------------------------------------------------------------------------- what the program must notice
 
 
@@ -210,22 +243,33 @@ def test_dropout_and_batchnorm_between_modes(training, check):
 
 
 def test_program_is_traced_once_per_shape(check, traces):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    for batch in (5, 5, 7, 5, 7):
+    model, counts = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), []
+    for batch in (5, 5, 7, 5, 7, 7, 7, 5, 7):
         check(model, torch.randn(batch, 3))
+        counts.append(len(traces))
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-    assert len(traces) == 2
+    assert counts == [1, 1, 1, 1, 1, 1, 2, 2, 2]  # another shape than the first when it has come three times in a row
 
 
 def test_many_shapes_keep_few_programs(check, traces):
     model = nn.Linear(3, 2)
     for batch in range(1, 13):
-        check(model, torch.randn(batch, 3))
-    assert len(linearize._programs[model]) <= linearize._PROGRAMS_PER_MODEL
+        for _ in range(3):
+            check(model, torch.randn(batch, 3))
+    assert len(traces) == 12
+    assert len(acceleration._programs.kept(model)) == 8
     check(model, torch.randn(1, 3))  # thrown out, and traced again
     assert len(traces) == 13
+
+
+def test_shapes_that_change_are_served_without_a_trace_for_each(check, traces):
+    """Sentences of all lengths: right products, and no more traces than pay."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 1)
+    for length in (5, 2, 3, 4, 2, 3, 5, 4, 2, 5, 3, 2):
+        check(model, torch.randn(2, length, 4))
+    assert len(traces) == 1
 
 
 def test_other_memory_layouts(check):
@@ -525,11 +569,12 @@ def test_a_backward_that_is_not_linear_is_refused():
 # ------------------------------------------------------------------------------------------- how strict the checks are
 
 
+@pytest.mark.usefixtures("accelerated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tensor", range(6))
 @pytest.mark.parametrize("which", ["push", "pull"])
 def test_an_error_of_four_per_cent_in_one_parameter_is_seen(which, tensor, dtype, monkeypatch):
-    linearized = linearize.Program.linearize
+    linearized = acceleration.Program.linearize
 
     def wrong(self, arguments):
         outputs, maps = linearized(self, arguments)
@@ -546,7 +591,7 @@ def test_an_error_of_four_per_cent_in_one_parameter_is_seen(which, tensor, dtype
     x = torch.randn(2048, 17, dtype=dtype)
     v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=dtype)
     expected = Linearization(model, x).push_forward(v)
-    monkeypatch.setattr(linearize.Program, "linearize", wrong)
+    monkeypatch.setattr(acceleration.Program, "linearize", wrong)
     linearization = Linearization(model, x)
     with pytest.warns(UserWarning, match=r"along 0|along [0-9]\.|not the adjoint"):
         moved = linearization.push_forward(v)
@@ -593,20 +638,20 @@ class Attending(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "branch"])
-def test_attention_beside_what_cannot_be_traced(kind, check):
+def test_attention_beside_what_cannot_be_traced(kind, check, accelerated):
     check(Attending(kind), torch.randn(2, 5, 3), warns=True)
     step = optim.NGD(Attending(kind), families.Gaussian(), lr=0.1).step(torch.randn(2, 5, 3), torch.randn(2, 5, 4))
     assert step.accepted
 
 
-def test_attention_whose_program_is_wrong(check, monkeypatch):
-    linearized = linearize.Program.linearize
+def test_attention_whose_program_is_wrong(check, monkeypatch, accelerated):
+    linearized = acceleration.Program.linearize
 
     def wrong(self, arguments):
         outputs, maps = linearized(self, arguments)
         return outputs, maps._replace(push=lambda v: 1.01 * maps.push(v))
 
-    monkeypatch.setattr(linearize.Program, "linearize", wrong)
+    monkeypatch.setattr(acceleration.Program, "linearize", wrong)
     check(Attending("plain"), torch.randn(2, 5, 3), warns=True)
 
 
@@ -652,7 +697,7 @@ def test_parameters_changed_through_data_are_refused(map_):
         getattr(linearization, map_)(torch.randn(8) if map_ == "push_forward" else torch.randn(5, 2))
 
 
-def test_later_changes_through_data_leave_the_products_as_they_are():
+def test_later_changes_through_data_leave_the_products_as_they_are(accelerated):
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     linearization, v, u = Linearization(model, torch.randn(5, 3)), torch.randn(26), torch.randn(5, 2)
     first = linearization.push_forward(v), linearization.pull_back(u)

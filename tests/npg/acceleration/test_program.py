@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp
 
+from npg.acceleration.program import Program, straight_line
 from npg.linearize import Linearization
-from npg.program import Program, straight_line
 
 aten = torch.ops.aten
 
@@ -99,7 +99,7 @@ def test_one_dnn_has_nothing_to_transpose(activation, avx512):
 
 
 @pytest.mark.parametrize("given", ["x", "v", "u"])
-def test_one_dnn_is_given_dense_matrices(given, avx512, assert_close):
+def test_one_dnn_is_given_dense_matrices(given, avx512, assert_close, accelerated):
     # as a right factor it would take a thousand times as long for a matrix whose rows lie apart
     model, x = network()[0], torch.randn(1500, 17)
     n = sum(p.numel() for p in model.parameters())
@@ -168,7 +168,7 @@ def test_products_leave_each_other_alone():
     assert all(map(torch.equal, maps.pull(u), pulled))
 
 
-def test_recorded_activations_are_freed_once_the_program_has_its_own():
+def test_recorded_activations_are_freed_once_the_program_has_its_own(accelerated):
     model, x = network()
     linearization = Linearization(model, x)
     by_autograd = linearization.pull_back(torch.ones(600, 6))

@@ -1,0 +1,119 @@
+"""The one check: each pair of maps v ↦ J v, u ↦ Jᵀu is compared with autograd before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import hypot, isfinite
+
+import torch
+from torch import Tensor
+
+from npg.acceleration.program import Maps
+from npg.parameters import Parameters
+
+__all__ = ["Recorded", "close"]
+
+_ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
+
+
+class Recorded:
+    """What autograd gives over the recorded forward pass, which is the truth.
+
+    Args:
+        parameters: the P parameters.
+        outputs: η, (…, D).
+        pull: u ↦ Jᵀu by autograd, as a list of tensors.
+        seen: a cotangent and its Jᵀu, (P,), where there are any: the gradient of a step is there already.
+        autocast: the dtype that the forward pass ran in, if not in that of its tensors.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        outputs: Tensor,
+        pull: Callable[[Tensor], Sequence[Tensor]],
+        seen: tuple[Tensor, Tensor] | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self._parameters, self._outputs, self._pull = parameters, outputs, pull
+        self._epsilon = _precision(parameters, autocast)
+        if seen is None or not bool(((seen[0] != 0) & torch.isfinite(seen[0])).all()):
+            u = _generic(outputs)  # zeros would leave something unchecked
+            seen = u, parameters.flatten(pull(u))
+        size = seen[0].abs().amax()
+        self._u, self._pulled = (x / size for x in seen)
+        self._norms_pulled = self._norms(self._pulled)
+
+    def _norms(self, vector: Tensor) -> list[float]:
+        """Of each parameter's part."""
+        parts = list(vector.split(self._parameters.sizes))
+        return torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).tolist()
+
+    def same_outputs(self, outputs: Tensor) -> bool:
+        """Whether the outputs of a second forward pass are η, up to rounding."""
+        finite = torch.isfinite(self._outputs)
+        if outputs.shape != self._outputs.shape or not torch.equal(torch.isfinite(outputs), finite):
+            return False
+        mine, theirs = (torch.where(finite, x, 0.0) for x in (self._outputs, outputs))
+        scale = mine.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
+        return bool((theirs - mine).abs().amax() <= min(self._epsilon**0.5, 0.03) * scale)
+
+    def difference(self, maps: Maps, outputs: Tensor | None = None) -> str:
+        """In what two maps, and the outputs of the forward pass that they are of, differ from the recorded ones.
+
+        1. Each parameter's part of Jᵀu must be the recorded one, relative to its own size: to 10√ε, since of E
+           activations rounding puts some εE on the other side of a kink, each with a share of 1/√E; or to what rounding
+           does to the recorded one, as before a normalisation that takes all of it out.
+        2. The push forward must be the adjoint of that, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, up to rounding, which kinks have no part
+           in. Each parameter has its share of the sum: v is its part of Jᵀu by its square.
+
+        It costs one product.
+        """
+        if outputs is not None and not self.same_outputs(outputs):
+            return "a second forward pass gives other outputs than the first"
+        p, epsilon = self._parameters, self._epsilon
+        u, expected, norms = self._u, self._pulled, self._norms_pulled
+        if not all(map(isfinite, norms)):
+            return ""  # no product will be finite, whoever computes it
+        pulled = p.flatten(maps.pull(u))
+        errors = self._norms(pulled - expected)
+        tolerance = min(10 * epsilon**0.5, 0.03)
+        wrong = [i for i, error in enumerate(errors) if not error <= tolerance * norms[i]]
+        if wrong:
+            jitter = _generic(u).mul_(2 * epsilon).add_(1)
+            noise = self._norms(p.flatten(self._pull(u * jitter)) - expected)
+            wrong = [i for i in wrong if not errors[i] <= 8 * noise[i]]
+        if wrong:
+            return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
+        size = hypot(*norms)
+        scales = [max(norm, 1e-3 * size) or 1.0 for norm in norms]
+        shares = [(1 + i % 7 / 7) * size for i in range(len(norms))]  # unequal: errors must not cancel
+        parts = expected.split(p.sizes)
+        v = torch.cat([part / scale * (share / scale) for part, scale, share in zip(parts, scales, shares)])
+        moved = maps.push(p.unflatten(v if size > 0 else _generic(v)))
+        pairs = (u * moved).flatten().double(), (pulled * v).double()
+        value, expected_value = (terms.sum() for terms in pairs)
+        rounding = _ROUNDINGS * epsilon * (pairs[0].norm() + pairs[1].norm())
+        if not bool((value - expected_value).abs() <= rounding + min(1000 * epsilon, 0.01) * expected_value.abs()):
+            return "J v is not the adjoint of Jᵀu"
+        return ""
+
+
+def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors are the same up to rounding, each relative to its largest element."""
+    return all(
+        x.shape == y.shape and bool((x - y).abs().amax() <= 1e-4 * y.abs().amax()) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _precision(p: Parameters, autocast: torch.dtype | None) -> float:
+    """The relative rounding error ε of one operation."""
+    if autocast is not None:
+        return torch.finfo(autocast).eps
+    epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
+    return epsilon if p.device.type == "cpu" or p.dtype is torch.float64 else max(epsilon, 2.0**-10)  # TF32
+
+
+def _generic(like: Tensor) -> Tensor:
+    """A fixed vector that is orthogonal to nothing by accident; no random number is drawn for it."""
+    return torch.arange(like.numel(), device=like.device).remainder_(1009).to(like.dtype).cos_().view(like.shape)

@@ -1,0 +1,161 @@
+"""A network as a function, and what its forward pass reads and moves beside parameters: buffers and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = [
+    "Buffers",
+    "Model",
+    "by_slot",
+    "frozen_statistics",
+    "is_autocast",
+    "plain_attention",
+    "random_state",
+    "replayed_randomness",
+    "uncompiled",
+    "without_autocast",
+]
+
+
+class FunctionalModel(Protocol):
+    """A network as a function of its parameters: ``f(parameters, *inputs) → outputs``."""
+
+    def __call__(self, parameters: Mapping[str, Tensor], /, *inputs: Any) -> Tensor: ...
+
+
+Model = nn.Module | FunctionalModel
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class Buffers:
+    """The buffers of a model, running statistics among them, as they are now."""
+
+    def __init__(self, model: Model) -> None:
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        self._copies = [
+            (module, path, name, buffer, buffer.detach().clone())
+            for path, module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def named(self) -> dict[str, Tensor]:
+        """Their values as they were, by name."""
+        return {f"{path}.{name}" if path else name: copy for _, path, name, _, copy in self._copies}
+
+    @torch.no_grad()
+    def restore(self, keep: Tensor | None = None) -> None:
+        """Put them back as they were, bit for bit; all but where ``keep``, (), is true."""
+        for module, _, name, buffer, copy in self._copies:
+            now = module._buffers[name]
+            if keep is not None and now is not None and now.shape == copy.shape:
+                copy = torch.where(keep, now, copy)
+            module._buffers[name] = buffer
+            buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put them back if an error, or an interrupt, leaves the block."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+
+@contextmanager
+def frozen_statistics(model: Model) -> Iterator[None]:
+    """Normalise with the batch's own statistics, as in training, without moving the running ones or any other buffer.
+
+    Dropping ``track_running_stats`` is the one switch that BatchNorm looks at in training mode; InstanceNorm looks at
+    none, and so has its running statistics taken away meanwhile.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    buffers = Buffers(model)
+    moved = [
+        m for m in modules if m.training and getattr(m, "track_running_stats", False) and hasattr(m, "running_mean")
+    ]
+    hidden = [(m, m.running_mean, m.running_var) for m in moved if isinstance(m, _INSTANCE_NORMS)]
+    for m in moved:
+        m.track_running_stats = False  # type: ignore[assignment]
+    for norm, *_ in hidden:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for m in moved:
+            m.track_running_stats = True  # type: ignore[assignment]
+        for norm, mean, variance in hidden:
+            norm.running_mean, norm.running_var = mean, variance
+        buffers.restore()
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the generators that a forward pass on ``device`` draws from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextmanager
+def replayed_randomness(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers (dropout masks) as the forward pass that began at ``state``; leave no trace."""
+    after = random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(after, device)
+
+
+def uncompiled(model: Model) -> Model:
+    """The module behind one of ``torch.compile``, through which no forward mode passes."""
+    return cast(Model, getattr(model, "_orig_mod", model))
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``."""
+    return torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For derivatives, which run in the types that the forward pass chose; autocast would choose for them again."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``values`` once for every place in the model that holds the tensor so named.
+
+    `functional_call` ties names by itself, but where one module is registered under two names it swaps the same place
+    twice, and then puts the stand-in back for good.
+    """
+    held = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        f"{path}.{name}" if path else name: values[held[id(t)]]
+        for path, module in model.named_modules()
+        for name, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None and held.get(id(t)) in values
+    }
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by its plain formula: the fused kernels have no forward rule, nor a backward to differentiate."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -21,7 +21,7 @@ def number(name: str, value: Any, low: float, high: float = inf, *, above: bool 
     """Refuse what is not a finite number in [low, high], or with ``above`` in (low, high].
 
     Raises:
-        TypeError: if ``value`` is not a real number; a truth value is none.
+        TypeError: if ``value`` is not a real number; True and False are refused.
         ValueError: if it is out of the range, or NaN.
     """
     interval = f"{'(' if above else '['}{low}, {high}{')' if high == inf else ']'}"
@@ -33,7 +33,7 @@ def number(name: str, value: Any, low: float, high: float = inf, *, above: bool 
 
 
 def whole(name: str, value: Any, low: int, high: float = inf) -> None:
-    """Refuse what is not an integer in [low, high]; a float is none, even without a fraction.
+    """Refuse what is not an integer in [low, high]; a float is refused, even a whole one.
 
     Raises:
         TypeError: if ``value`` is not an integer.
@@ -107,7 +107,7 @@ def not_finite_in(buffer: RolloutBuffer, newest: Any) -> str | None:
         if envs := not_finite(values):
             return (
                 f"{name} of environment {', '.join(map(str, envs))} is not finite in step {step} of the rollout: "
-                "mend the environment, or wrap it"
+                "correct the environment, or wrap it"
             )
     return None
 

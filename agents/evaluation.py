@@ -120,7 +120,7 @@ class _Finite(VecEnvWrapper):
             if envs := not_finite(rows):
                 raise FloatingPointError(
                     f"{name} of environment {', '.join(map(str, envs))} is not finite in step {self.steps} of an "
-                    "evaluation: mend the environment, or wrap it; or, where it is normalised, take an earlier agent"
+                    "evaluation: correct the environment, or wrap it; if it is normalised, take an earlier agent"
                 )
 
 

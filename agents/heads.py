@@ -237,9 +237,9 @@ class ActorHead(_Head):
             same = False
         if not same:
             raise NotImplementedError(
-                f"policy {type(policy).__name__} gives other log-likelihoods in `{method}` than the parameters of the "
-                f"distribution that `get_distribution` returns, a {type(policy.action_dist).__name__}: both must be of "
-                "one distribution, since the steps are measured in its KL"
+                f"policy {type(policy).__name__} gives log-likelihoods in `{method}` that are not those of the "
+                f"distribution that `get_distribution` returns, a {type(policy.action_dist).__name__}: let both be of "
+                "one distribution, because the steps are measured in its KL"
             )
 
     def targets(self, actions: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Run:
 
 
 def start(config: RunConfig, run_dir: Path | None = None, command: str = "", world: World = _ALONE) -> Run:
-    """Make environments and agent, then the run's folder: nothing is created where one of them cannot be had.
+    """Make environments and agent, then the run's folder: nothing is created if one of them fails.
 
     Of several processes each steps its part of the ``n_envs`` environments, which are together those of one process.
 
@@ -199,7 +199,7 @@ def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
     if path.suffix == ".zip" and path.parent.name == "checkpoints":
         folder = RunFolder.open(path.parent.parent)
         if (steps := folder.agents.number(path)) is None:
-            raise FileNotFoundError(f"{path} is no agent of a run: those are called model_<steps>_steps.zip")
+            raise FileNotFoundError(f"{path} is not an agent of a run: their names are model_<steps>_steps.zip")
         return folder, folder.checkpoint(steps)
     folder = RunFolder.open(path)
     return folder, folder.last
@@ -289,8 +289,8 @@ def _newer(folder: RunFolder, files: SavedAgent) -> str:
     if steps >= latest:
         return ""
     return (
-        f"{folder.path} has trained on to step {latest}, and would lose that if it went on from {files.model}: give "
-        "--run-dir NEW to do so in a folder of its own"
+        f"{folder.path} has trained on to step {latest}. To continue there from {files.model} would lose those steps: "
+        "give --run-dir NEW, and it continues in a folder of its own"
     )
 
 

@@ -128,7 +128,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
             or pool_spec.config.max_num_players > 1
         ):
             raise ValueError(
-                f"env_id={task!r} cannot be had: it has several players, or several arrays as action "
+                f"env_id={task!r} cannot be used: it has several players, or several arrays as action "
                 f"({', '.join(pool_spec._action_keys[2:])}), and Stable-Baselines3 takes one of each. Choose another."
             )
         with warnings.catch_warnings():  # float64 bounds become float32

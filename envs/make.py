@@ -63,7 +63,7 @@ def make_vec_env(
 
     Raises:
         UnknownEnvironment: (a ValueError) if no backend has the id; the nearest known ids are named.
-        ValueError: for any other argument that cannot be had.
+        ValueError: for any other argument that cannot be used.
         ImportError: if a package is missing that the environment or the backend needs.
     """
     n_envs = _positive("n_envs", n_envs)
@@ -208,7 +208,7 @@ def _absent(env_id: str, game: Game | None, backend: str) -> Exception:
     if nearest:
         message += f" Did you mean {', '.join(nearest)}?"
     if envpool is None:
-        message += f" Not installed, and may know it: {get_envpool}"
+        message += f" It may be in a package that is not installed: {get_envpool}"
         message += "." if ale_games() else f", {get_ale}."
     return UnknownEnvironment(message)
 
@@ -232,7 +232,9 @@ def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
         elif import_envpool() is None and (env_id in SAME_AS_GYMNASIUM or env_id.startswith(tuple(DIFFERENCES))):
             remedy += ' Remedy: pip install "npg-toolkit[fast]" for EnvPool.'
         reason = str(error).rstrip(".")
-        raise ImportError(f"{env_id} with backend='gymnasium' misses a package: {reason}.{remedy}") from error
+        raise ImportError(
+            f"{env_id} with backend='gymnasium' needs a package that is missing: {reason}.{remedy}"
+        ) from error
 
 
 def _positive(name: str, value: Any) -> int:

@@ -628,13 +628,13 @@ def trust_region_step(potential: Potential, theta: Tensor, gradient: Tensor, rad
         low, high = high, 2 * high
     else:
         raise ValueError(
-            f"radius={radius:g} binds nowhere: moving against the gradient, the divergence stays below "
+            f"radius={radius:g} is never reached: against the gradient, the divergence stays below "
             f"{divergence(high):.6g} on the domain of {potential!r}; take a smaller radius"
         )
     while divergence(low) > radius:
         low, high = low / 2, low
         if low == 0:
-            raise ValueError(f"radius={radius:g} is below what the divergence can be told from 0 by: take a larger one")
+            raise ValueError(f"radius={radius:g} is so small that rounding hides the divergence: take a larger one")
     for _ in range(100):
         middle = 0.5 * (low + high)
         if not low < middle < high:

@@ -162,25 +162,25 @@ def open_world(device: str | None = None) -> Iterator[World]:
         device: ``cpu``, ``cuda`` or ``cuda:N``; by default CUDA where there is a device for this process.
 
     Raises:
-        ValueError: the device cannot be had.
+        ValueError: the device is not available.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"device {device!r} is none: choose cpu, cuda or cuda:<number>") from error
+        raise ValueError(f"unknown device {device!r}; known are cpu, cuda, cuda:0, cuda:1, …") from error
     if chosen.type == "cuda":
         # Judged alike by all processes of a machine, so that none waits for one that has given up.
         index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
         needed = here if chosen.index is None else index + 1
         if needed > torch.cuda.device_count():
             raise ValueError(
-                f"device {chosen} cannot be had for {here} processes on this machine: it has "
+                f"device {chosen} is not available for {here} processes: this machine has "
                 f"{torch.cuda.device_count()} CUDA devices; start fewer processes or choose device cpu"
             )
         if chosen.index is not None and here > 1:
-            raise ValueError(f"device {chosen} is a single one for {here} processes: choose device cuda, or cpu")
+            raise ValueError(f"device {chosen} is only one device, for {here} processes: choose device cuda, or cpu")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if not launched:

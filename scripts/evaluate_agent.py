@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     add("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train_agent.py left")
     add("--model", choices=("best", "last"), default="best", help="which agent of the run (default: best)")
     add("--episodes", type=int, default=20, metavar="N", help="whole episodes to play (default: 20)")
-    add("--seed", type=int, default=0, metavar="S", help="of the environments and of sampled actions (default: 0)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the environments and sampled actions (default: 0)")
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--deterministic", action="store_true", default=True, help="act with the mode of the policy (default)")
     mode("--stochastic", dest="deterministic", action="store_false", help="act with samples from the policy")

@@ -19,7 +19,7 @@ def make_parser() -> Parser:
     parser = Parser("%(prog)s RUN [options]", __doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, whose newest checkpoint is evaluated, or a checkpoint")
-    add("--data", metavar="PATH", help="as of train_cifar.py [the run's]")
+    add("--data", metavar="PATH", help="the data, as for train_cifar.py [the run's]")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, … [cuda where there is one]")
     return parser
 

@@ -39,7 +39,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("training").add_argument
     add("--timesteps", type=int, metavar="N", help="environment steps in all (default: the preset's)")
-    add("--seed", type=int, metavar="S", help="of everything random (default: 0)")
+    add("--seed", type=int, metavar="S", help="seed of all random numbers (default: 0)")
     add(
         "--n-envs",
         type=int,
@@ -62,9 +62,9 @@ def make_parser() -> Parser:
         "--backend",
         metavar="NAME",
         choices=("auto", "envpool", "gymnasium"),
-        help="of the environments: envpool, gymnasium, or auto: the fastest that means the same (default: auto)",
+        help="what runs the environments: envpool, gymnasium, or auto: the fastest that means the same (default: auto)",
     )
-    add("--threads", type=int, metavar="N", help="of PyTorch and of EnvPool (default: their own)")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch and of EnvPool (default: their own)")
 
     add = parser.add_argument_group("run folder").add_argument
     add("--run-dir", type=Path, metavar="DIR", help="a folder that does not exist yet (default: runs/ALGO-ENV_ID-sS-n)")
@@ -78,7 +78,12 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("evaluation and display").add_argument
     add("--eval-freq", type=int, metavar="N", help="steps between evaluations (default: a twentieth of all)")
-    add("--eval-episodes", type=int, metavar="N", help=f"of each evaluation; {FINAL_EPISODES} at the end (default: 10)")
+    add(
+        "--eval-episodes",
+        type=int,
+        metavar="N",
+        help=f"episodes of an evaluation; {FINAL_EPISODES} at the end (default: 10)",
+    )
     add("--n-eval-envs", type=int, metavar="N", help="environments evaluated together (default: one per episode)")
     add("--video", action="store_true", help="record an episode of the best agent at the end")
     add("--no-progress", action="store_true", help="show no progress bar")

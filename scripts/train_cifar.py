@@ -56,8 +56,8 @@ def make_parser() -> Parser:
     add("--resume", type=Path, metavar="PATH", help=resume)
     add("--epochs", type=int, metavar="N", help="passes over the training images")
     add("--stop-above", type=float, metavar="PERCENT", help="end after the first epoch above this accuracy")
-    add("--seed", type=int, metavar="N", help="of initial weights, order and augmentation [0]")
-    add("--keep-checkpoints", type=int, metavar="N", help="keep the newest N; 0 keeps all")
+    add("--seed", type=int, metavar="N", help="seed of initial weights, order and augmentation [0]")
+    add("--keep-checkpoints", type=int, metavar="N", help="keep the newest N checkpoints; 0 keeps all [3]")
 
     add = parser.add_argument_group("data").add_argument
     layouts = "CIFAR-10's archive, or images in train/<class>/ and test/<class>/, in a folder or an archive [download]"
@@ -70,22 +70,22 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=float, metavar="F", help="learning rate, at its highest")
-    add("--momentum", type=float, metavar="F", help="where the optimizer has one")
-    add("--weight-decay", type=float, metavar="F", help="in the optimizer's own sense")
+    add("--momentum", type=float, metavar="F", help="momentum, if the optimizer has it")
+    add("--weight-decay", type=float, metavar="F", help="weight decay, as the optimizer defines it")
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="any option of the optimizer")
-    add("--batch-size", type=int, metavar="N", help="of all processes together")
-    add("--schedule", choices=("constant", "step", "cosine"), help="of the learning rate")
-    milestones = "of the step schedule, as fractions of the run"
+    add("--batch-size", type=int, metavar="N", help="images in a batch, of all processes together")
+    add("--schedule", choices=("constant", "step", "cosine"), help="how the learning rate changes")
+    milestones = "when the step schedule lowers the learning rate, as fractions of the run"
     add("--milestones", type=float, nargs="*", metavar="F", help=milestones)
     add("--gamma", type=float, metavar="F", help="factor of the learning rate at a milestone")
     add("--warmup", type=float, metavar="F", help="fraction of the run with a growing learning rate")
     add("--label-smoothing", type=float, metavar="F", help="share of the target spread over all classes")
     add("--ema", type=float, metavar="DECAY", help="evaluate an average of the weights, such as 0.999")
-    add("--dropout", type=float, metavar="P", help="inside the models' blocks")
+    add("--dropout", type=float, metavar="P", help="dropout inside the models' blocks")
 
     add = parser.add_argument_group("speed").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, … [cuda where there is one]")
-    add("--threads", type=int, metavar="N", help="of PyTorch on the CPU [its own choice]")
+    add("--threads", type=int, metavar="N", help="threads of PyTorch on the CPU [its own choice]")
     add("--amp", **switch, help="bfloat16 autocast")
     add("--channels-last", **switch, help="NHWC layout")
     add("--compile", **switch, help="torch.compile")
@@ -129,7 +129,7 @@ def prepare(config: Config, run_dir: Path | None, checkpoint: Path | None, world
     if run_dir is None and checkpoint is not None:
         run_dir = run_of(checkpoint)
         if run_dir is None:
-            raise ValueError(f"{checkpoint} lies in no run folder: say with --run-dir NEW where to go on")
+            raise ValueError(f"{checkpoint} is not in a run folder: give --run-dir NEW to continue in a new one")
     elif run_dir is None:
         name = f"{config.model}_{config.optimizer}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = Path("runs") / name

@@ -40,7 +40,7 @@ class Checkpoints:
         return self.folder / f"{self.prefix}{number:0{self.digits}d}{self.suffix}"
 
     def number(self, path: Path) -> int | None:
-        """The number of a checkpoint, by its name; None for a file that is none."""
+        """The number of a checkpoint, by its name; None for any other file."""
         found = re.fullmatch(f"{re.escape(self.prefix)}([0-9]+){re.escape(self.suffix)}", path.name)
         return None if found is None else int(found[1])
 
@@ -69,7 +69,7 @@ class Checkpoints:
         except Exception as error:  # torch.load raises many kinds for a damaged file
             raise CheckpointError(f"the checkpoint {path} is truncated or damaged{self.instead_of(path)}") from error
         if not isinstance(state, dict) or "config" not in state:
-            raise CheckpointError(f"{path} is no checkpoint of a run")
+            raise CheckpointError(f"{path} is not a checkpoint of a run")
         return state
 
     def instead_of(self, damaged: Path) -> str:

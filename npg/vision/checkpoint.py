@@ -72,7 +72,7 @@ def load_matching(path: Path, config: Config, world: World) -> dict[str, Any]:
             )
     if state["world_size"] != world.size:
         raise CheckpointError(
-            f"the checkpoint {path} is of {state['world_size']} processes, and here are {world.size}; "
+            f"the checkpoint {path} is of {state['world_size']} processes, and {world.size} run here; "
             f"resume with torchrun --nproc_per_node={state['world_size']}"
         )
     if state["epoch"] > config.epochs:

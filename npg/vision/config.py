@@ -31,7 +31,7 @@ class Config:
         gamma: the factor at a milestone.
         warmup: the fraction of the run over which the learning rate grows linearly to its value.
         label_smoothing: the share of the target that is spread over all classes.
-        ema: the decay per step of an average of the weights, which is then what is evaluated; 0 is none.
+        ema: the decay per step of an average of the weights, which is then what is evaluated; 0 for none.
         decay_all: let weight decay reach biases and BatchNorm too, in PyTorch's optimizers.
         dropout: the models' dropout probability.
         augment: crop and mirror training images at random.

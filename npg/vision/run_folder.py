@@ -51,8 +51,8 @@ class RunFolder(folder.RunFolder):
         later = [p for p in self._saved.all() if (self._saved.number(p) or 0) > epoch]
         if whole := [p for p in later if _is_whole(p)]:
             raise ValueError(
-                f"the run went on to {whole[-1]}, which would be lost if it went on from epoch {epoch} here: give "
-                "--run-dir NEW to do so in a folder of its own"
+                f"the run has trained to {whole[-1]}. To continue here from epoch {epoch} would lose that: give "
+                "--run-dir NEW, and it continues in a folder of its own"
             )
         earlier = [] if past is None else read_rows(past / "metrics.csv")
         self.rows: list[dict[str, Any]] = [row for row in earlier if int(row["epoch"]) <= epoch]

@@ -329,7 +329,7 @@ class Trainer:
 
     def _what_is_left(self) -> str:
         if self.epoch == 0:
-            return "No epoch was whole, so there is no checkpoint: start anew"
+            return "No epoch was finished, so there is no checkpoint: start again"
         return f"The checkpoint of epoch {self.epoch} is kept: go on from it with --resume"
 
     # --- evaluation

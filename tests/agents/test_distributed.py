@@ -239,5 +239,5 @@ def test_all_processes_meet_the_same_error(key: str, message: str, ranks: Any) -
 def test_alone_a_loss_that_is_not_finite_is_an_error(rollouts: Any) -> None:
     bad = {k: v.copy() for k, v in rollouts[name_of(CASES[0])].items()}
     bad["returns"][0, 0] = np.inf
-    with pytest.raises(FloatingPointError, match=r"update 1: rewards or observations are not"):
+    with pytest.raises(FloatingPointError, match=r"update 1: rewards or observations are not finite"):
         trained(CASES[0], bad, ALONE)

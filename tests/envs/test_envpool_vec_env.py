@@ -315,7 +315,7 @@ def test_options_reach_the_task_and_unknown_ones_are_named():
 
 @pytest.mark.parametrize("task", ["IntersectionMultiAgent-v0", "Chess-v1"])
 def test_tasks_with_several_actions_or_players_are_refused(task):
-    with pytest.raises(ValueError, match=f"'{task}' cannot be had"):
+    with pytest.raises(ValueError, match=f"'{task}' cannot be used"):
         EnvPoolVecEnv(task)
 
 

@@ -238,7 +238,7 @@ def test_every_id_starts_or_says_what_to_do(env_id):
         except (ImportError, ValueError) as error:
             refusal = str(error)
     if refusal is not None:
-        assert re.search(r"pip install|Install|Remedy|cannot be had.*Choose another", refusal)
+        assert re.search(r"pip install|Install|Remedy|cannot be used.*Choose another", refusal)
         return
     observations = env.reset()
     parts = observations.values() if isinstance(observations, dict) else [observations]

@@ -93,7 +93,7 @@ def test_train_then_resume_from_the_first_epoch(
     before = rows(run)
     first = run / "checkpoints" / "epoch_0001.pt"
     assert status(script, ["--resume", str(first)]) == 2
-    assert f"the run went on to {newest}" in capsys.readouterr().err
+    assert f"the run has trained to {newest}" in capsys.readouterr().err
     again = tmp_path / "again"
     assert status(script, ["--resume", str(first), "--run-dir", str(again)]) == 0
     timeless = ("epoch", "lr", "train_loss", "validation_loss", "validation_top1")
@@ -116,7 +116,7 @@ def test_a_checkpoint_outside_of_a_run_needs_a_folder(
     kept = (run / "checkpoints" / "epoch_0001.pt").rename(tmp_path / "kept" / "best.pt")
     capsys.readouterr()
     assert status(script, ["--resume", str(kept), "--epochs", "2"]) == 2
-    assert f"{kept} lies in no run folder: say with --run-dir NEW" in capsys.readouterr().err
+    assert f"{kept} is not in a run folder: give --run-dir NEW" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["best.pt"]
     assert status(script, ["--resume", str(kept), "--epochs", "2", "--run-dir", str(tmp_path / "new")]) == 0
     assert [row["epoch"] for row in rows(tmp_path / "new")] == ["2"]
@@ -203,7 +203,7 @@ def test_a_preset_may_leave_the_optimizers_empty(script: ModuleType, tmp_path: P
         (["wrn-10-1", "sgd", "--set", "lr={"], "setting 'lr={': the value is not YAML"),
         (["wrn-10-1", "sgd", "--epoch", "3"], "unknown option '--epoch': did you mean --epochs"),
         (["wrn-10-1", "sgd", "more"], "unexpected argument 'more'"),
-        (["wrn-10-1", "sgd", "--device", "gpu"], "device 'gpu' is none: choose cpu, cuda"),
+        (["wrn-10-1", "sgd", "--device", "gpu"], "unknown device 'gpu'; known are cpu, cuda, cuda:0"),
         (["wrn-10-1", "sgd", "--threads", "0"], "threads must be at least 1"),
         (["wrn-10-1", "sgd", "--preset", "report", "--resume", "nowhere"], "--preset cannot go with --resume"),
         (["wrn-10-1", "sgd", "--batch-size", "1000"], "batch_size must be between 1 and the 32 training images"),
@@ -251,7 +251,7 @@ def test_a_loss_that_explodes_ends_with_status_1(
     script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status(script, ["wrn-10-1", "sgd", *arguments(folder, tmp_path / "run"), "--lr", "1e38"]) == 1
-    assert "is not finite. No epoch was whole" in capsys.readouterr().err
+    assert "is not finite. No epoch was finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

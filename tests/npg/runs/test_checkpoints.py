@@ -76,7 +76,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints, path = Checkpoints(tmp_path, "epoch_", ".pt"), tmp_path / "x.pt"
     for content in ([1], {"a": 1}):
         torch.save(content, path)
-        with pytest.raises(CheckpointError, match=r"x.pt is no checkpoint"):
+        with pytest.raises(CheckpointError, match=r"x.pt is not a checkpoint of a run"):
             checkpoints.read(path)
     good = checkpoints.write(1, {"config": {}})
     with pytest.raises(CheckpointError, match=f"truncated or damaged; go on from an earlier one: --resume {good}"):

@@ -42,5 +42,5 @@ def test_a_truncated_checkpoint_names_an_earlier_one(size: int, run_dir: Path) -
 
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of a run"):
         load_checkpoint(tmp_path / "list.pt")

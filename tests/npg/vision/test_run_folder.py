@@ -52,7 +52,9 @@ def test_an_existing_folder_is_not_touched(run_dir: Path) -> None:
 def test_going_on_in_the_same_folder_loses_no_checkpoint(run_dir: Path) -> None:
     filled(run_dir)
     second, third = (run_dir / "checkpoints" / f"epoch_000{i}.pt" for i in (2, 3))
-    with pytest.raises(ValueError, match=r"the run went on to .*epoch_0003.pt, which would be lost"):
+    with pytest.raises(
+        ValueError, match=r"the run has trained to .*epoch_0003.pt. To continue here from epoch 2 would lose that"
+    ):
         RunFolder(run_dir, CONFIG, second, 2)
     third.write_bytes(third.read_bytes()[:-50])
     folder = RunFolder(run_dir, CONFIG, second, 2)

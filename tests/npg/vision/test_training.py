@@ -318,7 +318,7 @@ def test_checkpoints_of_another_run_are_refused(make_images: MakeImages, run_dir
     with pytest.raises(CheckpointError, match="is of model wrn-10-1, not of wrn-16-1"):
         resume(Config(**(config().to_dict() | {"model": "wrn-16-1"})))
     with pytest.raises(
-        CheckpointError, match="is of 1 processes, and here are 2; resume with torchrun --nproc_per_node=1"
+        CheckpointError, match="is of 1 processes, and 2 run here; resume with torchrun --nproc_per_node=1"
     ):
         resume(config(), World(torch.device("cpu"), size=2))
     with pytest.raises(CheckpointError, match="is of epoch 3, beyond the 2 epochs"):

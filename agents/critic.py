@@ -154,7 +154,7 @@ def fixed_statistics_of_the_actor(networks: Networks, observations: Any, *, movi
 
 @contextmanager
 def training_mode(policy: ActorCriticPolicy, but: list[nn.Module]) -> Iterator[None]:
-    """The policy in training mode, but for some modules; afterwards in evaluation mode."""
+    """The policy in training mode, except for some modules; afterwards in evaluation mode."""
     policy.set_training_mode(True)
     for module in but:
         module.training = False

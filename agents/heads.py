@@ -196,7 +196,7 @@ class ActorHead(_Head):
         )
 
     def unchanged(self) -> bool:
-        """Whether the actor is the one that `acting` saw, but for the values of its parameters and buffers."""
+        """Whether the actor is the one that `acting` saw; the values of its parameters and buffers may differ."""
         return self._state() == self._seen
 
     def check(self, observations: Any, actions: Tensor) -> None:

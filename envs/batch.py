@@ -23,7 +23,7 @@ RENDER_MODES = ["human", "ansi", "rgb_array"]
 
 
 class Batch(ABC):
-    """n independent copies of one task, without time limits or resets of its own accord.
+    """n independent copies of one task, without time limits and without automatic resets.
 
     `observation_space` and `action_space` are those of one copy.
     """

@@ -324,7 +324,7 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
 
         Raises:
             FloatingPointError: if the critic's loss is not finite; in all processes alike.
-            RuntimeError: if processes that learn together have come apart.
+            RuntimeError: if processes that learn together have different parameters.
         """
         self.networks.follow()
         self._update_learning_rate(self.policy.optimizer)

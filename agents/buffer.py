@@ -22,7 +22,7 @@ def rows(observations: Any, index: Any) -> Any:
 
 
 def random_part(observations: Any, fraction: float) -> Any:
-    """So large a part of the rows, drawn at random, for a rollout is in the order of time; None for all of them."""
+    """That fraction of the rows, drawn at random because a rollout is in the order of time; None for all rows."""
     if fraction == 1:
         return None
     first = next(iter(observations.values())) if isinstance(observations, dict) else observations

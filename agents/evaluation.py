@@ -94,7 +94,7 @@ def make_env(config: RunConfig, n_envs: int, seed: int, *, evaluation: bool) -> 
 
 
 class _Finite(VecEnvWrapper):
-    """Environments whose observations and rewards are finite, or else named.
+    """Environments that raise an error if an observation or a reward is not finite.
 
     Raises:
         FloatingPointError: with the environment, and the step since the first reset.

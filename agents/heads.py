@@ -200,9 +200,9 @@ class ActorHead(_Head):
         return self._state() == self._seen
 
     def check(self, observations: Any, actions: Tensor) -> None:
-        """Refuse a policy whose own log-likelihood is another than its family's, by more than a function of the action.
+        """Refuse a policy whose own log-likelihood is not its family's, up to a function of the action.
 
-        What counts are ratios, so the derivatives in the parameters are compared.
+        Only ratios count, so the derivatives in the parameters are compared.
 
         Args:
             observations: raw ones, a few.

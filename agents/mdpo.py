@@ -103,7 +103,7 @@ class MDPO(NaturalPolicyAlgorithm):
         return [*modules, "actor_optimizer"], tensors
 
     def actor_step(self, batch: Batch) -> MDPOReport:
-        """Several steps of Adam on the surrogate less the KL's multiple; all of them, or none."""
+        """Several steps of Adam on the surrogate minus a multiple of the KL; all of them, or none."""
         started = perf_counter()
         self._set_actor_optimizer()
         actor, optimizer, group = self.networks.actor, self.actor_optimizer, self.process_group

@@ -32,7 +32,7 @@ class Networks:
         geometry: that of the actor's steps; None for its family's own.
 
     Raises:
-        ValueError: if the agent's ``preconditioner`` is not of its ``metric``.
+        ValueError: if the agent's ``preconditioner`` does not fit its ``metric``.
     """
 
     def __init__(self, agent: NaturalPolicyAlgorithm) -> None:

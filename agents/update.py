@@ -68,7 +68,7 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
 
     Raises:
         FloatingPointError: if the critic's loss is not finite; in all processes alike.
-        RuntimeError: if processes that learn together have come apart.
+        RuntimeError: if processes that learn together have different parameters.
     """
     networks, policy, group = agent.networks, agent.policy, agent.process_group
     rollout = next(agent.rollout_buffer.get(batch_size=None))

@@ -129,8 +129,8 @@ class Collector(OnPolicyAlgorithm):
     def _acting(self, observations: Any, *, evaluate_later: bool) -> Callable[[Any], Sequence[Tensor]]:
         """How to act, for batches of observations like these: ``observations ↦ actions, outputs of the actor``.
 
-        If the policy can act only by its own ``forward``, from the start or after a change during the rollout, the function
-        gives ``actions, values, log-likelihoods``, as in Stable-Baselines3, until the rollout ends.
+        If the policy can act only by its own ``forward``, from the start or after a change during the rollout, the
+        function gives ``actions, values, log-likelihoods``, as in Stable-Baselines3, until the rollout ends.
         """
         threads, actor = self._acting_threads(), self.networks.actor
         run = actor.acting(observations) if evaluate_later else None

@@ -139,7 +139,7 @@ class Fisher:
         """F v; (P,) → (P,), or (P, K) → (P, K).
 
         Raises:
-            ValueError: if ``v`` has not P rows.
+            ValueError: if ``v`` does not have P rows.
             RuntimeError: if the parameters have changed since construction.
         """
         self.parameters.check(v)

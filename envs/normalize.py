@@ -16,8 +16,8 @@ __all__ = ["VecNormalize"]
 class VecNormalize(vec_env.VecNormalize):
     """Stable-Baselines3's VecNormalize: the same arguments, files and, up to rounding, the same numbers.
 
-    Of its step, which small environments wait for, nothing is computed twice and nothing is copied that nobody writes
-    to: moments are taken about the present mean, in one pass, and the difference from that mean serves the normalised
+    Small environments wait for its step. So nothing is computed twice, and only what somebody writes to is copied:
+    moments are taken about the present mean, in one pass, and the difference from that mean serves the normalised
     observation too.
     """
 

@@ -107,11 +107,13 @@ class Linearization:
         mine = set(map(id, self.parameters.tensors))
         frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
         others = [x for x in (*pytree.tree_leaves(self._inputs), *frozen) if isinstance(x, Tensor)]
-        self._fixed = [x for x in others if not x.is_inference()]  # which have no versions
-        self._versions = self._present_versions()
+        self._others = [x for x in others if not x.is_inference()]  # which has no version
+        versions = self._present_versions()
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
             self._graph: Tensor | None = self.forward(self.leaves)
         self.outputs = self._graph.detach()
+        moved = self._present_versions()  # a forward pass may write to its inputs
+        self._versions = [*versions[: len(self.leaves)], *moved[len(self.leaves) :]]
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
         self._maps: Maps | None = None
@@ -182,21 +184,22 @@ class Linearization:
             ),
         )
 
-    def _present_versions(self) -> tuple[list[tuple[int, int]], list[int]]:
-        return [(p._version, p.data_ptr()) for p in self.parameters.tensors], [x._version for x in self._fixed]
+    def _present_versions(self) -> list[Any]:
+        parameters = self.parameters.tensors
+        return [*[(p._version, p.data_ptr()) for p in parameters], *[x._version for x in self._others]]
 
     def _check(self, *, values: bool = False) -> None:
         """Raise RuntimeError if what was linearised is no more what it was.
 
-        A change through ``.data`` is not counted by PyTorch: to see it, the ``values`` have to be compared.
+        A change through ``.data`` is not counted by PyTorch: to see it, the ``values`` have to be compared. That is
+        done while products depend on the parameters' own memory, at the first push forward and with the recorded
+        graph. A program has copies: its products stay those of the point of linearisation whatever happens.
         """
-        now = self._present_versions()
-        if now[0] != self._versions[0] or (values and not all(map(_same, self.parameters.tensors, self._values))):
-            what = "parameters"
-        elif now[1] != self._versions[1]:
-            what = "inputs or frozen parameters"
-        else:
+        now, tensors = self._present_versions(), self.parameters.tensors
+        if now == self._versions and not (values and not all(map(_same, tensors, self._values))):
             return
+        own = now[: len(tensors)] != self._versions[: len(tensors)] or now == self._versions
+        what = "parameters" if own else "inputs or frozen parameters"
         raise RuntimeError(
             f"the {what} have changed since they were linearised here: make a new Fisher (or Linearization) at the "
             f"present {what}"
@@ -207,19 +210,21 @@ class Linearization:
     def pull_back(self, u: Tensor) -> Tensor:
         """Jᵀ u; (…, D) → (P,), or (K, …, D) → (P, K)."""
         p = self.parameters
+        if is_autocast(p.device):
+            with without_autocast(p.device):
+                return self.pull_back(u)
         self._check(values=self._graph is not None and p.device.type == "cpu")  # elsewhere the host would wait
         u = u.to(self.outputs.dtype).contiguous()  # see `npg.acceleration.program.dense`
-        with without_autocast(p.device):
-            if u.ndim == self.outputs.ndim + 1:
-                columns = _each(self._by_autograd() if self._maps is None else self._maps.plain_pull, u)
-                return torch.cat([c.reshape(len(u), -1).to(p.dtype) for c in columns], 1).T
-            if self._maps is None:
-                pulled = p.flatten(self._by_autograd()(u))
-                if self._seen is None:
-                    self._seen = (u.clone(), pulled.clone())
-                return pulled
-            with torch.no_grad():
-                return p.flatten(self._maps.pull(u))
+        if u.ndim == self.outputs.ndim + 1:
+            columns = _each(self._by_autograd() if self._maps is None else self._maps.plain_pull, u)
+            return torch.cat([c.reshape(len(u), -1).to(p.dtype) for c in columns], 1).T
+        if self._maps is None:
+            pulled = p.flatten(self._by_autograd()(u))
+            if self._seen is None:
+                self._seen = (u.clone(), pulled.clone())
+            return pulled
+        with torch.no_grad():
+            return p.flatten(self._maps.pull(u))
 
     @torch.no_grad()
     def push_forward(self, v: Tensor) -> Tensor:
@@ -229,16 +234,18 @@ class Linearization:
             RuntimeError: if the parameters or the model have changed, or if the network's backward pass is not a linear
                 map that PyTorch can differentiate.
         """
+        if is_autocast(self.parameters.device):
+            with without_autocast(self.parameters.device):
+                return self.push_forward(v)
         self._check(values=self._graph is not None)
         self.parameters.check(v)
-        with without_autocast(self.parameters.device):
-            if self._maps is None:
-                self._maps, self._graph = self._first_that_agrees()
-                self._seen = None
-            if v.ndim == 1:
-                return self._maps.push(self.parameters.unflatten(v.contiguous()))
-            push = self._maps.plain_push
-            return _each(lambda column: [push(self.parameters.unflatten(column))], v.T)[0]
+        if self._maps is None:
+            self._maps, self._graph = self._first_that_agrees()
+            self._seen = None
+        if v.ndim == 1:
+            return self._maps.push(self.parameters.unflatten(v.contiguous()))
+        push = self._maps.plain_push
+        return _each(lambda column: [push(self.parameters.unflatten(column))], v.T)[0]
 
     # ------------------------------------------------------------------------------------ how the push forward is had
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import hypot, isfinite
+from math import hypot, inf, isfinite
 
 import torch
 from torch import Tensor
@@ -37,26 +37,41 @@ class Recorded:
     ) -> None:
         self._parameters, self._outputs, self._pull = parameters, outputs, pull
         self._epsilon = _precision(parameters, autocast)
-        if seen is None or not bool(((seen[0] != 0) & torch.isfinite(seen[0])).all()):
-            u = _generic(outputs)  # zeros would leave something unchecked
+        if seen is not None:
+            least, largest = torch.stack(torch.aminmax(seen[0].abs())).tolist()
+            if not 0 < least <= largest < inf:  # zeros would leave something unchecked
+                seen = None
+            elif not 1e-9 < largest < 1e9:
+                seen = seen[0] / largest, seen[1] / largest
+        if seen is None:
+            u = _generic(outputs)
             seen = u, parameters.flatten(pull(u))
-        size = seen[0].abs().amax()
-        self._u, self._pulled = (x / size for x in seen)
+        self._u, self._pulled = seen
         self._norms_pulled = self._norms(self._pulled)
 
     def _norms(self, vector: Tensor) -> list[float]:
         """Of each parameter's part."""
         parts = list(vector.split(self._parameters.sizes))
-        return torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).tolist()
+        norms: list[float] = torch.stack(torch._foreach_norm(parts)).tolist()
+        if not 1e-12 < hypot(*norms) < 1e12:  # squares may have left the range
+            norms = torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).tolist()
+        return norms
 
     def same_outputs(self, outputs: Tensor) -> bool:
         """Whether the outputs of a second forward pass are η, up to rounding."""
-        finite = torch.isfinite(self._outputs)
-        if outputs.shape != self._outputs.shape or not torch.equal(torch.isfinite(outputs), finite):
-            return False
-        mine, theirs = (torch.where(finite, x, 0.0) for x in (self._outputs, outputs))
-        scale = mine.abs().amax().clamp(min=torch.finfo(outputs.dtype).tiny)
-        return bool((theirs - mine).abs().amax() <= min(self._epsilon**0.5, 0.03) * scale)
+        tolerance, tiny = min(self._epsilon**0.5, 0.03), torch.finfo(outputs.dtype).tiny
+        finite = torch.isfinite
+
+        def agree(mine: Tensor, theirs: Tensor) -> bool:
+            return bool((theirs - mine).abs().amax() <= tolerance * mine.abs().amax().clamp(min=tiny))
+
+        return outputs.shape == self._outputs.shape and (
+            agree(self._outputs, outputs)
+            or (
+                torch.equal(finite(outputs), finite(self._outputs))
+                and agree(*(torch.where(finite(x), x, 0.0) for x in (self._outputs, outputs)))
+            )
+        )
 
     def difference(self, maps: Maps, outputs: Tensor | None = None) -> str:
         """In what two maps, and the outputs of the forward pass that they are of, differ from the recorded ones.
@@ -86,13 +101,11 @@ class Recorded:
         if wrong:
             return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
         size = hypot(*norms)
-        scales = [max(norm, 1e-3 * size) or 1.0 for norm in norms]
-        shares = [(1 + i % 7 / 7) * size for i in range(len(norms))]  # unequal: errors must not cancel
-        parts = expected.split(p.sizes)
-        v = torch.cat([part / scale * (share / scale) for part, scale, share in zip(parts, scales, shares)])
+        weights = [(1 + i % 7 / 7) * size / max(norm, 1e-3 * size, 1e-300) ** 2 for i, norm in enumerate(norms)]
+        v = torch.cat([part * weight for part, weight in zip(expected.split(p.sizes), weights)])  # unequal, none cancel
         moved = maps.push(p.unflatten(v if size > 0 else _generic(v)))
-        pairs = (u * moved).flatten().double(), (pulled * v).double()
-        value, expected_value = (terms.sum() for terms in pairs)
+        pairs = u * moved, pulled * v
+        value, expected_value = (terms.sum(dtype=torch.float64) for terms in pairs)
         rounding = _ROUNDINGS * epsilon * (pairs[0].norm() + pairs[1].norm())
         if not bool((value - expected_value).abs() <= rounding + min(1000 * epsilon, 0.01) * expected_value.abs()):
             return "J v is not the adjoint of Jᵀu"

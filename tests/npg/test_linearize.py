@@ -728,6 +728,12 @@ def test_inputs_and_frozen_parameters_changed_in_place_are_refused(which):
         linearization.push_forward(torch.randn(18))
 
 
+def test_a_forward_pass_may_write_to_its_inputs(assert_close):
+    model, x, v = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), torch.randn(5, 3), torch.randn(8)
+    moved = Linearization(model, x).push_forward(v)
+    assert_close(moved, x.relu() @ v[:6].view(2, 3).T + v[6:])
+
+
 def test_a_bound_method_is_traced_once(traces, assert_close):
     class Holder:
         def outputs(self, parameters, x):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,24 @@ class MDPO(NaturalPolicyAlgorithm):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()
         return [*modules, "actor_optimizer"], tensors
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """As Stable-Baselines3's; an optimizer's state that was saved of the actor's parameters alone is taken too."""
+        if isinstance(load_path_or_dict, dict) and "actor_optimizer" in load_path_or_dict:
+            state = self._of_all_parameters(load_path_or_dict["actor_optimizer"])
+            load_path_or_dict = {**load_path_or_dict, "actor_optimizer": state}
+        super().set_parameters(load_path_or_dict, exact_match, device)
+
+    def _of_all_parameters(self, state: dict[str, Any]) -> dict[str, Any]:
+        (group,), every = state["param_groups"], list(self.policy.parameters())
+        if len(group["params"]) == len(every):
+            return state
+        places = {id(p): place for place, p in enumerate(every)}
+        own = [places[id(p)] for p in self.networks.actor_parameters.values()]
+        moved = {own[index]: state["state"][i] for index, i in enumerate(group["params"]) if i in state["state"]}
+        return {"state": moved, "param_groups": [{**group, "params": list(range(len(every)))}]}
 
     def actor_step(self, batch: Batch) -> MDPOReport:
         """Several steps of Adam on the surrogate minus a multiple of the KL; all of them, or none."""

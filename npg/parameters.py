@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +121,7 @@ class Parameters:
     def is_finite(self) -> bool:
         """Whether every parameter is finite; the host waits for it."""
         held = [p for p in self.tensors if p.numel()]
-        return not held or bool(torch.stack(torch._foreach_norm(held, inf)).isfinite().all())
+        return not held or bool(torch.stack(torch._foreach_max(torch._foreach_abs(held))).isfinite().all())
 
     @torch.no_grad()
     def restore(self, copies: Sequence[Tensor]) -> None:

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from math import inf
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -320,11 +319,11 @@ def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
 
     The largest entry is then in [1, 2); where that is 0, infinite or NaN, the unit is 1.
     """
-    largest = _norms(x, inf).view(-1, *[1] * (x.ndim - 1))
+    largest = x.reshape(len(x), -1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
     mantissa, _ = torch.frexp(largest)  # in [½, 1)
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
     return x / unit, unit
 
 
-def _norms(x: Tensor, order: float = 2) -> Tensor:
-    return torch.linalg.vector_norm(x.reshape(len(x), -1), order, dim=1)
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)

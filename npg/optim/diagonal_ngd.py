@@ -161,7 +161,7 @@ class DiagonalNGD(ModelOptimizer):
         # Each is looked at, since one may hide in the next: g / ∞ is 0. All ranks agree: the first three are averaged.
         finite = torch.isfinite(loss)
         for values in (slope, diagonal, flat(new_momenta), flat(new_params)):
-            finite = finite & torch.isfinite(values).all()
+            finite = finite & torch.isfinite(values.abs().amax())
         for old, new in (
             (averages, new_averages), (weights, new_weights), (momenta, new_momenta), (params, new_params)
         ):  # fmt: skip

@@ -18,6 +18,13 @@ from npg.parameters import check_dtypes
 __all__ = ["OnlineNGD"]
 
 
+def _either(finite: bool | Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """The new values if they are finite; by a mask where only the device knows."""
+    if isinstance(finite, bool):
+        return new if finite else old
+    return torch.where(finite.to(new.device), new, old)
+
+
 class OnlineNGD(ExactResume):
     r"""Kaldi's online low-rank natural gradient, applied to every axis of every parameter in turn.
 
@@ -137,10 +144,11 @@ class OnlineNGD(ExactResume):
         parts = [_GroupStep(group, self._active(i, group)) for i, group in enumerate(self.param_groups)]
         if plans := [plan for part in parts for plan in part.plans]:
             finite = torch.stack([part.propose().to(plans[0].device) for part in parts if part.plans]).all()
+            known = finite.device.type == "cpu"
             for part in parts:
-                part.take(finite)
+                part.take(bool(finite) if known else finite)
             self._untold = _Outcome(finite, plans)
-            if finite.device.type == "cpu":
+            if known:
                 self._settle()
         return loss
 
@@ -219,8 +227,8 @@ class _GroupStep:
             self._lr = self._lr * self._limit / norm.clamp_min(self._limit)
         return torch.stack([plan.is_finite(self._lr, self._decay) for plan in self.plans]).all()
 
-    def take(self, finite: Tensor) -> None:
-        """Move momenta, factors and parameters, where ``finite``, ()."""
+    def take(self, finite: bool | Tensor) -> None:
+        """Move momenta, factors and parameters, if ``finite``."""
         for plan in self.plans:
             plan.take(finite, self._lr, self._decay)
 
@@ -265,28 +273,27 @@ class _OnlinePlan:
 
     def is_finite(self, lr: float | Tensor, decay: float) -> Tensor:
         """Whether the proposed momenta, and the parameters after a step along them, are finite, ()."""
-        changes = [torch.linalg.vector_norm(m.reshape(len(m), -1), inf, 1) for m in self.proposed]
-        change = torch.cat([c.to(self.device, torch.float64) for c in changes])
-        sizes = torch._foreach_norm(self._stacked, inf)
-        size = torch.stack([n.to(self.device, torch.float64) for n in sizes])
+        changes = [m.reshape(len(m), -1).abs().amax(1) for m in self.proposed]
+        change = torch.cat([c.to(self.device) for c in changes]).double()
+        sizes = torch._foreach_max(torch._foreach_abs(self._stacked))
+        size = torch.stack([n.to(self.device) for n in sizes]).double()
         # A parameter that is not finite before the step is none of its making.
         size = torch.where(torch.isfinite(size), size, 0.0)
         size = size * torch.where(self._shrinks, abs(1 - decay), 1.0) + lr * change
         return (torch.isfinite(change) & (size <= self._largest)).all()
 
-    def take(self, finite: Tensor, lr: float | Tensor, decay: float) -> None:
-        """Count the step, and move momenta, factors and parameters, where ``finite``, ()."""
-        where = {device: finite.to(device) for device in {m.device for m in self.momenta}}
+    def take(self, finite: bool | Tensor, lr: float | Tensor, decay: float) -> None:
+        """Count the step, and move momenta, factors and parameters, if ``finite``; the host need not know."""
         changes: list[Tensor] = []
         for old, new in zip(self.momenta, self.proposed, strict=True):
-            ok = where[old.device]
-            old.copy_(torch.where(ok, new, old))
-            changes += torch.where(ok, new.mul_(lr), 0.0).unbind()
+            old.copy_(_either(finite, new, old))
+            changes += _either(finite, new.mul_(lr), new.new_zeros(()).expand_as(new)).unbind()
         for tensor, former in zip(self._factors, self._former):
-            tensor.copy_(torch.where(where[tensor.device], tensor, former))
+            tensor.copy_(_either(finite, tensor, former))
         if decay:
-            for device, ok in where.items():
-                decay_matrices((p for p in self._stacked if p.device == device), decay * ok.double())
+            for device in {p.device for p in self._stacked}:
+                taken = torch.as_tensor(finite, dtype=torch.float64, device=device)
+                decay_matrices((p for p in self._stacked if p.device == device), decay * taken)
         torch._foreach_sub_(self._stacked, changes)
         self.proposed, self._former = [], []
         self.count_to(self.count + 1)

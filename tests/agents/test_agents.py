@@ -196,13 +196,12 @@ def test_a_model_saved_by_sb3_contrib_goes_on_as_it_would_there(action, use_sde,
     _, callback = theirs._setup_learn(10**6, None)
     assert theirs.collect_rollouts(theirs.env, callback, theirs.rollout_buffer, theirs.n_steps)
     ours.rollout_buffer = copy.deepcopy(theirs.rollout_buffer)
-    ours._entropy = ours._collect_seconds = 0.0
     ours.set_logger(Logger(None, []))
     moved = []
     for model in (theirs, ours):
         model.train()
         moved.append({name: p.detach() - before[name] for name, p in model.policy.named_parameters()})
-    for names in (ours._actor_parameters, ours._critic_parameters):
+    for names in (ours.networks.actor_parameters, ours.networks.critic_parameters):
         a, b = (torch.cat([m[name.removeprefix("policy.")].flatten() for name in names]) for m in moved)
         assert a.norm() > 1e-3
         assert (b - a).norm() <= 1e-3 * a.norm()
@@ -911,3 +910,23 @@ def test_vectors_are_acted_on_by_one_thread_which_is_given_back():
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_mdpo_takes_an_optimizer_that_was_saved_of_the_actor_alone():
+    """As versions before 0.2 saved it."""
+    model = MDPO("MlpPolicy", "Pendulum-v1", n_steps=64, seed=0, device="cpu")
+    model.learn(64)
+    saved, owned = model.get_parameters(), list(model.networks.actor_parameters.values())
+    former = torch.optim.Adam(owned)
+    former.load_state_dict(
+        {
+            "state": {i: copy.deepcopy(model.actor_optimizer.state[p]) for i, p in enumerate(owned)},
+            "param_groups": [{**saved["actor_optimizer"]["param_groups"][0], "params": list(range(len(owned)))}],
+        }
+    )
+    fresh = MDPO("MlpPolicy", "Pendulum-v1", n_steps=64, seed=1, device="cpu")
+    fresh.set_parameters({**saved, "actor_optimizer": former.state_dict()})
+    for p, q in zip(owned, fresh.networks.actor_parameters.values(), strict=True):
+        assert torch.equal(model.actor_optimizer.state[p]["exp_avg"], fresh.actor_optimizer.state[q]["exp_avg"])
+    assert len(fresh.actor_optimizer.state) == len(owned)
+    fresh.learn(64)

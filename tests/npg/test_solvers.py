@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npg import solvers
-from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve, solve_in_metric
+from npg.solvers import Solution, Status, cg, conjugate_gradient, dense_solve, solve, solve_in_metric
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -21,7 +21,7 @@ def library(request):
     """Everything with the numbers of an iteration in NumPy, as on a CPU, and in PyTorch, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(solvers, "_library", lambda device: torch)
+            patch.setattr(cg, "library", lambda device: torch)
         yield
 
 

@@ -72,7 +72,7 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
 
     @torch.no_grad()
     def program() -> None:
-        if agent._actor.unchanged():
+        if actor.unchanged():
             act(observations)
 
     @torch.no_grad()

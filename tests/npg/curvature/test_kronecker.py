@@ -404,7 +404,7 @@ def test_frozen_parameters_are_left_out(assert_close):
 
 def test_layers_that_are_too_large_have_no_factors(monkeypatch):
     model, x = made(NETWORKS["mlp"][0]), torch.randn(9, 5, generator=generator())
-    monkeypatch.setattr("npg.curvature.kronecker.MAX_SIZE", 4)
+    monkeypatch.setattr("npg.curvature.layers.MAX_SIZE", 4)
     blocks = KroneckerFisher(Fisher(model, x, FAMILY)).blocks
     assert {key: type(block) for key, block in blocks.items()} == {(0,): Multiple, (1,): Multiple, (2, 3): Block}
 
@@ -422,7 +422,7 @@ def test_the_order_of_memory_is_no_matter(corrected, monkeypatch, assert_close):
     model, x = made(build), torch.randn(6, *shape, generator=generator())
     model(x)
     whole = KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected).dense()
-    monkeypatch.setattr("npg.curvature.kronecker._ELEMENTS", 400)
+    monkeypatch.setattr("npg.curvature.layers._ELEMENTS", 400)
     assert_close(KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected).dense(), whole)
     model.to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last)

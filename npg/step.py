@@ -2,7 +2,7 @@
 
     outputs ──► Fisher F and gradient g ──► solve (F + λI)s = g ──► scale to the KL radius, backtrack ──► StepReport
 
-Everything in `npg.optim` and in `agents` that moves parameters by a natural gradient passes through `natural_step`.
+Every step by a solved Fisher system, of `npg.optim.NGD` and of the agents, passes through `natural_step`.
 """
 
 from __future__ import annotations

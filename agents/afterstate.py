@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
@@ -56,7 +58,7 @@ class AfterstatePolicy(ActorCriticPolicy):
     @property
     def theta(self) -> nn.Parameter:
         """The weights of the features, (d,)."""
-        return self.mlp_extractor.theta
+        return cast(Afterstates, self.mlp_extractor).theta
 
     def _build_mlp_extractor(self) -> None:
         shape, actions = self.observation_space.shape, getattr(self.action_space, "n", None)
@@ -65,7 +67,7 @@ class AfterstatePolicy(ActorCriticPolicy):
                 f"AfterstatePolicy needs observations of shape (actions, 1 + features) and Discrete(actions), got "
                 f"{self.observation_space} and {self.action_space}"
             )
-        self.mlp_extractor = Afterstates(shape[0], shape[1] - 1).to(self.device)
+        self.mlp_extractor = Afterstates(shape[0], shape[1] - 1).to(self.device)  # type: ignore[assignment]
 
     def _build(self, lr_schedule: Schedule) -> None:
         self._build_mlp_extractor()
@@ -73,4 +75,5 @@ class AfterstatePolicy(ActorCriticPolicy):
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         nn.init.zeros_(self.value_net.weight)
         nn.init.zeros_(self.value_net.bias)
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        optimizer_class: Any = self.optimizer_class
+        self.optimizer = optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)

@@ -111,8 +111,11 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         check=partial(kind, kinds=type, what="a class of rollout buffers"),
         doc="another rollout buffer than the default one.",
     )
-    rollout_buffer_kwargs: dict[str, Any] | None = option(
-        default=None, check=partial(kind, kinds=dict, what="a dict of arguments of the buffer"), doc="its arguments."
+    rollout_buffer_kwargs: Any = option(
+        default=None,
+        annotation="dict[str, Any] | None",
+        check=partial(kind, kinds=dict, what="a dict of arguments of the buffer"),
+        doc="its arguments.",
     )
     normalize_advantage: bool = option(default=True, check=flag, doc="normalise advantages over the batch.")
     sub_sampling_factor: int = option(
@@ -130,8 +133,9 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         check=partial(kind, kinds=str | PathLike, what="the path of a folder"),
         doc="where to log to.",
     )
-    policy_kwargs: dict[str, Any] | None = option(
+    policy_kwargs: Any = option(
         default=None,
+        annotation="dict[str, Any] | None",
         check=partial(kind, kinds=dict, what="a dict of arguments of the policy"),
         doc="arguments of the policy.",
     )

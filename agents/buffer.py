@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common import buffers
-from stable_baselines3.common.buffers import RolloutBufferSamples
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
 __all__ = ["RolloutBuffer", "random_part", "rows"]
 
@@ -59,7 +59,7 @@ class RolloutBuffer(buffers.RolloutBuffer):
             self.advantages[step] = advantage = delta[step] + decay[step] * advantage
         self.returns = self.advantages + self.values
 
-    def get(self, batch_size: int | None = None) -> Iterator[RolloutBufferSamples]:
+    def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
         """Shuffled mini-batches; or, without a size, everything once and in the order of its steps."""
         if batch_size is not None or self.generator_ready:
             yield from super().get(batch_size)

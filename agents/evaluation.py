@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -86,7 +86,7 @@ def make_env(config: RunConfig, n_envs: int, seed: int, *, evaluation: bool) -> 
         config.env,
         n_envs,
         seed,
-        backend=config.backend,
+        backend=cast(Any, config.backend),  # one of three words, as `make_vec_env` checks
         n_threads=config.threads,
         env_kwargs=config.env_kwargs,
         evaluation=evaluation,
@@ -140,8 +140,9 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, episodes: int, seed: int, determ
     env = _Finite(env)
     env.seed(seed)
     started = time.perf_counter()
-    returns, lengths = evaluate_policy(
-        model, env, episodes, deterministic=deterministic, return_episode_rewards=True, warn=False
+    returns, lengths = cast(
+        tuple[list[float], list[int]],
+        evaluate_policy(model, env, episodes, deterministic=deterministic, return_episode_rewards=True, warn=False),
     )
     return Evaluation(
         timesteps=model.num_timesteps,
@@ -224,9 +225,9 @@ def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, de
     try:
         _check_parameters(model)
         env = _Finite(env)
-        frames = []
+        frames: list[Any] = []
         env.seed(seed)
-        observation = env.reset()
+        observation: Any = env.reset()
         episode = None
         while episode is None:
             frames.append(env.render())

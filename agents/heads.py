@@ -180,7 +180,8 @@ class ActorHead(_Head):
             if names := [name for name in vars(m) if not (name.startswith("_") or name in unread)]:
                 self._watched.append((vars(m), itemgetter(*names)))
         self._sizes = [*map(vars, parts), vars(policy.action_dist)]
-        self._slots = [d for m in parts for d in (m._modules, m._parameters, m._buffers) if d]
+        slots = (d for m in parts for d in (m._modules, m._parameters, m._buffers) if d)
+        self._slots: list[dict[str, Any]] = list(slots)
         self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + GLOBAL_HOOKS
         self._of_actor = parts
         self._held = [*chain.from_iterable(map(dict.values, self._slots))]  # alive, so that no other has its id

@@ -26,7 +26,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor, nn
@@ -165,12 +165,13 @@ class Linearization:
         named = model.named_parameters() if isinstance(model, nn.Module) else ()
         constants = {**buffers, **{name: p.detach() for name, p in named if name not in mine}}
         n, c = len(mine), len(constants)
+        this = proxy(self)  # which is held by nothing that it holds: it and its graph go with the last reference
 
         def call(*values: Tensor) -> Tensor:
             rest, given = dict(zip(constants, values[n : n + c])), iter(values[n + c :])
             inputs = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in flat], spec)
             moving = {name: rest[name].clone() for name in buffers}  # a forward pass may write to them
-            return _at_least_float(self._call({**self.parameters.named(values[:n]), **rest, **moving}, *inputs))
+            return _at_least_float(this._call({**this.parameters.named(values[:n]), **rest, **moving}, *inputs))
 
         return Function(
             call,
@@ -294,10 +295,10 @@ class Linearization:
         """J v by a forward pass that takes v along, and Jᵀu over the recorded one."""
         network, arguments, _ = self.as_function()
         primals, rest = tuple(arguments[: len(self.leaves)]), arguments[len(self.leaves) :]
-        same_outputs = recorded.same_outputs
+        same_outputs, this = recorded.same_outputs, proxy(self)
 
         def push(tangents: Sequence[Tensor]) -> Tensor:
-            with self.as_before(), plain_attention():
+            with this.as_before(), plain_attention():
                 outputs, moved = cast(Any, jvp(lambda *p: network(*p, *rest), primals, tuple(tangents)))
             if not same_outputs(outputs):
                 raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -20,6 +20,7 @@ __all__ = [
     "random_state",
     "replayed_randomness",
     "uncompiled",
+    "undone_on_error",
     "without_autocast",
 ]
 
@@ -60,14 +61,19 @@ class Buffers:
             module._buffers[name] = buffer
             buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
 
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
+    def restored_on_error(self) -> AbstractContextManager[None]:
         """Put them back if an error, or an interrupt, leaves the block."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
+        return undone_on_error(self.restore)
+
+
+@contextmanager
+def undone_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Call ``undo`` if an error, or an interrupt, leaves the block."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 @contextmanager

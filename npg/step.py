@@ -7,8 +7,7 @@ Every step by a solved Fisher system, of `npg.optim.NGD` and of the agents, pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite, nan
@@ -22,7 +21,7 @@ from torch import Tensor
 from npg.families import Family, Geometry, OutOfDomainError, in_double
 from npg.fisher import Fisher
 from npg.linearize import Linearization
-from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled
+from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled, undone_on_error
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.trust_region import KLDirection, SearchResult, Trial, TrustRegion
@@ -203,7 +202,7 @@ def natural_step(
         )
         scale = trust_region.scale(curvature) if trust_region is not None else inf
         scale = scale if learning_rate is None else min(scale, learning_rate)
-        with line.restored_on_error():
+        with undone_on_error(line.restore):  # an error of the model, or an interrupt: nothing is lost
             if not isfinite(s_norm) or solution.status is Status.NON_FINITE:
                 found = SearchResult(False, 0.0, UNTRIED, 0)
             elif (g_norm == 0 and s_norm == 0) or learning_rate == 0:
@@ -307,15 +306,6 @@ class _Line:
     def restore(self) -> None:
         """Go back to θ, bit for bit."""
         self._theta.restore(self._origin)
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """Go back if an error of the model, or an interrupt, leaves the block: nothing is lost."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
 
     @torch.no_grad()
     def trial(self, scale: float) -> Trial:

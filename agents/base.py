@@ -44,7 +44,7 @@ from npg.trust_region import TrustRegion
 __all__ = ["NaturalPolicyAlgorithm", "NaturalStepAlgorithm"]
 
 Preconditioner = Literal["diagonal", "kfac"]
-Metric = Literal["fisher", "wasserstein"] | Geometry
+Metric = Literal["fisher", "euclidean", "wasserstein"] | Geometry
 
 _PRECONDITIONERS = {None: None, "diagonal": diagonal_preconditioner, "kfac": kronecker_preconditioner}
 
@@ -381,7 +381,7 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
         doc='``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with '
         "discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one. "
         "``target_kl`` is then half the squared distance, in units of the actions (before they are squashed) or of "
-        "the graph's edges.",
+        "the graph's edges. ``\"euclidean\"`` is ½‖Δ‖² of the network's outputs.",
         keyword=True,
     )
 
@@ -399,13 +399,12 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
         return natural_step(
             actor,
             batch.inputs,
-            actor.family,
+            self.networks.geometry,
             self.surrogate(batch),
             trust_region=trust_region,
             learning_rate=learning_rate,
             damping=self.cg_damping if damping is None else damping,
             solver=solver or partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
-            metric=self.networks.geometry,
             curvature_inputs=batch.curvature_inputs,
             preconditioner=_PRECONDITIONERS[self.preconditioner],
             parameters=self.networks.actor_parameters,

@@ -29,10 +29,6 @@ class Networks:
     Attributes:
         actor: observations ↦ the parameters of the action distribution.
         critic: observations ↦ values.
-        geometry: that of the actor's steps; None for its family's own.
-
-    Raises:
-        ValueError: if the agent's ``preconditioner`` does not fit its ``metric``.
     """
 
     def __init__(self, agent: NaturalPolicyAlgorithm) -> None:
@@ -45,15 +41,19 @@ class Networks:
         self.actor, self.critic = ActorHead(policy), CriticHead(policy)
         self._known = self._signature()
         self._owned: _Owned | None = None
-        self._set_geometry()
+        if self.actor.family is not None or self._agent.metric not in ("fisher", "wasserstein"):
+            _ = self.geometry  # so that a metric that cannot be is refused before there is an update
         fuse(policy.optimizer)
 
-    def _set_geometry(self) -> None:
-        metric, preconditioner = self._agent.metric, self._agent.preconditioner
-        if self.actor.family is not None or metric != "wasserstein":
-            self.geometry: Geometry | None = geometry(metric, self.actor.family)
-        if metric != "fisher" and preconditioner is not None:
-            raise ValueError(f"preconditioner={preconditioner!r} needs metric='fisher', which it approximates")
+    @property
+    def geometry(self) -> Geometry:
+        """That of the actor's steps.
+
+        Raises:
+            ValueError: if the agent's ``metric`` is no name of one.
+            TypeError: if it is ``"wasserstein"``, and the actor's family has none.
+        """
+        return geometry(self._agent.metric, self.actor.family)
 
     @property
     def actor_parameters(self) -> dict[str, nn.Parameter]:
@@ -75,7 +75,6 @@ class Networks:
         if observations is None:
             observations, real = agent.policy.obs_to_tensor(agent.observation_space.sample())[0], False
         self.actor.look(observations)
-        self._set_geometry()
         actor = self.actor.own_parameters(observations)
         shared = set() if agent.train_shared_features else {id(p) for p in actor.values()}
         critic = {n: p for n, p in self.critic.own_parameters(observations).items() if id(p) not in shared}

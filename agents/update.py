@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from agents.buffer import random_part, rows
 from agents.critic import AdamCritic, NaturalCritic, fixed_statistics_of_the_actor, training_mode
 from npg.families import Family
+from npg.geometry import FisherRao
 from npg.model import Buffers
 from npg.parallel import average_, equal, moments, size
 
@@ -100,7 +101,7 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
 
     # 4. The log.
     record = agent.logger.record
-    for name, value in log_of(report, "kl" if networks.geometry is None else "distance").items():
+    for name, value in log_of(report, "kl" if type(networks.geometry) is FisherRao else "distance").items():
         record(name, value)
     record("train/value_loss", loss)
     record("train/explained_variance", explained_variance(agent))

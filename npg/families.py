@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import log, pi
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -71,10 +71,10 @@ def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     return change + p * d
 
 
-class Geometry(Protocol):
+class Geometry(ABC):
     """A geometry of outputs: a metric to solve for a step in, and the divergence to check the step by.
 
-    Every family has one in its Fisher information and its KL; `npg.transport.wasserstein` makes others.
+    `npg.geometry` has Fisher and Rao's, of a family, and Euclid's; `npg.transport` has Wasserstein's.
     """
 
     @abstractmethod
@@ -84,6 +84,29 @@ class Geometry(Protocol):
     @abstractmethod
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
         """Per event, what ½dᵀM(η)d is the second order of; (…, D), (…, D) → (…)."""
+
+    def factor(self, outputs: Tensor) -> LinearMap:
+        """A factor L with L Lᵀ = M(η), as a map ε ↦ Lε, (…, D) → (…, D); further axes in front broadcast.
+
+        By default V√Λ of the dense blocks M = VΛVᵀ: D products with M, and O(D³) per event.
+
+        Raises:
+            ValueError: if M is not symmetric and positive semi-definite.
+        """
+        dim = outputs.shape[-1]
+        units = torch.eye(dim, dtype=outputs.dtype, device=outputs.device)
+        units = units.reshape(dim, *[1] * (outputs.ndim - 1), dim).expand(dim, *outputs.shape)
+        blocks = self(outputs)(units).movedim(0, -1)
+        finite = torch.isfinite(blocks).all(-1, keepdim=True).all(-2, keepdim=True)
+        values, vectors = torch.linalg.eigh(torch.where(finite, blocks, 0.0).double())
+        rounding = torch.finfo(blocks.dtype).eps ** 0.5 * values.abs().amax(-1)
+        skew = (blocks - blocks.mT).masked_fill(~finite, 0.0).abs().amax((-2, -1))
+        if bool(((values.amin(-1) < -rounding) | (skew > rounding)).any()):
+            raise ValueError(
+                f"the metric of {self!r} is not symmetric and positive semi-definite at these outputs: it has no factor"
+            )
+        factor = torch.where(finite, (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(outputs.dtype), torch.nan)
+        return lambda epsilon: (factor @ epsilon.unsqueeze(-1)).squeeze(-1)
 
 
 class Family(ABC):

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from npg.families import Family, LinearMap
+from npg.families import Family
+from npg.geometry import FisherRao, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Model
 from npg.parallel import mean_
@@ -29,7 +30,6 @@ from npg.parallel import mean_
 __all__ = ["Fisher", "Kind"]
 
 Kind = Literal["exact", "sampled", "empirical"]
-Metric = Callable[[Tensor], LinearMap]
 
 _CHUNK = 64  # right-hand sides, or rows of the Jacobian, that are treated at once
 
@@ -50,14 +50,14 @@ class Fisher:
     Args:
         model: a module, or a function ``f(parameters, *inputs)``.
         inputs: a tensor, or a tuple of positional arguments.
-        family: the predictive distribution of the outputs.
+        family: the predictive distribution of the outputs, or a geometry of them (`npg.geometry`).
         kind: ``"exact"`` (the expectation over labels in closed form), ``"sampled"`` (labels drawn from the model,
             once, so that all products are with one matrix) or ``"empirical"`` (the labels of the data).
         targets: the labels, for ``"empirical"``.
         samples: how many labels to draw per event, for ``"sampled"``.
         generator: the source of randomness of ``"sampled"``.
-        metric: another metric on the outputs than the family's Fisher information: a function of the outputs η
-            that returns the map u ↦ M(η)u.
+        metric: another metric on the outputs than the family's Fisher information, in its place: a geometry, or any
+            function of the outputs η that returns the map u ↦ M(η)u.
         parameters: by name: needed where ``model`` is a function; for a module, all trainable ones by default.
         process_group: average over the processes of this group, each of which holds an equal share of the events.
         linearization: of the same model at the same inputs, where one exists already.
@@ -71,7 +71,7 @@ class Fisher:
         self,
         model: Model,
         inputs: Any,
-        family: Family,
+        family: Family | Metric,
         *,
         kind: Kind = "exact",
         targets: Tensor | None = None,
@@ -88,21 +88,21 @@ class Fisher:
             raise ValueError(f"targets must be given for kind='empirical', and only for it (kind={kind!r})")
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        if metric is not None and kind != "exact":
-            raise ValueError(f"metric replaces the family's own and goes with kind='exact' only, got kind={kind!r}")
+        self.geometry = geometry_of(family if metric is None else metric)
+        if kind != "exact" and type(self.geometry) is not FisherRao:
+            raise ValueError(f"another metric than a family's own goes with kind='exact' only, got kind={kind!r}")
         self.linearization = linearization or Linearization(model, inputs, parameters)
         self.parameters = self.linearization.parameters
-        self.family = family
         self.process_group = process_group
         outputs = self.linearization.outputs
         self.events = outputs.numel() // outputs.shape[-1]
         if self.events == 0:
             raise ValueError(f"inputs must hold at least one event, got outputs of shape {tuple(outputs.shape)}")
-        self._own_metric = metric is None
         self._scores: Tensor | None = None
-        if kind == "exact":
-            self._metric = (metric or family.metric)(outputs)
+        if type(self.geometry) is not FisherRao or kind == "exact":
+            self._metric = self.geometry(outputs)
         else:
+            family = self.geometry.family
             # An event with NaN or ∞ among its outputs has no label to draw (on CUDA that would end the process) and no
             # score: all products are NaN with it. −∞ forbids a class.
             usable = (outputs < inf).all(-1, keepdim=True)
@@ -133,7 +133,7 @@ class Fisher:
         return self.linearization.outputs
 
     def __repr__(self) -> str:
-        return f"Fisher({self.parameters.numel} parameters, {self.events} events, {self.family!r})"
+        return f"Fisher({self.parameters.numel} parameters, {self.events} events, {self.geometry!r})"
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """F v; (P,) → (P,), or (P, K) → (P, K).
@@ -168,7 +168,7 @@ class Fisher:
                     u[torch.arange(len(index)), index] = flat[index] * per_sample
                     yield self.linearization.pull_back(u.reshape(len(index), *outputs.shape)).T
         else:
-            factor = self.family.metric_factor(outputs)
+            factor = self.geometry.factor(outputs)
             for index in torch.arange(outputs.numel(), device=outputs.device).split(_CHUNK):
                 units = outputs.new_zeros(len(index), outputs.numel())
                 units[torch.arange(len(index)), index] = self.events**-0.5
@@ -183,7 +183,7 @@ class Fisher:
     @property
     def _few_rows(self) -> bool:
         rows = self.events * len(self._scores) if self._scores is not None else self.outputs.numel()
-        return self._own_metric and rows < self.parameters.numel
+        return rows < self.parameters.numel
 
     def dense(self) -> Tensor:
         """F as a matrix (P, P); costs min(P, events·D) products with Jᵀ or with F."""
@@ -207,14 +207,7 @@ class Fisher:
         Exact by default, at the cost of ``dense``. With ``probes``, an unbiased estimate from that many backward
         passes: ``diag(JᵀMJ) = E[(Jᵀ L ε)²]`` for M = LLᵀ and independent signs ε, one per event and output. The
         events need not be independent of each other, so it holds through BatchNorm in training mode as well.
-
-        Raises:
-            ValueError: for ``root`` or ``probes`` with another metric than the family's own.
         """
-        if not self._own_metric and (probes, root) != (None, None):
-            raise ValueError(
-                "probes and root need a factor of the metric, which only the family's own metric has: leave them out"
-            )
 
         def rooted(rows: Tensor) -> Tensor:
             return rows if root is None else torch.stack([root(row) for row in rows])
@@ -245,11 +238,8 @@ class Fisher:
         to each other, it remains in Σ (Jᵀu)(Jᵀu)ᵀ: `diagonal` and `dense` without probes are exact there too.
 
         Raises:
-            ValueError: for ``probes`` below 1, or with another metric than the family's own, of which no factor is
-                known.
+            ValueError: for ``probes`` below 1.
         """
-        if not self._own_metric:
-            raise ValueError("a factor of the metric is known for the family's own metric only: leave metric out")
         if probes is not None and probes < 1:
             raise ValueError(f"probes must be at least 1, or None, got {probes}")
         outputs = self.outputs
@@ -259,7 +249,7 @@ class Fisher:
             return torch.randint(0, 2, shape, generator=generator, **like).mul_(2).sub_(1)  # type: ignore[call-overload]
 
         if self._scores is None:
-            factor = self.family.metric_factor(outputs)
+            factor = self.geometry.factor(outputs)
             if probes is None:
                 for unit in torch.eye(outputs.shape[-1], dtype=outputs.dtype, device=outputs.device):
                     yield factor(signs(*outputs.shape[:-1], 1) * unit)

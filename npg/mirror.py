@@ -34,7 +34,6 @@ from npg.families import (
     MultiCategorical,
     relative_entropy,
 )
-from npg.fisher import Fisher
 from npg.solvers import dense_solve
 from npg.step import natural_step
 
@@ -515,11 +514,10 @@ def dual_natural_step(potential: Potential, f: Function, theta: Tensor, alpha: f
     natural_step(
         primal,  # type: ignore[arg-type]  # a function of no further inputs
         (),
-        Gaussian(),  # never asked: its metric is replaced, and nothing is evaluated
+        potential._metric,
         lambda outputs: -f(outputs),
         learning_rate=2 * alpha,
         solver=partial(dense_solve, method="eigh"),
-        fisher=partial(Fisher, metric=potential._metric),
         evaluate=False,
         parameters={"mu": mu},
     )

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npg.families import Family, Geometry, OutOfDomainError, in_double
+from npg.families import Family, OutOfDomainError, in_double
 from npg.fisher import Fisher
+from npg.geometry import Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled, undone_on_error
 from npg.parallel import mean_
@@ -82,7 +83,7 @@ class StepReport:
 def natural_step(
     model: Model,
     inputs: Any,
-    family: Family,
+    family: Family | Metric,
     objective: Callable[[Tensor], Tensor],
     *,
     trust_region: TrustRegion | None = None,
@@ -90,7 +91,7 @@ def natural_step(
     damping: float = 0.0,
     solver: Solver = conjugate_gradient,
     fisher: Callable[..., Fisher] = Fisher,
-    metric: Geometry | None = None,
+    metric: Metric | None = None,
     curvature_inputs: Any = None,
     preconditioner: Callable[[Fisher, float], Callable[[Tensor], Tensor]] | None = None,
     x0: Tensor | None = None,
@@ -123,7 +124,7 @@ def natural_step(
     Args:
         model: a module, or a function ``f(parameters, *inputs)``.
         inputs: a tensor, or a tuple of positional arguments.
-        family: the predictive distribution of the outputs.
+        family: the predictive distribution of the outputs, or a geometry of them (`npg.geometry`).
         objective: outputs (…, D) ↦ the mean over events of what to maximise, (): a log-likelihood, a surrogate return.
             A mean in float64, ``.mean(dtype=torch.float64)``, keeps the digits of a gain that is small against it.
         trust_region: the radius, of the KL or of the divergence of ``metric``, and how to keep to it.
@@ -154,6 +155,7 @@ def natural_step(
     if not 0 <= damping < inf:
         raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 
+    geometry = geometry_of(family if metric is None else metric)
     model = uncompiled(model)
     buffers = Buffers(model)
     with buffers.restored_on_error():
@@ -167,11 +169,10 @@ def natural_step(
                 fisher,
                 model,
                 inputs if curvature_inputs is None else curvature_inputs,
-                family,
+                geometry,
                 parameters=parameters,
                 process_group=process_group,
                 linearization=None if curvature_inputs is not None else linearization,
-                **({} if metric is None else {"metric": metric}),
             ),
         )
         before = mean_(value.double(), process_group)
@@ -196,7 +197,7 @@ def natural_step(
             s,
             objective,
             objective_before,
-            family.kl if metric is None else metric.divergence,
+            geometry.divergence,
             "old_new" if trust_region is None else trust_region.kl_direction,
             process_group,
         )

@@ -32,27 +32,30 @@ from npg.families import (
     MultiCategorical,
     covariance,
 )
+from npg.geometry import Euclidean, FisherRao, geometry_of
 
 __all__ = ["geometry", "wasserstein"]
 
 
-def geometry(metric: Literal["fisher", "wasserstein"] | Geometry, family: Family) -> Geometry | None:
-    """What `npg.natural_step` takes as ``metric``, from a name: None is the family's own.
+def geometry(metric: Literal["fisher", "euclidean", "wasserstein"] | Geometry, family: Family) -> Geometry:
+    """A geometry from its name, or one's own.
 
     Raises:
         ValueError: if the name is unknown.
         TypeError: if the family has no Wasserstein metric.
     """
     if metric == "fisher":
-        return None
+        return FisherRao(family)
+    if metric == "euclidean":
+        return Euclidean()
     if metric == "wasserstein":
         return wasserstein(family)
     if isinstance(metric, str) or not (callable(metric) and hasattr(metric, "divergence")):
         raise ValueError(
-            "metric must be 'fisher', 'wasserstein', or a geometry such as wasserstein(family, graph): a function of "
-            f"the outputs with a method divergence(old, new), got {metric!r}"
+            "metric must be 'fisher', 'euclidean', 'wasserstein', or a geometry such as wasserstein(family, graph): a "
+            f"function of the outputs with a method divergence(old, new), got {metric!r}"
         )
-    return metric
+    return geometry_of(metric)
 
 
 def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
@@ -105,7 +108,7 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
         _check_graph(graph)
         return _WeightedGraph(graph)
     if isinstance(family, Gaussian):
-        return _Gaussian()
+        return Euclidean()
     if isinstance(family, DiagonalGaussian):
         return _DiagonalGaussian()
     if isinstance(family, Categorical):
@@ -118,14 +121,6 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
         f"no Wasserstein metric is known for {family!r}: pass a metric of your own, a function of the outputs η that "
         "returns the map u ↦ M(η)u, with a method divergence(old, new)"
     )
-
-
-class _Gaussian(Geometry):
-    def __call__(self, outputs: Tensor) -> LinearMap:
-        return lambda u: u.clone()
-
-    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        return 0.5 * (new - old).square().sum(-1)
 
 
 class _DiagonalGaussian(Geometry):

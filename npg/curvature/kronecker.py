@@ -126,8 +126,8 @@ class KroneckerFisher:
             the gradients were not finite, neither are their values.
 
     Raises:
-        ValueError: if an argument is out of its range, ``fisher`` is of a function or of another metric, or
-            ``previous`` is of layers of other sizes.
+        ValueError: if an argument is out of its range, ``fisher`` is of a function, or ``previous`` is of
+            layers of other sizes.
         RuntimeError: if the parameters have changed since ``fisher`` was made.
     """
 

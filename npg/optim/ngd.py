@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
+from npg.geometry import FisherRao
 from npg.model import Buffers
 from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, is_due, split
 from npg.optim.batches import first_rows
@@ -66,9 +67,10 @@ class NGD(ModelOptimizer):
         alpha: smoothing of the online factors, as in `OnlineNGD`.
         curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
         fisher: ``"exact"``, ``"sampled"`` or ``"empirical"``.
-        metric: ``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, and
-            ``wasserstein(family, graph)`` that with classes on a graph of your own. ``max_kl`` then bounds ½W₂², and
-            the gain that ``damping_control`` compares with is that of the linear model.
+        metric: ``"fisher"``, or another geometry in its place: ``"euclidean"`` is that of Gauss and Newton
+            (`npg.geometry`), ``"wasserstein"`` that of `npg.transport`, and ``wasserstein(family, graph)`` that with
+            classes on a graph of your own. ``max_kl`` then bounds its divergence (½‖Δ‖² of the outputs, ½W₂²), and the
+            gain that ``damping_control`` compares with is that of the linear model.
         damping_control: adapts λ after each step, which then costs one more forward pass.
         process_group: average over these processes, each of which holds an equal share of the mini-batch. A model in
             DistributedDataParallel brings its own.
@@ -104,7 +106,7 @@ class NGD(ModelOptimizer):
         alpha: float = 4.0,
         curvature_fraction: float = 1.0,
         fisher: Kind = "exact",
-        metric: Literal["fisher", "wasserstein"] | Geometry = "fisher",
+        metric: Literal["fisher", "euclidean", "wasserstein"] | Geometry = "fisher",
         damping_control: LevenbergMarquardt | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -124,7 +126,6 @@ class NGD(ModelOptimizer):
         check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
         check(update_period >= 1, "update_period", update_period, "at least 1")
         check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
-        approximation = solver if solver in ("kfac", "ekfac") else preconditioner
         metrics = ("identity", "online", "factors")
         check(damping_metric in metrics, "damping_metric", damping_metric, "'identity', 'online' or 'factors'")
         if damping_metric == "factors":
@@ -134,9 +135,11 @@ class NGD(ModelOptimizer):
             check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
             check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
         check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
-        self.metric = geometry(metric, family)
-        check(fisher == "exact" or self.metric is None, "fisher", fisher, "'exact' with another metric")
-        check(approximation is None or self.metric is None, "metric", metric, f"'fisher' with {approximation}")
+        self.geometry = geometry(metric, family)
+        own = self.geometry == FisherRao(family)
+        check(fisher == "exact" or own, "fisher", fisher, "'exact' with another metric")
+        # The Hessian of the loss is about the Fisher information, and about no other metric.
+        self._objective_curvature = 1.0 if own else 0.0
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
         self.trust_region = None if max_kl is None else TrustRegion(max_kl)
@@ -190,7 +193,7 @@ class NGD(ModelOptimizer):
         report = natural_step(
             self.model,
             inputs,
-            self.family,
+            self.geometry,
             lambda outputs: self._log_likelihood(outputs, targets).mean(),
             trust_region=self.trust_region,
             learning_rate=group["lr"],
@@ -202,12 +205,10 @@ class NGD(ModelOptimizer):
                 targets=targets[:rows] if self.fisher == "empirical" else None,
                 generator=self.generator,
             ),
-            metric=self.metric,
             curvature_inputs=curvature_inputs,
             preconditioner=None if self.preconditioner is None else kronecker,
             x0=x0,
-            # the Hessian of the loss is about the Fisher information, and about no other metric
-            objective_curvature=1.0 if self.metric is None else 0.0,
+            objective_curvature=self._objective_curvature,
             evaluate=self.damping_control is not None,
             process_group=self.process_group,
         )

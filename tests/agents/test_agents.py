@@ -292,11 +292,13 @@ def test_transport_distance_stays_within_the_radius_and_the_surrogate_gains(acti
     assert loaded.logger.name_to_value["train/distance"] <= model.target_kl
 
 
+@pytest.mark.parametrize("preconditioner", [None, "diagonal", "kfac"])
+@pytest.mark.parametrize("metric", ["wasserstein", "euclidean"])
 @pytest.mark.parametrize("algorithm", [TRPO, NPG])
-def test_transport_step_equals_the_dense_twin(algorithm):
-    """One update of a Gaussian policy in float64: d ∝ (mean JᵀMJ + λI)⁻¹g, with M = diag(1, σ²) written out."""
+def test_a_step_in_another_metric_equals_the_dense_twin(algorithm, metric, preconditioner):
+    """One update of a Gaussian policy in float64: d ∝ (mean JᵀMJ + λI)⁻¹g, M = diag(1, σ²) or I written out."""
     options = {"target_kl": 1e-3, "cg_damping": 1e-2, "cg_max_steps": 1000, "policy_kwargs": {"net_arch": [8]}}
-    model = small(algorithm, metric="wasserstein", **options)
+    model = small(algorithm, metric=metric, preconditioner=preconditioner, **options)
     with torch.no_grad():
         model.policy.log_std.copy_(torch.tensor([-1.0, 0.0, 0.5]))
     _, callback = model._setup_learn(10**6)
@@ -310,7 +312,7 @@ def test_transport_step_equals_the_dense_twin(algorithm):
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(actor, p, (batch.inputs,)))
     J = torch.cat([j.flatten(2) for j in jacobian(model.networks.actor_parameters).values()], -1).detach()
     sigma = model.policy.log_std.detach().exp()
-    M = torch.diag(torch.cat([torch.ones_like(sigma), sigma**2]))
+    M = torch.diag(torch.cat([torch.ones_like(sigma), sigma**2 if metric == "wasserstein" else torch.ones_like(sigma)]))
     G = torch.einsum("ndp,de,neq->pq", J, M, J) / len(J) + 1e-2 * torch.eye(J.shape[-1], dtype=torch.float64)
     surrogate = model.surrogate(batch)(actor(batch.inputs))
     g = torch.cat([x.flatten() for x in torch.autograd.grad(surrogate, parameters)])
@@ -318,15 +320,15 @@ def test_transport_step_equals_the_dense_twin(algorithm):
     report = model.actor_step(batch)
     want = (2e-3 / float(s @ G @ s)) ** 0.5 * 0.8**report.backtracks * s
     torch.testing.assert_close(report.step, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert report.accepted
+    if metric == "euclidean" and algorithm is TRPO:
+        assert report.kl <= 1e-3
 
 
 def test_metrics_that_cannot_be_are_refused_by_name():
     for algorithm in (TRPO, NPG):
-        with pytest.raises(ValueError, match=r"metric must be 'fisher', 'wasserstein', or a geometry .*'euclid'"):
+        with pytest.raises(ValueError, match=r"metric must be 'fisher', 'euclidean', .* or a geometry .*'euclid'"):
             small(algorithm, metric="euclid")
-        for preconditioner in ("diagonal", "kfac"):
-            with pytest.raises(ValueError, match=f"preconditioner='{preconditioner}' needs metric='fisher'"):
-                small(algorithm, metric="wasserstein", preconditioner=preconditioner)
 
 
 @pytest.mark.parametrize(("env", "radius", "updates"), [("CartPole-v1", 0.005, 12), ("Pendulum-v1", 0.05, 4)])

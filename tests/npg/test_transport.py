@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Poisson
 
 from npg import Fisher, TrustRegion, conjugate_gradient, families, natural_step
+from npg.geometry import Euclidean, FisherRao
 from npg.optim import NGD
 from npg.transport import geometry, wasserstein
 
@@ -501,11 +502,13 @@ def test_bad_graphs_are_named(graph, message):
 
 def test_bad_metrics_are_named():
     family, model = families.Categorical(), network(4)
-    assert geometry("fisher", family) is None
+    assert geometry("fisher", family) == FisherRao(family)
+    assert geometry("fisher", family) != FisherRao(families.Categorical()), "another family's"
+    assert geometry("euclidean", family) == Euclidean()
     own = wasserstein(family, chain(4))
     assert geometry(own, family) is own
     for bad in ("wassertein", "graph", None, 3, lambda outputs: lambda u: u):
-        with pytest.raises(ValueError, match=r"metric must be 'fisher', 'wasserstein', or a geometry"):
+        with pytest.raises(ValueError, match=r"metric must be 'fisher', 'euclidean', 'wasserstein', or a geom"):
             NGD(model, family, metric=bad)
     with pytest.raises(ValueError, match="fisher='sampled' is not usable: it must be 'exact' with another metric"):
         NGD(model, family, metric="wasserstein", fisher="sampled")

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from npg import Fisher, Status, conjugate_gradient, families
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
+from npg.geometry import Euclidean
 from npg.transport import wasserstein
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -51,6 +52,17 @@ def test_exact_for_a_deep_linear_network(corrected, assert_close):
     for block in (slice(0, 16), slice(16, 36), slice(36, 48)):
         expected[block, block] = exact[block, block]
     assert_close(approximation.dense(), expected)
+
+
+@pytest.mark.parametrize("geometry", [wasserstein(FAMILY), wasserstein(families.DiagonalGaussian()), Euclidean()])
+def test_factors_are_of_the_geometry_of_the_outputs(geometry, assert_close):
+    """Of one layer, whose gradients are the outputs' own, G is the mean of M and A that of āāᵀ."""
+    model, x = made(lambda: nn.Linear(3, 4)), torch.randn(7, 3, generator=generator())
+    fisher = Fisher(model, x, geometry)
+    (block,) = KroneckerFisher(fisher, probes=None).blocks.values()
+    assert_close(block.outputs, geometry(fisher.outputs)(torch.eye(4).unsqueeze(1).expand(4, 7, 4)).mean(1))
+    bar = torch.cat([x, torch.ones(7, 1)], 1)
+    assert_close(block.inputs, bar.T @ bar / 7)
 
 
 NETWORKS = {
@@ -478,8 +490,6 @@ def test_bad_arguments_are_refused():
         KroneckerFisher(fisher).inverse(-1.0)
     with pytest.raises(ValueError, match="fisher must be of a module"):
         KroneckerFisher(Fisher(lambda p, x: x @ p["w"], x, FAMILY, parameters={"w": torch.ones(5, 3)}))
-    with pytest.raises(ValueError, match="leave metric out"):
-        KroneckerFisher(Fisher(model, x, FAMILY, metric=wasserstein(FAMILY)))
     with pytest.raises(ValueError, match="one row per trainable parameter"):
         KroneckerFisher(fisher) @ torch.ones(3)
     with torch.no_grad():

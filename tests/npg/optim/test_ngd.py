@@ -526,8 +526,6 @@ def test_what_does_not_go_with_online_damping(name, value):
         ("warm_start", {"warm_start": 0.5, "solver": "kfac"}),
         ("solver", {"damping_metric": "factors"}),
         ("solver", {"damping_metric": "factors", "preconditioner": "kfac"}),
-        ("metric", {"metric": "wasserstein", "solver": "kfac"}),
-        ("metric", {"metric": "wasserstein", "preconditioner": "kfac"}),
     ],
 )
 def test_what_does_not_go_together(name, options):

@@ -31,15 +31,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from math import inf, nan
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
 
+from npg.curvature.base import Curvature, Key, State, check_average, check_damping, count, eigenvectors, inverted
 from npg.curvature.layers import (
     Call,
-    Key,
     Pulled,
     events_apart,
     events_at_once,
@@ -51,7 +50,6 @@ from npg.curvature.layers import (
 from npg.fisher import Fisher
 from npg.parallel import average_
 from npg.parameters import Parameters
-from npg.solvers import Solution, Status
 
 __all__ = ["Block", "KroneckerFisher", "Multiple"]
 
@@ -97,7 +95,7 @@ class Multiple(NamedTuple):
         return self.values * x
 
 
-class KroneckerFisher:
+class KroneckerFisher(Curvature[Fisher]):
     """F̂ ≈ F, block by block, as a linear operator with an inverse.
 
     Linear layers and one- and two-dimensional convolutions without groups have a block G ⊗ A each, for weight and bias
@@ -107,7 +105,8 @@ class KroneckerFisher:
     costs a forward pass, the backward passes of the probes, and the eigenvectors of two matrices for each layer.
 
     Args:
-        fisher: F, of a module, at the present parameters. Its kind and its process group are those of F̂ too.
+        fisher: F, of a module, at the present parameters. Its kind and its process group are those of F̂ too. None to
+            begin with `update`.
         corrected: EKFAC in place of K-FAC, for two more backward passes (and a forward pass, with batch normalisation
             in training mode) that show which rows of a layer's inputs are of which event. Where they are not in the
             order of the outputs' leading axis, the layer keeps K-FAC's values, and a warning names it.
@@ -131,9 +130,11 @@ class KroneckerFisher:
         RuntimeError: if the parameters have changed since ``fisher`` was made.
     """
 
+    name, fields = "kfac", Block._fields  # which has those of Multiple
+
     def __init__(
         self,
-        fisher: Fisher,
+        fisher: Fisher | None = None,
         *,
         corrected: bool = False,
         probes: int | None = 1,
@@ -141,65 +142,57 @@ class KroneckerFisher:
         previous: Mapping[Key, Block | Multiple] | None = None,
         decay: float = 0.0,
     ) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}")
-        self.parameters = fisher.parameters
+        check_average(decay, probes)
+        self.corrected, self.probes, self.generator, self.decay = corrected, probes, generator, decay
+        self.blocks: dict[Key, Block | Multiple] = dict(previous or {})
+        if fisher is not None:
+            self.update(fisher)
+
+    def update(self, fisher: Fisher) -> None:
+        """Take the factors of a batch into their mean; its eigenvectors and corrected values are then the new ones.
+
+        Raises:
+            ValueError: if ``fisher`` is of a function.
+            RuntimeError: if the parameters have changed since ``fisher`` was made.
+        """
+        parameters = fisher.parameters
         outputs, layers, calls = record_layers(fisher.linearization)
-        past = dict(previous or {})
+        past, decay = self.blocks, self.decay
         keys = set(layers.values())  # no two of them share a parameter, so that no two blocks do
         # Also of a layer that is not in use today.
         kept = {key: block for key, block in past.items() if isinstance(block, Block) and key in keys}
         for key, block in kept.items():
-            _check_size(block, key, self.parameters)
+            _check_size(block, key, parameters)
         inside = {index for key in (*calls, *kept) for index in key}
-        rest = [index for index in range(len(self.parameters.tensors)) if index not in inside]
-        self.blocks: dict[Key, Block | Multiple] = dict(kept)
+        rest = [index for index in range(len(parameters.tensors)) if index not in inside]
+        blocks: dict[Key, Block | Multiple] = dict(kept)
         with torch.autocast(outputs.device.type, enabled=False):
-            factors, means, pulled = _moments(fisher, outputs, calls, rest, probes, generator, keep=corrected)
+            factors, means, pulled = _moments(
+                fisher, outputs, calls, rest, self.probes, self.generator, keep=self.corrected
+            )
             for key, pair in factors.items():
-                updates, newest = _count(kept.get(key), decay)
-                if key in kept:
-                    pair = kept[key].inputs.lerp(pair[0], newest), kept[key].outputs.lerp(pair[1], newest)
-                (s, u), (t, v) = (_eigenvectors(matrix) for matrix in pair)
-                self.blocks[key] = Block(*pair, s, u, t, v, torch.outer(t, s), updates)
+                before = kept.get(key)
+                updates, newest = count(None if before is None else before.updates, decay)
+                if before is not None:
+                    pair = before.inputs.lerp(pair[0], newest), before.outputs.lerp(pair[1], newest)
+                (s, u), (t, v) = (eigenvectors(matrix) for matrix in pair)
+                blocks[key] = Block(*pair, s, u, t, v, torch.outer(t, s), updates)
             for index, mean in means.items():
-                before = past.get((index,))
-                before = before if isinstance(before, Multiple) else None
-                updates, newest = _count(before, decay)
-                self.blocks[index,] = Multiple(mean if before is None else before.values.lerp(mean, newest), updates)
-            if corrected:
+                former = past.get((index,))
+                former = former if isinstance(former, Multiple) else None
+                updates, newest = count(None if former is None else former.updates, decay)
+                blocks[index,] = Multiple(mean if former is None else former.values.lerp(mean, newest), updates)
+            if self.corrected:
                 apart = events_apart(fisher.linearization, layers)
                 for key in calls.keys() - apart:
                     warnings.warn(
-                        f"EKFAC takes K-FAC's values for {self.parameters.names[key[0]]!r}: the rows of its inputs are "
+                        f"EKFAC takes K-FAC's values for {parameters.names[key[0]]!r}: the rows of its inputs are "
                         "not in the order of the events, the leading axis of the outputs. Let the layer see the batch "
                         "on its leading axis to have them corrected",
                         stacklevel=3,
                     )
-                self._correct([{k: v for k, v in uses.items() if k in apart} for uses in pulled], fisher)
-
-    def _correct(self, pulled: list[Pulled], fisher: Fisher) -> None:
-        """Second moments of the gradients, event by event, in the place of the products of eigenvalues."""
-        moments: dict[Key, Tensor] = {}
-        for key, uses in ((key, uses) for probe in pulled for key, uses in probe.items()):
-            block = self.blocks[key]
-            assert isinstance(block, Block)
-            moment = moments.setdefault(key, torch.zeros_like(block.values))
-            events = events_at_once(max(block.values.numel(), *(call.patch_elements for call, _ in uses)))
-            for parts in zip(*(zip(call.inputs.split(events), g.split(events)) for call, g in uses), strict=True):
-                pairs = [
-                    (g @ block.output_basis, patches_of(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis)
-                    for (call, _), (x, g) in zip(uses, parts)
-                ]
-                if len(pairs) == 1 and pairs[0][0].shape[1] == 1:
-                    g, a = (x[:, 0].square() for x in pairs[0])
-                    moment += g.T @ a / fisher.events
-                else:
-                    gradients = torch.stack([g.transpose(1, 2) @ a for g, a in pairs]).sum(0)
-                    moment += gradients.square().sum(0) / fisher.events
-        average_(moments.values(), fisher.process_group)
-        for key, moment in moments.items():
-            self.blocks[key] = self.blocks[key]._replace(values=moment)
+                _correct(blocks, [{k: v for k, v in uses.items() if k in apart} for uses in pulled], fisher)
+        self.parameters, self.blocks = parameters, blocks
 
     @classmethod
     def of(cls, parameters: Parameters, blocks: Mapping[Key, Block | Multiple]) -> Self:
@@ -213,9 +206,20 @@ class KroneckerFisher:
             raise ValueError(
                 f"blocks must hold each of {len(parameters.tensors)} parameters once, got those of indices {held}"
             )
-        self = cls.__new__(cls)
-        self.parameters, self.blocks = parameters, dict(blocks)
+        self = cls(previous=blocks)
+        self.parameters = parameters
         return self
+
+    def state_dict(self) -> State:
+        """The factors and their eigenvectors of each layer, and the multiple of every other parameter."""
+        return {key: block._asdict() for key, block in self.blocks.items()}
+
+    def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
+        """Go on from a `state_dict`."""
+        self.blocks = {}
+        for key, entry in state.items():
+            kind = Block if "inputs" in entry and entry["inputs"].numel() else Multiple
+            self.blocks[key] = kind(**{name: entry[name] for name in kind._fields})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -223,16 +227,14 @@ class KroneckerFisher:
         return self.parameters.numel, self.parameters.numel
 
     def __repr__(self) -> str:
+        if not self.blocks:
+            return f"KroneckerFisher(corrected={self.corrected}, decay={self.decay})"
         layers = sum(isinstance(block, Block) for block in self.blocks.values())
         return f"KroneckerFisher({self.parameters.numel} parameters, {layers} layers with factors)"
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """F̂ v; (P,) → (P,), or (P, K) → (P, K)."""
         return self._apply(self.blocks, v)
-
-    def dense(self) -> Tensor:
-        """F̂ as a matrix (P, P)."""
-        return self @ torch.eye(self.parameters.numel, dtype=self.parameters.dtype, device=self.parameters.device)
 
     def inverse(self, damping: float, *, shared: bool = False) -> Callable[[Tensor], Tensor]:
         """The map v ↦ (F̂ + λI)⁻¹ v, of (P,) or (P, K); where F̂ + λI has an eigenvalue of zero, the pseudo-inverse.
@@ -242,26 +244,12 @@ class KroneckerFisher:
         Raises:
             ValueError: if λ is negative or not finite.
         """
-        if not 0 <= damping < inf:
-            raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
+        check_damping(damping)
         blocks: dict[Key, Block | Multiple] = {}
         for key, block in self.blocks.items():
             damped = block.damped(damping, shared=shared)
-            blocks[key] = block._replace(values=torch.where(damped == 0, 0.0, 1 / damped))
+            blocks[key] = block._replace(values=inverted(damped))
         return lambda v: self._apply(blocks, v)
-
-    def solve(self, b: Tensor, *, damping: float = 0.0, shared: bool = False) -> Solution:
-        """Take (F̂ + λI)⁻¹ b, or that with λ ``shared`` out to the factors, for the solution; (P,).
-
-        Returns:
-            A `Solution` whose curvature and model value are those of F̂ + λI, and whose residual is NaN: it would be of
-            F, which is not looked at.
-        """
-        x = self.inverse(damping, shared=shared)(b)
-        curvature = torch.dot(x.double(), (self @ x).double()) + damping * torch.dot(x.double(), x.double())
-        value = 0.5 * curvature - torch.dot(b.double(), x.double())
-        status = Status.CONVERGED if bool(torch.isfinite(value)) else Status.NON_FINITE
-        return Solution(x, status, (status,), 0, torch.full_like(curvature, nan), curvature, value)
 
     def _apply(self, blocks: Mapping[Key, Block | Multiple], v: Tensor) -> Tensor:
         self.parameters.check(v)
@@ -291,10 +279,28 @@ def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
         )
 
 
-def _count(before: Block | Multiple | None, decay: float) -> tuple[Tensor, float]:
-    """The number t of batches, with this one, and the weight of this one among 1, γ, γ², …: (1 − γ) / (1 − γᵗ)."""
-    updates = torch.ones((), dtype=torch.int64) if before is None else before.updates + 1
-    return updates, (1 - decay) / (1 - decay ** int(updates))
+def _correct(blocks: dict[Key, Block | Multiple], pulled: list[Pulled], fisher: Fisher) -> None:
+    """Second moments of the gradients, event by event, in the place of the products of eigenvalues."""
+    moments: dict[Key, Tensor] = {}
+    for key, uses in ((key, uses) for probe in pulled for key, uses in probe.items()):
+        block = blocks[key]
+        assert isinstance(block, Block)
+        moment = moments.setdefault(key, torch.zeros_like(block.values))
+        events = events_at_once(max(block.values.numel(), *(call.patch_elements for call, _ in uses)))
+        for parts in zip(*(zip(call.inputs.split(events), g.split(events)) for call, g in uses), strict=True):
+            pairs = [
+                (g @ block.output_basis, patches_of(call.module, x, len(key) > 1).to(g.dtype) @ block.input_basis)
+                for (call, _), (x, g) in zip(uses, parts)
+            ]
+            if len(pairs) == 1 and pairs[0][0].shape[1] == 1:
+                g, a = (x[:, 0].square() for x in pairs[0])
+                moment += g.T @ a / fisher.events
+            else:
+                gradients = torch.stack([g.transpose(1, 2) @ a for g, a in pairs]).sum(0)
+                moment += gradients.square().sum(0) / fisher.events
+    average_(moments.values(), fisher.process_group)
+    for key, moment in moments.items():
+        blocks[key] = blocks[key]._replace(values=moment)
 
 
 def _moments(
@@ -329,14 +335,3 @@ def _moments(
                 means[index] += gradient.to(dtype).square().mean() / fisher.events
     average_([*inputs.values(), *factors.values(), *means.values()], fisher.process_group)
     return {key: (inputs[key], factors[key]) for key in calls}, means, pulled
-
-
-def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, none below zero, and eigenvectors; NaN where the matrix is not finite."""
-    if not bool(torch.isfinite(matrix).all()):
-        return torch.full_like(matrix[0], nan), torch.full_like(matrix, nan)
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-    except RuntimeError:  # single precision may not converge where eigenvalues are many and near zero
-        values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
-    return values.clamp(min=0), vectors

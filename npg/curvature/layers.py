@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from npg.curvature.base import Key
 from npg.linearize import Linearization
 from npg.model import Model
 from npg.parameters import Parameters
@@ -19,7 +20,6 @@ from npg.parameters import Parameters
 __all__ = [
     "MAX_SIZE",
     "Call",
-    "Key",
     "Pulled",
     "events_apart",
     "events_at_once",
@@ -32,7 +32,6 @@ __all__ = [
 #: A layer of more inputs or outputs has no factors: memory would grow with the square, time with the cube.
 MAX_SIZE = 8192
 _ELEMENTS = 2**24  # of patches, or of gradients event by event, that are in memory at once
-Key = tuple[int, ...]
 
 
 class Call(NamedTuple):

@@ -32,11 +32,13 @@ axes as rows is what Kaldi does for convolutions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from npg.curvature.base import Curvature, Key, State
 
 #: Eigenvalues of F below this fraction of the largest are raised to it (Kaldi's δ).
 DELTA = 5e-4
@@ -156,12 +158,14 @@ class Block(NamedTuple):
     axes: list[_Axis]  #: those of dimension above 1, in order
 
 
-class OnlinePreconditioner:
+class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
     """Preconditions a list of tensors on all axes in turn, all tensors of one shape together.
 
     The factors of one dimension are one batch, whichever tensor and axis they belong to, so an update solves one
     batched eigenproblem for each distinct dimension. On a CUDA device the error check inside that eigenproblem
     is the only thing that the host waits for.
+
+    As a curvature it is the metric C of the gradients so far, without damping: that would be in other units.
 
     Args:
         tensors: the parameters, none of them empty. Only shapes, dtypes and devices are used.
@@ -171,6 +175,8 @@ class OnlinePreconditioner:
         rank: the largest rank; an axis of dimension D gets min((D + 1) // 2, rank). With 0 nothing is
             preconditioned.
     """
+
+    name, fields = "online", ()  # an optimizer keeps views of the live factors, under names with their axes
 
     def __init__(
         self,
@@ -195,6 +201,7 @@ class OnlinePreconditioner:
                     slots[dim, dtype, device] += [(number, axis, i) for i in indices]
 
         self.factors: dict[_Key, Factors] = {}
+        self._views: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(tensors))}
         for key, owners in slots.items():
             dim = key[0]
             factors = initial_factors(len(owners), dim, min((dim + 1) // 2, rank), alpha, *key[1:])
@@ -203,7 +210,7 @@ class OnlinePreconditioner:
                 for name, tensor in zip(Factors._fields, factors, strict=True):
                     if (saved := states[i].get(f"{name}_{axis}")) is not None:
                         tensor[row].copy_(saved)
-                    states[i][f"{name}_{axis}"] = tensor[row]
+                    states[i][f"{name}_{axis}"] = self._views[i][f"{name}_{axis}"] = tensor[row]
 
         self.blocks: list[Block] = []
         for number, ((shape, dtype, device), indices) in enumerate(shapes.items()):
@@ -250,6 +257,44 @@ class OnlinePreconditioner:
         for key, parts in statistics.items():
             self._update(self.factors[key], *(torch.cat(part) for part in zip(*parts, strict=True)))
         return out
+
+    def update(self, evidence: Sequence[Tensor]) -> None:
+        """Take the gradients of a batch into the factors, which change in place."""
+        self(evidence, update=True, first=all(bool((f.rho == TINY).all()) for f in self.factors.values()))
+
+    def inverse(self, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
+        """The map v ↦ C⁻¹ v, of (P,).
+
+        Raises:
+            ValueError: if λ is not 0.
+        """
+        if damping:
+            raise ValueError(
+                f"damping must be 0, got {damping}: solve a system that is damped in the metric C by "
+                "npg.solvers.solve_in_metric, with root=inverse_root()"
+            )
+        root = self.inverse_root()
+        return lambda v: root(root(v))
+
+    def state_dict(self) -> State:
+        """Copies of the factors of each tensor, by axis."""
+        return {(i,): {name: x.clone() for name, x in views.items()} for i, views in self._views.items()}
+
+    def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
+        """Put other values into the factors.
+
+        Raises:
+            ValueError: unless they are of tensors of these shapes, with factors of this rank.
+        """
+        shapes, given = (
+            {key: {name: x.shape for name, x in entry.items()} for key, entry in held.items()}
+            for held in (self.state_dict(), state)
+        )
+        if shapes != given:
+            raise ValueError(f"state must have factors of the shapes {shapes}, got {given}: make it with these tensors")
+        for (i,), entry in state.items():
+            for name, value in entry.items():
+                self._views[i][name].copy_(value)
 
     def inverse_root(self) -> InverseRoot:
         """L = C^{−1/2} of the factors as they are now; later updates do not change it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from math import ceil, inf
@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
+from npg.curvature.base import Curvature, State
+from npg.curvature.kronecker import KroneckerFisher
+from npg.curvature.plain import DiagonalFisher
 from npg.families import Family, Geometry
 from npg.fisher import Fisher, Kind
 from npg.geometry import FisherRao
@@ -26,6 +28,29 @@ from npg.transport import geometry
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = ["NGD"]
+
+AnyCurvature = Curvature[Fisher] | type[Curvature[Fisher]]
+
+_DENSE: Solver = partial(dense_solve, method="eigh")
+#: The curvatures that have a name, to be made with decay, probes and generator.
+_CURVATURES: dict[str, Callable[..., Curvature[Fisher]]] = {
+    "diagonal": DiagonalFisher,
+    "kfac": KroneckerFisher,
+    "ekfac": partial(KroneckerFisher, corrected=True),
+}
+
+
+def _chosen(
+    given: Any, functions: Mapping[str, Solver], names: Collection[str], options: Mapping[str, Any]
+) -> tuple[Solver | None, Curvature[Fisher] | None]:
+    """The function or the curvature that is meant, by its name, as it is, or by its class; neither, if it is none."""
+    if isinstance(given, str):
+        return functions.get(given), _CURVATURES[given](**options) if given in names else None
+    if isinstance(given, type):
+        return None, given() if issubclass(given, Curvature) else None
+    if isinstance(given, Curvature):
+        return None, given
+    return given if callable(given) else None, None
 
 
 class NGD(ModelOptimizer):
@@ -46,23 +71,25 @@ class NGD(ModelOptimizer):
         max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
         momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
         weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone.
-        solver: ``"cg"``; ``"kfac"`` or ``"ekfac"``, which take the Kronecker-factored F̂ + λI for F + λI and its inverse
-            for the solution (`npg.curvature.kronecker`); or ``"dense"`` for the report's Algorithm 1 as printed: F as a
-            matrix, and its inverse (its pseudo-inverse where λ = 0 and F is singular), for up to some thousands of
-            parameters.
-        preconditioner: None, ``"kfac"`` or ``"ekfac"``, for conjugate gradients. One iteration is K-FAC's direction at
-            the length that is best for F; more of them lead from there to the solution.
-        max_iterations: of conjugate gradients, each about the cost of one gradient.
-        rtol: conjugate gradients stop where the residual is below ``rtol`` · ‖g‖.
-        factor_decay: γ, in [0, 1): F̂ is an average over mini-batches, that of k updates ago with the weight γᵏ.
+        solver: a function of `npg.solvers` with its options bound, which solves with F itself; or a curvature of
+            `npg.curvature`, an object or its class, which takes an F̂ + λI for F + λI and its inverse for the solution.
+            The names are short for these: ``"cg"``, conjugate gradients; ``"dense"``, the report's Algorithm 1 as
+            printed: F as a matrix, and its inverse (its pseudo-inverse where λ = 0 and F is singular), for up to some
+            thousands of parameters; ``"kfac"`` and ``"ekfac"``, Kronecker factors; ``"diagonal"``, the diagonal of F.
+        preconditioner: None; ``"kfac"``, ``"ekfac"``, or a curvature as above, for conjugate gradients. One iteration
+            is K-FAC's direction at the length that is best for F; more of them lead from there to the solution.
+        max_iterations: of ``"cg"``, each about the cost of one gradient.
+        rtol: ``"cg"`` stops where the residual is below ``rtol`` · ‖g‖.
+        factor_decay: of a curvature by its name: γ, in [0, 1): F̂ is an average over mini-batches, that of k updates ago
+            with the weight γᵏ.
         update_period: F̂ is updated on each of the first 10 steps and on every ``update_period``-th step after them.
-        probes: backward passes per update of F̂; None takes one for each output.
+        probes: of a curvature by its name: backward passes per update of F̂; None takes one for each output.
         generator: the source of their signs, and of sampled labels, by default torch's global one, which a checkpoint
             has to hold anyway.
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.
         damping_metric: ``"identity"``; for ``"cg"`` without a preconditioner or a warm start ``"online"``: solve
             (F + λC) s = g with the metric C that the gradients so far define (`npg.curvature.online`), which also
-            preconditions the solver then; for ``"kfac"`` and ``"ekfac"`` ``"factors"``: share λ out to the factors of
+            preconditions the solver then; for Kronecker factors as the solver ``"factors"``: share λ out to those of
             each layer, in proportion to their size (`npg.curvature.kronecker`).
         alpha: smoothing of the online factors, as in `OnlineNGD`.
         curvature_fraction: the leading part of each mini-batch that F is taken on, in (0, 1].
@@ -93,8 +120,8 @@ class NGD(ModelOptimizer):
         max_kl: float | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        solver: Literal["cg", "kfac", "ekfac", "dense"] = "cg",
-        preconditioner: Literal["kfac", "ekfac"] | None = None,
+        solver: Literal["cg", "dense", "diagonal", "kfac", "ekfac"] | Solver | AnyCurvature = "cg",
+        preconditioner: Literal["kfac", "ekfac"] | AnyCurvature | None = None,
         max_iterations: int = 10,
         rtol: float = 1e-3,
         factor_decay: float = 0.95,
@@ -116,20 +143,32 @@ class NGD(ModelOptimizer):
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         check(not (momentum and max_kl), "momentum", momentum, "0 with max_kl, whose radius it would break")
         check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
-        check(solver in ("cg", "kfac", "ekfac", "dense"), "solver", solver, "'cg', 'kfac', 'ekfac' or 'dense'")
-        check(preconditioner in (None, "kfac", "ekfac"), "preconditioner", preconditioner, "None, 'kfac' or 'ekfac'")
-        check(preconditioner is None or solver == "cg", "preconditioner", preconditioner, "None without solver='cg'")
         check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         check(rtol >= 0, "rtol", rtol, "0 or above")
         check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
-        check(not warm_start or solver == "cg", "warm_start", warm_start, f"0 with solver={solver!r}")
         check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
         check(update_period >= 1, "update_period", update_period, "at least 1")
         check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
         metrics = ("identity", "online", "factors")
         check(damping_metric in metrics, "damping_metric", damping_metric, "'identity', 'online' or 'factors'")
+        cg = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
+        factors = {"decay": factor_decay, "probes": probes, "generator": generator}
+        self._solver, curvature = _chosen(solver, {"cg": cg, "dense": _DENSE}, _CURVATURES, factors)
+        wanted = "'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg.solvers, or a curvature"
+        check((self._solver or curvature) is not None, "solver", solver, wanted)
+        if preconditioner is not None:
+            iterative = self._solver not in (None, _DENSE)
+            check(iterative, "preconditioner", preconditioner, "None without solver='cg'")
+            _, curvature = _chosen(preconditioner, {}, {"kfac", "ekfac"}, factors)
+            wanted = "None, 'kfac', 'ekfac', or a curvature"
+            check(curvature is not None, "preconditioner", preconditioner, wanted)
+        self._curvature = curvature  # the solver or, of a solver, the preconditioner
+        check(
+            not warm_start or self._solver not in (None, _DENSE), "warm_start", warm_start, f"0 with solver={solver!r}"
+        )
         if damping_metric == "factors":
-            check(solver in ("kfac", "ekfac"), "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")
+            kronecker = self._solver is None and isinstance(curvature, KroneckerFisher)
+            check(kronecker, "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")
         if damping_metric == "online":
             check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
             check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
@@ -145,11 +184,8 @@ class NGD(ModelOptimizer):
         self.trust_region = None if max_kl is None else TrustRegion(max_kl)
         self.damping_control = damping_control
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
-        self.solver, self.preconditioner, self.probes, self.generator = solver, preconditioner, probes, generator
-        self.factor_decay, self.update_period = factor_decay, update_period
-        self._solver: Solver = partial(dense_solve, method="eigh")
-        if solver == "cg":
-            self._solver = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
+        self.solver, self.preconditioner = solver, preconditioner
+        self.generator, self.update_period = generator, update_period
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -175,16 +211,16 @@ class NGD(ModelOptimizer):
         # A scheduler may have set it since: OneCycleLR does, unless cycle_momentum=False.
         momentum = group["momentum"]
         check(not (momentum and self.trust_region), "momentum", momentum, "0 with max_kl, whose radius it would break")
-        solver, x0, fraction = self._solver, None, self.curvature_fraction
+        solver, x0, fraction = cast(Solver, self._solver), None, self.curvature_fraction
         count = self._steps(params)
-        kronecker = KroneckerState(self, params, count) if self._kronecker else None
-        if kronecker is not None and self.preconditioner is None:
-            solver = kronecker.solve
-            fraction = fraction if kronecker.due else 1.0  # no F is looked at, so that none is linearised for itself
+        kept = None if self._curvature is None else KeptCurvature(self, self._curvature, params, count)
+        if kept is not None and self.preconditioner is None:
+            solver = kept.solve
+            fraction = fraction if kept.due else 1.0  # no F is looked at, so that none is linearised for itself
         rows = ceil(fraction * len(targets))
         curvature_inputs = first_rows(inputs, rows, len(targets)) if rows < len(targets) else None
         if (factors := self._online_factors()) is not None:
-            solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=self._solver)
+            solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=solver)
         if self.warm_start:
             x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
         decay = group["lr"] * group["weight_decay"]
@@ -206,7 +242,7 @@ class NGD(ModelOptimizer):
                 generator=self.generator,
             ),
             curvature_inputs=curvature_inputs,
-            preconditioner=None if self.preconditioner is None else kronecker,
+            preconditioner=None if self.preconditioner is None else kept,
             x0=x0,
             objective_curvature=self._objective_curvature,
             evaluate=self.damping_control is not None,
@@ -230,19 +266,14 @@ class NGD(ModelOptimizer):
                 torch._foreach_copy_(self._states("solution", params), split(report.solution, params))
             if factors is not None:
                 factors.update(report.gradient, count)
-            if kronecker is not None:
-                kronecker.keep()
+            if kept is not None:
+                kept.keep()
             self._count_to(count + 1, params)
         if self.damping_control is not None:
             group["damping"] = self.damping_control.update(
                 group["damping"], report.predicted_gain, report.actual_gain, report.accepted
             )
         return report
-
-    @property
-    def _kronecker(self) -> bool:
-        """Whether F̂ is the solver or the preconditioner."""
-        return bool({self.solver, self.preconditioner} & {"kfac", "ekfac"})
 
     def _make_state(self, params: list[Tensor]) -> None:
         self._count_to(self._steps(params), params)
@@ -251,37 +282,37 @@ class NGD(ModelOptimizer):
             self._states("momentum_buffer", params)
         if self.warm_start:
             self._states("solution", params)
-        if self._kronecker:  # which parameters will hold a block is not known before the first step
-            for name in {"key", *Block._fields, *Multiple._fields}:
+        if self._curvature is not None:  # which parameters will hold a block is not known before the first step
+            for name in ("key", *self._curvature.fields):
                 for p in params:
-                    self.state[p].setdefault(f"kfac_{name}", torch.empty(0))
+                    self.state[p].setdefault(f"{self._curvature.name}_{name}", torch.empty(0))
 
 
-class KroneckerState:
-    """F̂ of a step of `NGD`, its solver or preconditioner: updated where that is due, kept if the step is taken."""
+class KeptCurvature:
+    """The curvature of `NGD` in one step, from the optimizer's state: updated where due, kept if the step is taken."""
 
-    def __init__(self, optimizer: NGD, params: list[Tensor], step: int) -> None:
-        self.optimizer, self.params, self.step = optimizer, params, step
+    def __init__(self, optimizer: NGD, curvature: Curvature[Fisher], params: list[Tensor], step: int) -> None:
+        self.optimizer, self.curvature, self.params, self.step = optimizer, curvature, params, step
         # The state names parameters by their places in the group, which do not change when some are frozen.
         places = {id(p): place for place, p in enumerate(optimizer.param_groups[0]["params"])}
         self.places = [places[id(p)] for p in params]
         index = {place: i for i, place in enumerate(self.places)}
-        self.blocks: dict[tuple[int, ...], Block | Multiple] = {}
-        for state in (optimizer.state[p] for p in params if "kfac_key" in optimizer.state[p]):
-            key = state["kfac_key"].tolist()
+        self.prefix = f"{curvature.name}_"
+        self.blocks: State = {}
+        for state in (optimizer.state[p] for p in params if f"{self.prefix}key" in optimizer.state[p]):
+            key = state[f"{self.prefix}key"].tolist()
             if key and all(place in index for place in key):
-                kind = Block if "kfac_inputs" in state and state["kfac_inputs"].numel() else Multiple
-                fields = {name: state[f"kfac_{name}"] for name in kind._fields}
-                self.blocks[tuple(index[place] for place in key)] = kind(**fields)
+                fields = {name: state[self.prefix + name] for name in curvature.fields if self.prefix + name in state}
+                self.blocks[tuple(index[place] for place in key)] = fields
 
     def __call__(self, fisher: Fisher, damping: float) -> Callable[[Tensor], Tensor]:
         """R ↦ (F̂ + λI)⁻¹ r."""
-        return self._approximation(fisher).inverse(damping)
+        return self._updated(fisher).inverse(damping)
 
     def solve(self, A: Fisher, b: Tensor, /, *, x0: Tensor | None = None, damping: float = 0.0) -> Solution:
         """(F̂ + λI)⁻¹ b."""
-        shared = self.optimizer.damping_metric == "factors"
-        return self._approximation(A).solve(b, damping=damping, shared=shared)
+        options = {"shared": True} if self.optimizer.damping_metric == "factors" else {}
+        return self._updated(A).solve(b, damping=damping, **options)
 
     @property
     def due(self) -> bool:
@@ -289,27 +320,19 @@ class KroneckerState:
         covered = sorted(i for key in self.blocks for i in key)
         return covered != list(range(len(self.params))) or is_due(self.step, self.optimizer.update_period)
 
-    def _approximation(self, fisher: Fisher) -> KroneckerFisher:
-        optimizer = self.optimizer
-        if not self.due:
-            return KroneckerFisher.of(fisher.parameters, self.blocks)
-        approximation = KroneckerFisher(
-            fisher,
-            corrected="ekfac" in (optimizer.solver, optimizer.preconditioner),
-            probes=optimizer.probes,
-            generator=optimizer.generator,
-            previous=self.blocks,
-            decay=optimizer.factor_decay,
-        )
-        self.blocks = approximation.blocks
-        return approximation
+    def _updated(self, fisher: Fisher) -> Curvature[Fisher]:
+        self.curvature.parameters = fisher.parameters
+        self.curvature.load_state_dict(self.blocks)
+        if self.due:
+            self.curvature.update(fisher)
+        return self.curvature
 
     def keep(self) -> None:
         """Put F̂ into the optimizer's state."""
         states = [self.optimizer.state[p] for p in self.params]
         for state in states:
-            for name in [name for name in state if name.startswith("kfac_")]:
+            for name in [name for name in state if name.startswith(self.prefix)]:
                 del state[name]
-        for key, block in self.blocks.items():
-            fields = {f"kfac_{name}": value for name, value in block._asdict().items()}
-            states[key[0]].update({"kfac_key": torch.tensor([self.places[i] for i in key]), **fields})
+        for key, block in self.curvature.state_dict().items():
+            fields = {self.prefix + name: value for name, value in block.items()}
+            states[key[0]].update({f"{self.prefix}key": torch.tensor([self.places[i] for i in key]), **fields})

@@ -1,0 +1,129 @@
+"""What all curvatures have in common: an approximation C of F, kept from batch to batch, with a damped inverse."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from math import inf, nan
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from npg.parameters import Parameters
+from npg.solvers import Solution, Status
+
+__all__ = [
+    "Curvature",
+    "Key",
+    "State",
+    "check_average",
+    "check_damping",
+    "count",
+    "eigenvectors",
+    "inverted",
+]
+
+#: The indices of the parameters that a block is of, in the order of `Parameters`.
+Key: TypeAlias = tuple[int, ...]
+#: The tensors of each block. An optimizer keeps them in the state of the block's first parameter.
+State: TypeAlias = dict[Key, dict[str, Tensor]]
+
+Evidence = TypeVar("Evidence")
+
+
+class Curvature(ABC, Generic[Evidence]):
+    """C ≈ F, symmetric positive semi-definite, from the batches so far: a mean in which earlier ones count less.
+
+    What it learns from, its ``Evidence``, is a `npg.Fisher` of each batch, or its gradients, one for each parameter.
+    Tensors of the state are replaced by `update`, and never changed in place, unless the class says otherwise: whoever
+    holds the former `state_dict` can go back by `load_state_dict`.
+
+    Attributes:
+        name: under which an optimizer keeps the state.
+        fields: the names of the tensors that a block may have.
+        parameters: what the vectors are made of; `update` sets it, where that is given a Fisher.
+        blocks: what it knows of the parameters; a class may hold it in another form.
+    """
+
+    name: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    parameters: Parameters
+    blocks: Any
+
+    @abstractmethod
+    def update(self, evidence: Evidence) -> None:
+        """Take a batch into C."""
+
+    @abstractmethod
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The map v ↦ (C + λI)⁻¹ v of (P,), or the pseudo-inverse; later updates do not change it.
+
+        Raises:
+            ValueError: if λ is negative or not finite.
+        """
+
+    def state_dict(self) -> State:
+        """All that it knows, block by block; a parameter is in one block at most."""
+        return {key: dict(block) for key, block in self.blocks.items()}
+
+    def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
+        """Know this, and nothing else. Set ``parameters`` first, where no `update` did."""
+        self.blocks = {key: dict(block) for key, block in state.items()}
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """C v; (P,) → (P,), or (P, K) → (P, K)."""
+        raise NotImplementedError(f"{type(self).__name__} has an inverse, and no product with C itself")
+
+    def dense(self) -> Tensor:
+        """C as a matrix (P, P)."""
+        return self @ torch.eye(self.parameters.numel, dtype=self.parameters.dtype, device=self.parameters.device)
+
+    def solve(self, b: Tensor, *, damping: float = 0.0, **options: Any) -> Solution:
+        """Take (C + λI)⁻¹ b, with the ``options`` of `inverse`, for the solution; (P,).
+
+        Returns:
+            A `Solution` whose curvature and model value are those of C + λI, and whose residual is NaN: it would be of
+            F, which is not looked at.
+        """
+        x = self.inverse(damping, **options)(b)
+        curvature = torch.dot(x.double(), (self @ x).double()) + damping * torch.dot(x.double(), x.double())
+        value = 0.5 * curvature - torch.dot(b.double(), x.double())
+        status = Status.CONVERGED if bool(torch.isfinite(value)) else Status.NON_FINITE
+        return Solution(x, status, (status,), 0, torch.full_like(curvature, nan), curvature, value)
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError unless λ is a finite number ≥ 0."""
+    if not 0 <= damping < inf:
+        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
+
+
+def check_average(decay: float, probes: int | None = None) -> None:
+    """Raise ValueError for a γ outside of [0, 1), or probes below 1."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must lie in [0, 1), got {decay}")
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be at least 1, or None, got {probes}")
+
+
+def count(updates: Tensor | None, decay: float) -> tuple[Tensor, float]:
+    """The number t of batches, with this one, and the weight of this one among 1, γ, γ², …: (1 − γ) / (1 − γᵗ)."""
+    updates = torch.ones((), dtype=torch.int64) if updates is None else updates + 1
+    return updates, (1 - decay) / (1 - decay ** int(updates))
+
+
+def inverted(damped: Tensor) -> Tensor:
+    """1 / x, and 0 for 0, as in a pseudo-inverse."""
+    return torch.where(damped == 0, 0.0, 1 / damped)
+
+
+def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below zero, and eigenvectors; NaN where the matrix is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.full_like(matrix[0], nan), torch.full_like(matrix, nan)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:  # single precision may not converge where eigenvalues are many and near zero
+        values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
+    return values.clamp(min=0), vectors

@@ -1,0 +1,415 @@
+"""One mixin for every curvature: what the interface promises, each against a dense twin in float64 written out here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from npg import Fisher, Status, conjugate_gradient, families, natural_step
+from npg.curvature import Curvature, DenseFisher, DiagonalFisher, KroneckerFisher, OnlinePreconditioner
+from npg.optim import NGD
+
+pytestmark = pytest.mark.usefixtures("double")
+FAMILY, DECAY = families.Categorical(), 0.6
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def batch(t: int) -> Tensor:
+    return randn(9, 3, seed=10 + t) * torch.tensor([0.3, 1.0, 3.0])
+
+
+def weights(n: int) -> Tensor:
+    """Of n batches in the mean: γᵏ for that of k updates ago."""
+    w = DECAY ** torch.arange(n - 1, -1, -1.0)
+    return w / w.sum()
+
+
+def rows(model: nn.Module, x: Tensor) -> Tensor:
+    """Of every event the rows LᵀJ, whose squares sum to its part of F: (N, C, P)."""
+    parameters = list(model.parameters())
+    out = []
+    for event in x:
+        eta = model(event)
+        p = eta.detach().softmax(-1)
+        J = [torch.cat([g.flatten() for g in torch.autograd.grad(e, parameters, retain_graph=True)]) for e in eta]
+        values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
+        out.append((vectors * values.clamp(min=0).sqrt()).T @ torch.stack(J))
+    return torch.stack(out)
+
+
+class CurvatureTests:
+    """What holds for every curvature. A subclass says how to make one, what a batch of evidence is, and its twin."""
+
+    numel = 31
+    undamped = 0.0  # the smallest damping for which C + λI is to be inverted
+    dampings: tuple[float, ...] = (1e-3, 0.1, 10.0)
+
+    def make(self) -> Curvature[Any]:
+        raise NotImplementedError
+
+    def evidence(self, t: int) -> Any:
+        return Fisher(network(), batch(t), FAMILY)
+
+    def twin(self, n: int) -> Tensor:
+        """C after n batches, (P, P)."""
+        raise NotImplementedError
+
+    def after(self, n: int) -> Curvature[Any]:
+        curvature = self.make()
+        for t in range(n):
+            curvature.update(self.evidence(t))
+        return curvature
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_the_inverse_is_that_of_the_twin(self, n, assert_close):
+        curvature, C, v = self.after(n), self.twin(n), randn(self.numel, seed=1)
+        for damping in self.dampings:
+            expected = torch.linalg.solve(C + damping * torch.eye(self.numel), v)
+            assert_close(curvature.inverse(damping)(v), expected, scale=100)
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_products_and_the_matrix_are_the_twin(self, n, assert_close):
+        curvature, C, V = self.after(n), self.twin(n), randn(self.numel, 2, seed=2)
+        assert_close(curvature.dense(), C)
+        assert_close(curvature @ V, C @ V)
+        assert_close(curvature @ V[:, 0], C @ V[:, 0])
+        damped = C + 0.1 * torch.eye(self.numel)
+        assert_close(curvature.inverse(0.1)(V), torch.linalg.solve(damped, V), scale=100)
+
+    def test_a_solution_knows_its_model(self, assert_close):
+        curvature, b = self.after(2), randn(self.numel, seed=3)
+        damped = self.twin(2) + 0.1 * torch.eye(self.numel)
+        solution = curvature.solve(b, damping=0.1)
+        x = torch.linalg.solve(damped, b)
+        assert_close(solution.x, x, scale=100)
+        assert_close(solution.curvature, x @ damped @ x, scale=100)
+        assert_close(solution.model_value, -0.5 * b @ x, scale=100)
+        assert (solution.status, solution.iterations) == (Status.CONVERGED, 0)
+
+    def test_an_inverse_is_of_the_batches_that_it_was_made_of(self):
+        curvature, v = self.after(2), randn(self.numel, seed=4)
+        inverse = curvature.inverse(self.dampings[0])
+        before = inverse(v)
+        curvature.update(self.evidence(2))
+        assert torch.equal(inverse(v), before)
+        assert not torch.allclose(curvature.inverse(self.dampings[0])(v), before)
+
+    def test_it_goes_on_from_its_state_bit_for_bit(self):
+        curvature, v = self.after(2), randn(self.numel, seed=5)
+        state = curvature.state_dict()
+        indices = sorted(i for key in state for i in key)
+        assert indices == list(range(len(list(network().parameters())))), "each parameter once"
+        other = self.make()
+        if not isinstance(curvature, OnlinePreconditioner):  # which knows its tensors
+            assert all(set(block) <= set(curvature.fields) for block in state.values())
+            other.parameters = curvature.parameters
+        other.load_state_dict(state)
+        damping = self.dampings[0]
+        assert torch.equal(other.inverse(damping)(v), curvature.inverse(damping)(v))
+        for c in (curvature, other):
+            c.update(self.evidence(2))
+        assert torch.equal(other.inverse(damping)(v), curvature.inverse(damping)(v))
+
+    def test_a_state_brings_back_what_was(self):
+        """That is how a step which is refused leaves no trace."""
+        curvature, v, damping = self.after(2), randn(self.numel, seed=6), self.dampings[0]
+        before, state = curvature.inverse(damping)(v), curvature.state_dict()
+        curvature.update(self.evidence(2))
+        curvature.load_state_dict(state)
+        assert torch.equal(curvature.inverse(damping)(v), before)
+
+    @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
+    def test_dampings_that_are_refused(self, damping):
+        with pytest.raises(ValueError, match="damping must be"):
+            self.after(1).inverse(damping)
+
+
+class InNGD(CurvatureTests):
+    """Those that learn from a Fisher are a solver and a preconditioner of `NGD`."""
+
+    @pytest.mark.parametrize("role", ["solver", "preconditioner"])
+    def test_in_an_optimizer(self, role, assert_close):
+        model, twin = network(), network()
+        options = {"solver": self.make()} if role == "solver" else {"preconditioner": self.make()}
+        accurate = {"max_iterations": 500, "rtol": 1e-13} if role == "preconditioner" else {}
+        optimizer = NGD(model, FAMILY, lr=0.2, damping=0.1, **options, **accurate)
+        curvature = self.make()
+        for t in range(3):
+            x, y = batch(t), torch.arange(9) % 3
+            loss = -FAMILY.log_likelihood(twin(x), y).mean()
+            g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(twin.parameters()))])
+            F = Fisher(twin, x, FAMILY)
+            curvature.update(F)
+            C = curvature.dense() if role == "solver" else F.dense()
+            with torch.no_grad():
+                theta = nn.utils.parameters_to_vector(twin.parameters())
+                theta = theta - 0.2 * torch.linalg.solve(C + 0.1 * torch.eye(self.numel), g)
+                nn.utils.vector_to_parameters(theta, twin.parameters())
+            assert optimizer.step(x, y).accepted
+            assert_close(nn.utils.parameters_to_vector(model.parameters()).detach(), theta, scale=100)
+        state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+        assert not optimizer.step(x * float("nan"), y).accepted
+        assert all(torch.equal(optimizer.state[p][k], v) for p, s in state.items() for k, v in s.items())
+        resumed = network()
+        resumed.load_state_dict(model.state_dict())
+        again = NGD(resumed, FAMILY, lr=0.2, damping=0.1, **{role: self.make()}, **accurate)
+        again.load_state_dict(optimizer.state_dict())
+        for one in (optimizer, again):
+            one.step(batch(4), y)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+class TestDense(InNGD):
+    def make(self):
+        return DenseFisher(decay=DECAY)
+
+    def twin(self, n):
+        parts = [rows(network(), batch(t)).flatten(0, 1) for t in range(n)]
+        return sum(w * r.T @ r / 9 for w, r in zip(weights(n), parts))
+
+    def test_without_damping_it_is_the_pseudo_inverse(self, assert_close):
+        C, v = self.twin(1), randn(self.numel, seed=7)  # 18 rows, 31 parameters
+        assert_close(self.after(1).inverse(0.0)(C @ v), torch.linalg.pinv(C, rtol=1e-12) @ (C @ v), scale=1e4)
+
+
+class TestDiagonal(InNGD):
+    def make(self):
+        return DiagonalFisher(decay=DECAY, probes=None)
+
+    def twin(self, n):
+        parts = [rows(network(), batch(t)).flatten(0, 1) for t in range(n)]
+        return torch.diag(sum(w * r.square().sum(0) / 9 for w, r in zip(weights(n), parts)))
+
+
+class TestKronecker(InNGD):
+    """Of the two layers of the network, whose inputs and gradients are written out here."""
+
+    corrected = False
+
+    def make(self):
+        return KroneckerFisher(corrected=self.corrected, decay=DECAY, probes=None)
+
+    def factors(self, n: int) -> list[tuple[Tensor, Tensor]]:
+        first, activation, last = model = network()
+        pairs = []
+        for layer in (first, last):
+            A, G = 0.0, 0.0
+            for t, w in enumerate(weights(n)):
+                x = batch(t)
+                inputs = x if layer is first else activation(first(x))
+                bar = torch.cat([inputs, torch.ones(9, 1)], 1).detach()
+                # the derivative in the bias is that at the layer's output
+                start = sum(p.numel() for p in first.parameters()) if layer is last else 0
+                start, width = start + layer.weight.numel(), len(layer.bias)
+                g = rows(model, x).flatten(0, 1)[:, start : start + width]
+                A, G = A + w * bar.T @ bar / 9, G + w * g.T @ g / 9
+            pairs.append((A, G))
+        return pairs
+
+    def positions(self) -> list[Tensor]:
+        """Of each layer, the places of [W, b], row by row, in the vector of all."""
+        ends = torch.tensor([0, *(p.numel() for p in network().parameters())]).cumsum(0).tolist()
+        spans = [torch.arange(a, b) for a, b in pairwise(ends)]
+        pairs = ((spans[0], spans[1]), (spans[2], spans[3]))
+        return [torch.cat([w.view(len(b), -1), b.unsqueeze(1)], 1).flatten() for w, b in pairs]
+
+    def block(self, A: Tensor, G: Tensor, exact: Tensor) -> Tensor:
+        return torch.kron(G, A)
+
+    def twin(self, n):
+        C = torch.zeros(self.numel, self.numel)
+        r = rows(network(), batch(n - 1)).flatten(0, 1)
+        for (A, G), at in zip(self.factors(n), self.positions()):
+            C[at.unsqueeze(1), at] = self.block(A, G, r[:, at].T @ r[:, at] / 9)
+        return C
+
+
+class TestCorrected(TestKronecker):
+    corrected = True
+
+    def block(self, A, G, exact):
+        """Of all that are diagonal in the basis of the factors, the nearest to the block of F of this batch."""
+        basis = torch.kron(torch.linalg.eigh(G)[1], torch.linalg.eigh(A)[1])
+        return basis @ torch.diag((basis.T @ exact @ basis).diagonal()) @ basis.T
+
+
+class TestOnline(CurvatureTests):
+    """Of gradients. C is the metric of the factors, whose formulas are at the head of `npg.curvature.online`."""
+
+    dampings = (0.0,)
+    alpha = 4.0
+
+    def make(self):
+        tensors = list(network().parameters())
+        return OnlinePreconditioner(tensors, [{} for _ in tensors], alpha=self.alpha)
+
+    def evidence(self, t):
+        return [randn(*p.shape, seed=100 * t + i) * (i + 1) for i, p in enumerate(network().parameters())]
+
+    def twin(self, n):
+        """By the recursion on dense F of every axis of every tensor, and the C of all tensors together."""
+        from npg.curvature.online import DELTA, INITIAL_PASSES, TINY
+
+        shapes = [p.shape for p in network().parameters()]
+        states = [[None] * len(shape) for shape in shapes]
+        for t in range(n):
+            for shape, state, gradient in zip(shapes, states, self.evidence(t)):
+                x = gradient
+                for axis, dim in enumerate(shape):
+                    matrix = x.movedim(axis, -1).reshape(-1, dim)
+                    if state[axis] is None:
+                        state[axis] = Axis(dim, TINY)
+                        for _ in range(INITIAL_PASSES):
+                            state[axis].update(matrix, DELTA)
+                    before = state[axis].inverse(self.alpha)
+                    state[axis].update(matrix, DELTA)
+                    x = (matrix @ before).reshape(x.movedim(axis, -1).shape).movedim(-1, axis)
+                    # the next axis sees the gradient at its former norm
+                    x = x * gradient.norm() / x.norm()
+        tau = torch.stack([axes[0].fisher().trace() / axes[0].dim for axes in states])
+        sizes = torch.tensor([float(shape.numel()) for shape in shapes])
+        mean = (tau * sizes).sum() / sizes.sum()
+        blocks = []
+        for axes, own in zip(states, tau):
+            inverse = (mean / own).sqrt() * torch.ones(1, 1)
+            for axis in axes:
+                kept = axis.inverse(self.alpha)
+                F = axis.fisher()
+                inverse = torch.kron(inverse, kept * (F.trace() / (kept @ F @ kept).trace()).sqrt())
+            blocks.append(torch.linalg.inv(inverse))
+        return torch.block_diag(*blocks)
+
+    def test_products_and_the_matrix_are_the_twin(self):
+        with pytest.raises(NotImplementedError, match="OnlinePreconditioner has an inverse, and no product"):
+            self.after(1) @ torch.ones(self.numel)
+
+    def test_a_solution_knows_its_model(self):
+        with pytest.raises(ValueError, match=r"damping must be 0, got 0\.1: .*solve_in_metric"):
+            self.after(1).solve(torch.ones(self.numel), damping=0.1)
+
+    def test_a_state_of_other_tensors_is_refused(self):
+        curvature, state = self.after(2), self.after(2).state_dict()
+        del state[1,]
+        v = randn(self.numel, seed=8)
+        before = curvature.inverse(0.0)(v)
+        with pytest.raises(ValueError, match="state must have factors of the shapes"):
+            curvature.load_state_dict(state)
+        assert torch.equal(curvature.inverse(0.0)(v), before)
+
+
+class Axis:
+    """F = Rᵀ diag(d) R + ρ I of one axis, as matrices."""
+
+    def __init__(self, dim: int, tiny: float) -> None:
+        self.dim, self.rank = dim, (dim + 1) // 2
+        R = torch.zeros(self.rank, dim)
+        for j in range(dim):
+            R[j % self.rank, j] = 1.1 if j < self.rank else 1.0
+        self.R = R / R.norm(dim=1, keepdim=True)
+        self.d, self.rho = torch.full((self.rank,), tiny), torch.tensor(tiny)
+
+    def fisher(self) -> Tensor:
+        return self.R.T @ torch.diag(self.d) @ self.R + self.rho * torch.eye(self.dim)
+
+    def inverse(self, alpha: float) -> Tensor:
+        """β G⁻¹, with G = F + (α/D) tr F I and β its eigenvalue outside of R's rows."""
+        F = self.fisher()
+        scale = F.trace()
+        beta = (1 + alpha) * self.rho + alpha / self.dim * self.d.sum()
+        return beta / scale * torch.linalg.inv(F / scale + alpha / self.dim * torch.eye(self.dim))
+
+    def update(self, x: Tensor, delta: float, eta: float = 0.1) -> None:
+        S = x.T @ x / len(x)
+        floor = delta * eta * S.trace()
+        self.d, self.rho = self.d.clamp(min=float(floor)), self.rho.clamp(min=float(floor))
+        T = eta * S + (1 - eta) * self.fisher()
+        Y = self.R @ T
+        c, U = torch.linalg.eigh(Y @ Y.T)
+        root = c.sqrt()
+        self.R = torch.diag(1 / root) @ U.T @ Y
+        rho = (T.trace() - root.sum()) / (self.dim - self.rank)
+        least = delta * root.max()
+        self.d, self.rho = torch.maximum(root - rho, least), torch.maximum(rho, least)
+
+
+# ------------------------------------------------------------------------------------------------- solvers by name
+
+
+class Halved(DiagonalFisher):
+    """A user's own."""
+
+    name = "halved"
+
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        whole = super().inverse(damping)
+        return lambda v: 0.5 * whole(v)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("dense", DenseFisher()),
+        ("dense", DenseFisher),
+        ("diagonal", DiagonalFisher(decay=0.95, probes=None)),
+        ("kfac", KroneckerFisher(decay=0.95, probes=None)),
+        ("ekfac", KroneckerFisher(decay=0.95, probes=None, corrected=True)),
+        ("cg", lambda A, b, *, x0, damping: conjugate_gradient(A, b, x0=x0, damping=damping, max_iterations=7, rtol=0)),
+    ],
+)
+def test_names_are_short_for_functions_and_curvatures(short, long, assert_close):
+    ends = []
+    for solver in (short, long):
+        model = network()
+        optimizer = NGD(model, FAMILY, lr=0.3, damping=0.1, solver=solver, probes=None, max_iterations=7, rtol=0.0)
+        for t in range(3):
+            optimizer.step(batch(t), torch.arange(9) % 3)
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert_close(ends[1], ends[0], scale=100)
+
+
+def test_a_curvature_of_ones_own(assert_close):
+    ends = []
+    for solver, lr in ((Halved(probes=None), 0.4), (DiagonalFisher(probes=None), 0.2)):
+        model = network()
+        NGD(model, FAMILY, lr=lr, damping=0.1, solver=solver).step(batch(0), torch.arange(9) % 3)
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert_close(ends[0], ends[1])
+    model, y = network(), torch.arange(9) % 3
+    fisher = Fisher(model, batch(0), FAMILY)
+    report = natural_step(
+        model,
+        batch(0),
+        FAMILY,
+        lambda o: FAMILY.log_likelihood(o, y).mean(),
+        learning_rate=0.4,
+        damping=0.1,
+        solver=lambda A, b, *, x0, damping: Halved(fisher, probes=None).solve(b, damping=damping),
+    )
+    assert report.accepted
+
+
+@pytest.mark.parametrize("solver", ["kaldi", 3, None, NGD, nn.Linear(1, 1).weight])
+def test_what_is_no_solver_is_named(solver):
+    with pytest.raises(ValueError, match=r"(?s)solver=.*'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg"):
+        NGD(network(), FAMILY, solver=solver)
+
+
+def test_what_is_no_preconditioner_is_named():
+    for wrong in ("diagonal", conjugate_gradient, NGD):
+        with pytest.raises(ValueError, match=r"preconditioner=.*None, 'kfac', 'ekfac', or a curvature"):
+            NGD(network(), FAMILY, preconditioner=wrong)
+    with pytest.raises(ValueError, match=r"preconditioner=.*None without solver='cg'"):
+        NGD(network(), FAMILY, preconditioner="kfac", solver=DiagonalFisher())

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from npg.families import Family, OutOfDomainError, in_double
 from npg.fisher import Fisher
-from npg.geometry import Metric, geometry_of
+from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled, undone_on_error
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
-from npg.trust_region import KLDirection, SearchResult, Trial, TrustRegion
+from npg.trust_region import SearchResult, Trial, TrustRegion
 
 __all__ = ["StepReport", "natural_step"]
 
@@ -148,13 +148,7 @@ def natural_step(
             family gives no metric. Outputs at which a family is not defined or not finite (`OutOfDomainError`) raise
             nothing: that step is refused.
     """
-    if trust_region is None and learning_rate is None:
-        raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
-    if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):
-        raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
-    if not 0 <= damping < inf:
-        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
-
+    _check(trust_region, learning_rate, damping)
     geometry = geometry_of(family if metric is None else metric)
     model = uncompiled(model)
     buffers = Buffers(model)
@@ -191,28 +185,18 @@ def natural_step(
         solve_seconds = perf_counter() - started
 
         # 3. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
-        line = _Line(
-            linearization,
-            buffers,
-            s,
-            objective,
-            objective_before,
-            geometry.divergence,
-            "old_new" if trust_region is None else trust_region.kl_direction,
-            process_group,
-        )
+        line = _Line(linearization, buffers, s, objective, objective_before, geometry, trust_region, process_group)
         scale = trust_region.scale(curvature) if trust_region is not None else inf
         scale = scale if learning_rate is None else min(scale, learning_rate)
         with undone_on_error(line.restore):  # an error of the model, or an interrupt: nothing is lost
             if not isfinite(s_norm) or solution.status is Status.NON_FINITE:
-                found = SearchResult(False, 0.0, UNTRIED, 0)
+                found = REFUSED
             elif (g_norm == 0 and s_norm == 0) or learning_rate == 0:
                 found = SearchResult(True, 0.0, Trial(0.0, 0.0), 0)  # a stationary point, or no step is asked for
             elif not 0 < scale * s_norm < inf:
-                found = SearchResult(False, 0.0, UNTRIED, 0)
+                found = REFUSED
             elif trust_region is not None and trust_region.backtrack:
-                no_gain = SearchResult(False, 0.0, UNTRIED, 0)
-                found = trust_region.search(line.trial, scale, slope_along) if slope_along > 0 else no_gain
+                found = trust_region.search(line.trial, scale, slope_along) if slope_along > 0 else REFUSED
             else:
                 found = line.take(scale, evaluate=evaluate)
         accepted, scale, outcome, backtracks = found
@@ -247,6 +231,16 @@ def natural_step(
 
 
 UNTRIED = Trial(nan, nan)
+REFUSED = SearchResult(False, 0.0, UNTRIED, 0)
+
+
+def _check(trust_region: TrustRegion | None, learning_rate: float | None, damping: float) -> None:
+    if trust_region is None and learning_rate is None:
+        raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
+    if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):
+        raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
+    if not 0 <= damping < inf:
+        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 
 
 def _first_order(
@@ -277,8 +271,8 @@ class _Line:
         s: the direction, (P,).
         objective: outputs ↦ its mean over events.
         objective_before: at θ, of all processes.
-        divergence: per event, of two outputs.
-        direction: which of them is the first.
+        geometry: whose divergence is measured.
+        trust_region: which says in which direction.
         process_group: means are over its processes.
     """
 
@@ -289,13 +283,14 @@ class _Line:
         s: Tensor,
         objective: Callable[[Tensor], Tensor],
         objective_before: float,
-        divergence: Callable[[Tensor, Tensor], Tensor],
-        direction: KLDirection,
+        geometry: Geometry,
+        trust_region: TrustRegion | None,
         process_group: dist.ProcessGroup | None,
     ) -> None:
         self._linearization, self._buffers, self._s = linearization, buffers, s
-        self._objective, self._before, self._divergence = objective, objective_before, divergence
-        self._direction, self._group = direction, process_group
+        self._objective, self._before, self._divergence = objective, objective_before, geometry.divergence
+        self._direction = "old_new" if trust_region is None else trust_region.kl_direction
+        self._group = process_group
         self._theta = linearization.parameters
         self._origin = self._theta.copy()
 

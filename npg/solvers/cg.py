@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,85 @@ def _gram(v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     both = torch.stack([v, w]).double()
     gram = torch.bmm(both.permute(2, 0, 1), both.permute(2, 1, 0))
     return gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+
+
+class _Stop(NamedTuple):
+    """When to stop, and when to look whether to."""
+
+    max_iterations: int
+    rtol: float
+    progress_tolerance: float | None
+    residual_refresh: int
+    sync_every: int
+
+
+class _System:
+    """(A + λI) x = b in columns, each divided by a power of two, and the arithmetic on a few numbers for each of them.
+
+    7. On a few numbers an operation of NumPy costs a fifth of PyTorch's, and a look at them nothing.
+    """
+
+    def __init__(
+        self, A: LinearOperator, b: Tensor, damping: float, preconditioner: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.A, self.b, self.damping, self.preconditioner = A, b, damping, preconditioner
+        self.single = b.ndim == 1
+        B = b.unsqueeze(1) if self.single else b
+        # One power of two per column brings ‖b‖ near 1: squares neither overflow nor underflow, and no digit changes.
+        self.scale, self.finite = power_of_two(B)
+        self.B = torch.where(self.finite, B / self.scale, 0.0)
+        self.xp = library(b.device)
+        self.norm_b = self.xp.sqrt(self.dot(self.B, self.B))
+
+    def product(self, v: Tensor) -> Tensor:
+        """(A + λI) v."""
+        w = (self.A @ v.squeeze(1)).unsqueeze(1) if self.single else self.A @ v
+        return w.add(v, alpha=self.damping) if self.damping else w
+
+    def precondition(self, r: Tensor) -> Tensor:
+        """C⁻¹ r, or r itself."""
+        if self.preconditioner is None:
+            return r
+        return self.preconditioner(r.squeeze(1)).unsqueeze(1) if self.single else self.preconditioner(r)
+
+    def start(self, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first x, and its residual."""
+        B = self.B
+        if x0 is None:
+            return torch.zeros_like(B), B.clone()
+        # for b = 0 the answer is 0, wherever one starts
+        start = x0.unsqueeze(1) if self.single else x0
+        x = torch.where(self.finite & self.tensor(self.norm_b == 0), 0.0, start / self.scale)
+        r = B - self.product(x)
+        worse = ~(dot_in_double(x, B + r) >= 0)  # −½xᵀ(b + r) is above its value at zero
+        unused = torch.isfinite(start).all(0) & worse
+        return torch.where(unused, 0.0, x), torch.where(unused, B, r)
+
+    def numbers(self, v: Tensor) -> Any:
+        """One for each column, from a tensor."""
+        return v.numpy() if self.xp is np else v
+
+    def tensor(self, v: Any) -> Tensor:
+        """And back."""
+        return torch.from_numpy(v) if self.xp is np else v
+
+    def coefficients(self, v: Any) -> Tensor:
+        """Back, in the dtype of b."""
+        if self.xp is np and self.b.dtype is torch.float32:
+            v = v.astype(np.float32)
+        return self.tensor(v).to(self.b.dtype)
+
+    def dot(self, v: Tensor, w: Tensor) -> Any:
+        """Columnwise inner products."""
+        return self.numbers(dot_in_double(v, w))
+
+    def where(self, mask: Any, new: Tensor, old: Tensor) -> Tensor:
+        """By columns."""
+        return new if self.xp is np and mask.all() else torch.where(self.tensor(mask), new, old)
+
+    def settle(self, state: Any, where: Any, status: Status) -> Any:
+        """The states, with this status where a column is still running."""
+        return self.xp.where((state == RUNNING) & where, CODE[status], state)
 
 
 @torch.no_grad()
@@ -99,66 +178,24 @@ def conjugate_gradient(
         raise ValueError(f"residual_refresh must be at least 1, got {residual_refresh}")
     if sync_every is not None and sync_every < 1:
         raise ValueError(f"sync_every must be at least 1, got {sync_every}")
-    single = b.ndim == 1
-    B = b.unsqueeze(1) if single else b
-
-    def shaped(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        return f(v.squeeze(1)).unsqueeze(1) if single else f(v)
-
-    def product(v: Tensor) -> Tensor:
-        w = shaped(lambda u: A @ u, v)
-        return w.add(v, alpha=damping) if damping else w
-
-    epsilon = 8 * torch.finfo(b.dtype).eps
     sync_every = sync_every or (8 if b.is_cuda else 1)
-    columns = B.shape[1]
-    # One power of two per column brings ‖b‖ near 1: squares neither overflow nor underflow, and no digit changes.
-    scale, finite_b = power_of_two(B)
-    B = torch.where(finite_b, B / scale, 0.0)
+    stop = _Stop(max_iterations, rtol, progress_tolerance, residual_refresh, sync_every)
+    return _solve(_System(A, b, damping, preconditioner), x0, stop)
 
-    # 7. On a few numbers an operation of NumPy costs a fifth of PyTorch's, and a look at them nothing.
-    xp = library(b.device)
 
-    def numbers(v: Tensor) -> Any:
-        return v.numpy() if xp is np else v
-
-    def tensor(v: Any) -> Tensor:
-        return torch.from_numpy(v) if xp is np else v
-
-    def coefficients(v: Any) -> Tensor:
-        if xp is np and b.dtype is torch.float32:
-            v = v.astype(np.float32)
-        return tensor(v).to(b.dtype)
-
-    def dot(v: Tensor, w: Tensor) -> Any:
-        return numbers(dot_in_double(v, w))
-
-    def where(mask: Any, new: Tensor, old: Tensor) -> Tensor:
-        return new if xp is np and mask.all() else torch.where(tensor(mask), new, old)
-
-    norm_b = xp.sqrt(dot(B, B))
-    if x0 is None:
-        x = torch.zeros_like(B)
-        r = B.clone()
-    else:
-        # for b = 0 the answer is 0, wherever one starts
-        start = x0.unsqueeze(1) if single else x0
-        x = torch.where(finite_b & tensor(norm_b == 0), 0.0, start / scale)
-        r = B - product(x)
-        unused = torch.isfinite(start).all(0) & ~(
-            dot_in_double(x, B + r) >= 0
-        )  # where −½xᵀ(b + r) is above its value at zero
-        x, r = torch.where(unused, 0.0, x), torch.where(unused, B, r)
-    state = numbers(torch.full((columns,), RUNNING, dtype=torch.int64, device=b.device))
-
-    def settle(state: Any, where: Any, status: Status) -> Any:
-        return xp.where((state == RUNNING) & where, CODE[status], state)
-
+def _solve(system: _System, x0: Tensor | None, stop: _Stop) -> Solution:
+    b, B, xp, norm_b, product = system.b, system.B, system.xp, system.norm_b, system.product
+    numbers, coefficients, dot, where, settle = (
+        system.numbers, system.coefficients, system.dot, system.where, system.settle
+    )  # fmt: skip
+    epsilon, rtol = 8 * torch.finfo(b.dtype).eps, stop.rtol
+    x, r = system.start(x0)
+    state = numbers(torch.full((B.shape[1],), RUNNING, dtype=torch.int64, device=b.device))
     rr = first = dot(r, r)
-    state = settle(state, ~numbers(finite_b), Status.NON_FINITE)
+    state = settle(state, ~numbers(system.finite), Status.NON_FINITE)
     state = settle(state, ~xp.isfinite(rr), Status.NON_FINITE)
     state = settle(state, xp.sqrt(rr) <= rtol * norm_b, Status.CONVERGED)
-    z = shaped(preconditioner, r) if preconditioner else r
+    z = system.precondition(r)
     p = z.clone()
     rz = dot(r, z)
     state = settle(state, ~xp.isfinite(rz), Status.NON_FINITE)
@@ -167,9 +204,9 @@ def conjugate_gradient(
 
     iterations = xp.zeros_like(state)
     with np.errstate(all="ignore"):  # what is divided by zero is not taken
-        for iteration in range(1, max_iterations + 1):
+        for iteration in range(1, stop.max_iterations + 1):
             running = state == RUNNING
-            if (iteration - 1) % sync_every == 0 and not running.any():
+            if (iteration - 1) % stop.sync_every == 0 and not running.any():
                 break
             iterations = iterations + running
             Ap = product(p)
@@ -185,7 +222,7 @@ def conjugate_gradient(
             x = torch.addcmul(x, alpha, p)  # α = 0 where a column stands still, and p is finite
             r = recurred = where(running, torch.addcmul(r, alpha, Ap, value=-1), r)
             goes_on = True
-            if iteration % residual_refresh == 0:
+            if iteration % stop.residual_refresh == 0:
                 r = where(running, B - product(x), r)
                 goes_on = ~numbers(norms_in_double(r - recurred) > _DRIFT * norms_in_double(recurred))
             rr = dot(r, r)
@@ -193,15 +230,15 @@ def conjugate_gradient(
             if not (xp is np and usual.all()):
                 state = settle(state, ~xp.isfinite(rr), Status.NON_FINITE)
                 state = settle(state, ~usual, Status.CONVERGED)
-            if progress_tolerance is not None:
+            if stop.progress_tolerance is not None:
                 model.append(-0.5 * dot(x, B + r))
                 k = max(10, iteration // 10)
                 if iteration > k:
-                    small = model[-1] - model[-1 - k] >= k * progress_tolerance * model[-1]
+                    small = model[-1] - model[-1 - k] >= k * stop.progress_tolerance * model[-1]
                     state = settle(state, (model[-1] < 0) & small, Status.CONVERGED)
             z, rz_next = r, rr
-            if preconditioner:
-                z = shaped(preconditioner, r)
+            if system.preconditioner is not None:
+                z = system.precondition(r)
                 rz_next = dot(r, z)
                 state = settle(state, ~xp.isfinite(rz_next), Status.NON_FINITE)
                 state = settle(state, ~(rz_next > 0), Status.BREAKDOWN)
@@ -213,35 +250,37 @@ def conjugate_gradient(
     if x0 is not None:
         claimed = (state == CODE[Status.CONVERGED]) & (iterations > 0) & (xp.sqrt(rr) <= rtol * norm_b)
         if claimed.any():
-            r = where(claimed, B - product(x), r)
-            rr = dot(r, r)
-            claimed = claimed & ~(xp.sqrt(rr) <= (rtol + 4 * epsilon) * norm_b)
-            left = max_iterations - int(iterations.max())
-            if left and (claimed & (rr < 0.25 * first)).any():
-                again = conjugate_gradient(
-                    A,
-                    b,
-                    x0=(x * scale).view_as(b),
-                    damping=damping,
-                    preconditioner=preconditioner,
-                    max_iterations=left,
-                    rtol=rtol,
-                    progress_tolerance=progress_tolerance,
-                    residual_refresh=residual_refresh,
-                    sync_every=sync_every,
-                )
-                return replace(again, iterations=max_iterations - left + again.iterations)
-            state = xp.where(claimed, CODE[Status.BREAKDOWN if left else Status.ITERATION_LIMIT], state)
-    x = torch.where(finite_b, x, torch.nan)
+            return _looked_at(system, x, r, state, iterations, claimed, first, stop)
+    return _finished(system, x, r, state, iterations, rtol)
+
+
+def _looked_at(
+    system: _System, x: Tensor, r: Tensor, state: Any, iterations: Any, claimed: Any, first: Any, stop: _Stop
+) -> Solution:
+    """9. What the recurrence calls converged, by its true residual; from there on again where it is not."""
+    xp, epsilon = system.xp, 8 * torch.finfo(system.b.dtype).eps
+    r = system.where(claimed, system.B - system.product(x), r)
+    rr = system.dot(r, r)
+    claimed = claimed & ~(xp.sqrt(rr) <= (stop.rtol + 4 * epsilon) * system.norm_b)
+    taken = int(iterations.max())
+    left = stop.max_iterations - taken
+    if left and (claimed & (rr < 0.25 * first)).any():
+        again = _solve(system, (x * system.scale).view_as(system.b), stop._replace(max_iterations=left))
+        return replace(again, iterations=taken + again.iterations)
+    state = xp.where(claimed, CODE[Status.BREAKDOWN if left else Status.ITERATION_LIMIT], state)
+    return _finished(system, x, r, state, iterations, stop.rtol)
+
+
+def _finished(system: _System, x: Tensor, r: Tensor, state: Any, iterations: Any, rtol: float) -> Solution:
     return finish(
-        B,
-        x,
+        system.B,
+        torch.where(system.finite, x, torch.nan),
         r,
-        tensor(state),
+        system.tensor(state),
         iterations,
-        scale=scale,
-        dtype=b.dtype,
+        scale=system.scale,
+        dtype=system.b.dtype,
         rtol=rtol,
-        product=product,
-        single=single,
+        product=system.product,
+        single=system.single,
     )

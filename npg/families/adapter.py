@@ -1,0 +1,161 @@
+"""Any distribution of PyTorch as a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor
+from torch.distributions import Distribution, kl_divergence
+
+from npg.families.base import Family, LinearMap, OutOfDomainError, in_double
+
+__all__ = ["from_torch"]
+
+T = TypeVar("T")
+
+
+class _TorchFamily(Family):
+    """The adapter behind `from_torch`."""
+
+    def __init__(self, distribution: Callable[[Tensor], Distribution]) -> None:
+        self.distribution = distribution
+
+    def __repr__(self) -> str:
+        return f"from_torch({self.distribution!r})"
+
+    def _here(self, work: Callable[[Tensor], T], outputs: Tensor) -> T:
+        """``work(outputs)``, where a ValueError becomes an `OutOfDomainError` unless outputs of zero give one as well.
+
+        What fails at zeros too is a mistake in the map from outputs to distribution; what fails here alone is so for
+        the values of these outputs.
+        """
+        try:
+            return work(outputs)
+        except ValueError as error:
+            try:
+                work(torch.zeros_like(outputs))
+            except ValueError:
+                raise error from None
+            raise OutOfDomainError(f"{self!r} cannot be had at these outputs: {error}") from error
+
+    def _make(self, outputs: Tensor) -> Distribution:
+        p = self._here(self.distribution, outputs)
+        if p.batch_shape != outputs.shape[:-1]:
+            raise ValueError(
+                f"distribution must map outputs of shape {tuple(outputs.shape)} to batch_shape "
+                f"{tuple(outputs.shape[:-1])}, got {tuple(p.batch_shape)}: "
+                "wrap factors of one event in torch.distributions.Independent"
+            )
+        return p
+
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._make(outputs).log_prob(targets)
+
+    def kl(self, old: Tensor, new: Tensor) -> Tensor:
+        # a registered KL is a difference of terms that may be many times larger than it
+        return in_double(self._kl, old, new).to(old.dtype)
+
+    def _kl(self, old: Tensor, new: Tensor) -> Tensor:
+        return kl_divergence(self._make(old), self._make(new))
+
+    def entropy(self, outputs: Tensor) -> Tensor:
+        return self._make(outputs).entropy()
+
+    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
+        p = self._make(outputs.detach())
+        draws = self._draw(p, outputs, generator)
+        try:
+            support = p.support
+        except NotImplementedError:
+            support = None
+        if support is not None and not bool(support.check(draws).all()):
+            raise OutOfDomainError(
+                f"{self!r} draws what is outside of its support at these outputs, such as counts beyond 2⁶³: "
+                "keep them within the range of its draws"
+            )
+        return draws
+
+    @staticmethod
+    def _draw(p: Distribution, outputs: Tensor, generator: Generator | None) -> Tensor:
+        if generator is None:
+            return p.sample()
+        # torch.distributions knows only the global stream: lend it ours for the one draw
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        devices = [outputs.device] if outputs.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            return p.sample()
+
+    def _blocks(self, outputs: Tensor) -> Tensor:
+        """M(η) = ∇²_new KL(η ‖ new) at new = η, as dense blocks (…, D, D)."""
+        return self._here(lambda o: in_double(self._hessian, o), outputs.detach()).to(outputs.dtype)
+
+    def _hessian(self, old: Tensor) -> Tensor:
+        with torch.enable_grad():
+            new = old.clone().requires_grad_()
+            try:
+                kl = self._kl(old, new)
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"no KL divergence is registered for {type(self._make(old)).__name__}: register one with "
+                    "torch.distributions.kl.register_kl, the metric is its Hessian"
+                ) from error
+            (gradient,) = torch.autograd.grad(kl.sum(), new, create_graph=True)
+            # events are independent, so one unit tangent serves all of them at once
+            units = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
+            rows = [
+                torch.autograd.grad(gradient, new, unit.expand_as(old), retain_graph=True, materialize_grads=True)[0]
+                for unit in units
+            ]
+        blocks = torch.stack(rows, -2)
+        scale = blocks.abs().amax()
+        tolerance = 1e3 * torch.finfo(blocks.dtype).eps
+        if not bool(torch.isfinite(scale) & torch.isfinite(gradient).all()):
+            raise ValueError(f"the Hessian of the KL of {self!r} is not finite at these outputs")
+        if gradient.abs().amax() > tolerance * scale.clamp(min=1.0).sqrt() or (
+            (blocks - blocks.mT).abs().amax() > tolerance * scale
+        ):
+            raise ValueError(
+                f"the KL of {self!r} is not minimal at equal arguments or not twice differentiable there: "
+                "it gives no metric; check the map from outputs to distribution"
+            )
+        flat = blocks.diagonal(dim1=-2, dim2=-1) == 0
+        if bool(flat.any()) and bool((self._kl(old, torch.where(flat, old + 0.01, old)) > tolerance).any()):
+            raise ValueError(
+                f"the KL of {self!r} rises along outputs in which automatic differentiation finds no curvature "
+                "(a kink, as that of a Laplace distribution in its location): it gives no metric"
+            )
+        return 0.5 * (blocks + blocks.mT)
+
+    def metric(self, outputs: Tensor) -> LinearMap:
+        blocks = self._blocks(outputs)
+        return lambda u: (blocks @ u.unsqueeze(-1)).squeeze(-1)
+
+    def metric_factor(self, outputs: Tensor) -> LinearMap:
+        values, vectors = torch.linalg.eigh(self._blocks(outputs).double())
+        factor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(outputs.dtype)
+        return lambda epsilon: (factor @ epsilon.unsqueeze(-1)).squeeze(-1)
+
+
+def from_torch(distribution: Callable[[Tensor], Distribution]) -> Family:
+    """Any ``torch.distributions`` family with a registered KL; the metric is the Hessian of that KL in output space.
+
+    ``M(η) = ∇²_{η'} KL(p_η ‖ p_η') at η' = η`` costs D second derivatives per linearisation and D² numbers per event,
+    so the closed-form families of this module are preferable where they fit.
+
+    Args:
+        distribution: maps outputs (…, D) to a distribution of batch shape (…), for example
+            ``lambda o: Independent(Poisson(o.exp()), 1)``.
+
+    The KL and its Hessian are taken in float64 where ``distribution`` takes outputs in float64.
+
+    Raises:
+        OutOfDomainError: from the methods, if the distribution or its metric cannot be had at these outputs, but can
+            at outputs of zero.
+        ValueError: from the methods, if the batch shape is not that of the leading axes, or the KL has no minimum
+            at equal arguments.
+        NotImplementedError: from ``kl`` and ``metric``, if no KL is registered.
+    """
+    return _TorchFamily(distribution)

@@ -1,0 +1,106 @@
+"""What every family and every geometry of outputs has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = ["Family", "Geometry", "LinearMap", "OutOfDomainError", "in_double"]
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+class OutOfDomainError(ValueError):
+    """Outputs at which a distribution, its metric or a draw from it is not defined or not finite.
+
+    `npg.natural_step` refuses its step for this error, and lets every other one through.
+    """
+
+
+def in_double(function: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
+    """``function(*outputs)`` in float64, or in the outputs' own dtype where it takes no other (float32 constants)."""
+    try:
+        return function(*(x.double() for x in outputs))
+    except (RuntimeError, TypeError):
+        if all(x.dtype is torch.float64 for x in outputs):
+            raise
+        return function(*outputs)
+
+
+class Geometry(ABC):
+    """A geometry of outputs: a metric to solve for a step in, and the divergence to check the step by.
+
+    `npg.geometry` has Fisher and Rao's, of a family, and Euclid's; `npg.transport` has Wasserstein's.
+    """
+
+    @abstractmethod
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        """M(η) as a map of output tangents, (…, D) → (…, D); further axes in front broadcast."""
+
+    @abstractmethod
+    def divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        """Per event, what ½dᵀM(η)d is the second order of; (…, D), (…, D) → (…)."""
+
+    def factor(self, outputs: Tensor) -> LinearMap:
+        """A factor L with L Lᵀ = M(η), as a map ε ↦ Lε, (…, D) → (…, D); further axes in front broadcast.
+
+        By default V√Λ of the dense blocks M = VΛVᵀ: D products with M, and O(D³) per event.
+
+        Raises:
+            ValueError: if M is not symmetric and positive semi-definite.
+        """
+        dim = outputs.shape[-1]
+        units = torch.eye(dim, dtype=outputs.dtype, device=outputs.device)
+        units = units.reshape(dim, *[1] * (outputs.ndim - 1), dim).expand(dim, *outputs.shape)
+        blocks = self(outputs)(units).movedim(0, -1)
+        finite = torch.isfinite(blocks).all(-1, keepdim=True).all(-2, keepdim=True)
+        values, vectors = torch.linalg.eigh(torch.where(finite, blocks, 0.0).double())
+        rounding = torch.finfo(blocks.dtype).eps ** 0.5 * values.abs().amax(-1)
+        skew = (blocks - blocks.mT).masked_fill(~finite, 0.0).abs().amax((-2, -1))
+        if bool(((values.amin(-1) < -rounding) | (skew > rounding)).any()):
+            raise ValueError(
+                f"the metric of {self!r} is not symmetric and positive semi-definite at these outputs: it has no factor"
+            )
+        factor = torch.where(finite, (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).to(outputs.dtype), torch.nan)
+        return lambda epsilon: (factor @ epsilon.unsqueeze(-1)).squeeze(-1)
+
+
+class Family(ABC):
+    """A family of distributions p(y | η), with η the last axis of ``outputs``."""
+
+    @abstractmethod
+    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log p(y | η), in nats; outputs (…, D) → (…)."""
+
+    @abstractmethod
+    def kl(self, old: Tensor, new: Tensor) -> Tensor:
+        """KL(old ‖ new) per event, in nats; (…, D), (…, D) → (…)."""
+
+    @abstractmethod
+    def entropy(self, outputs: Tensor) -> Tensor:
+        """Entropy per event, in nats; (…, D) → (…)."""
+
+    @abstractmethod
+    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
+        """Draw one y ~ p(· | η) per event, without gradient; in the shape ``log_likelihood`` takes as targets."""
+
+    @abstractmethod
+    def metric(self, outputs: Tensor) -> LinearMap:
+        """M(η) as a map of output tangents, (…, D) → (…, D); further axes in front broadcast."""
+
+    @abstractmethod
+    def metric_factor(self, outputs: Tensor) -> LinearMap:
+        """A factor L with L Lᵀ = M(η) as a map ε ↦ Lε, (…, D) → (…, D); further axes in front broadcast."""
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """∇_η log p(y | η) per event; (…, D) → (…, D)."""
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.log_likelihood(outputs, targets).sum(), outputs)
+        return score
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

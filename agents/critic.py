@@ -149,7 +149,7 @@ def fixed_statistics_of_the_actor(networks: Networks, observations: Any, *, movi
     fixed = [] if moving else _buffers_of_the_actor(networks, observations)
     yield [module for module, *_ in fixed]
     for module, name, buffer, before in fixed:
-        module._buffers[name] = buffer.copy_(before)
+        setattr(module, name, buffer.copy_(before))
 
 
 @contextmanager
@@ -174,8 +174,8 @@ def _buffers_of_the_actor(networks: Networks, observations: Any) -> list[tuple[n
     return [
         (module, name, buffer, buffer.clone())
         for module in policy.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.numel() and buffer.untyped_storage().data_ptr() in reads.memory
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        if buffer.numel() and buffer.untyped_storage().data_ptr() in reads.memory
     ]
 
 

@@ -159,7 +159,7 @@ class ActorHead(_Head):
 
         if not isinstance(observations, Tensor):
             return by_modules
-        owned = {id(t) for m in parts for t in (*m._parameters.values(), *m._buffers.values())}
+        owned = {id(t) for m in parts for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
         named = {n: t for n, t in chain(self.named_parameters(), self.named_buffers()) if id(t) in owned}
 
         def functional(slots: dict[str, Tensor], observations: Tensor) -> list[Tensor]:

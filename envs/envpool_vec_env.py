@@ -102,6 +102,10 @@ class EnvPoolVecEnv(ArrayVecEnv):
         config: options of the task, such as ``reset_noise_scale``.
         env_id: the id that its ``spec`` has, where that is not EnvPool's.
 
+    Attributes:
+        task: EnvPool's own id.
+        config: all that ``envpool.make_gymnasium`` is given for it but the seed.
+
     Raises:
         ImportError: if EnvPool is not installed.
         ValueError: for an option that the task does not have, for several players, and for several arrays as action.
@@ -140,8 +144,8 @@ class EnvPoolVecEnv(ArrayVecEnv):
             self._time_limit = pool_spec.config.max_episode_steps
             config["max_episode_steps"] = self._time_limit + 1
 
-        self._task = task
-        self._config = config | {"num_envs": num_envs, "num_threads": n_threads or min(num_envs, _processors())}
+        self.task = task
+        self.config = config | {"num_envs": num_envs, "num_threads": n_threads or min(num_envs, _processors())}
         self._pool: Any = None
         self._indices = np.arange(num_envs, dtype=np.int32)
         self._row = {key: i for i, key in enumerate(pool_spec._state_keys)}
@@ -167,10 +171,10 @@ class EnvPoolVecEnv(ArrayVecEnv):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    self._pool = envpool.make_gymnasium(self._task, seed=seeds, **self._config)
+                    self._pool = envpool.make_gymnasium(self.task, seed=seeds, **self.config)
                 except RuntimeError as error:
                     raise RuntimeError(
-                        f"EnvPool cannot start {self._task}: {error}. Its packages lack a file or are damaged: install "
+                        f"EnvPool cannot start {self.task}: {error}. Its packages lack a file or are damaged: install "
                         "EnvPool again, or choose another task."
                     ) from error
         self._pool._reset(self._indices)

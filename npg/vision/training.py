@@ -230,10 +230,8 @@ class Trainer:
             factor = learning_rate_factor(self.config, self.epoch * steps + step, self.total_steps)
             for group, rate in zip(self.optimizer.param_groups, self._base_rates):
                 group["lr"] = rate * factor
-            if takes_batches(self.config.optimizer):
-                losses[step] = self._natural_step(inputs, targets, reports)
-            else:
-                losses[step], logits = self._train_step(inputs, targets)
+            losses[step], logits = self.take_step(inputs, targets, reports)
+            if logits is not None:
                 correct += hits(logits, targets)
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
@@ -269,7 +267,24 @@ class Trainer:
             "memory_peak_bytes": peak_memory(device),
         }
 
-    def _train_step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def take_step(
+        self, inputs: Tensor, targets: Tensor, reports: dict[str, list[float]]
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """One step of the optimizer, on this process's part of a batch.
+
+        Args:
+            inputs: images (N, 3, 32, 32).
+            targets: their classes, (N,).
+            reports: by name, what optimizers that make their own gradients say of each step; it is added to.
+
+        Returns:
+            The loss before the step, and the logits (N, C); None in their place with such an optimizer.
+        """
+        if takes_batches(self.config.optimizer):
+            return self._natural_step(inputs, targets, reports), None
+        return self._gradient_step(inputs, targets)
+
+    def _gradient_step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the optimizer; returns the loss and the logits of this process's part of the batch."""
         now = self.stopwatch.mark()
         with self._autocast():

@@ -22,7 +22,6 @@ from envs import make_vec_env
 from npg.parallel import World, open_world
 from npg.vision.config import Config
 from npg.vision.data import ImageData
-from npg.vision.optimizers import takes_batches
 from npg.vision.training import Trainer
 
 CASES = {
@@ -115,10 +114,7 @@ def measure(model: str, case: tuple[str, dict[str, Any], int], world: World) -> 
         trainer = Trainer(config, data, Path(folder) / "run", world)
         with counting() as counter:
             for inputs, targets in trainer.loader:
-                if takes_batches(optimizer):
-                    trainer._natural_step(inputs, targets, {})
-                else:
-                    trainer._train_step(inputs, targets)
+                trainer.take_step(inputs, targets, {})
         if trainer.folder is not None:
             trainer.folder.close()
     return sum(p.numel() for p in trainer.model.parameters()), counter.calls / STEPS, counter.bytes / STEPS

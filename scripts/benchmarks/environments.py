@@ -29,7 +29,7 @@ def envpool_alone(adapter: EnvPoolVecEnv) -> Step:
     assert envpool is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pool = envpool.make_gymnasium(adapter._task, seed=0, **adapter._config)
+        pool = envpool.make_gymnasium(adapter.task, seed=0, **adapter.config)
     pool.reset()
     return pool.step
 

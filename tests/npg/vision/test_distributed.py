@@ -198,10 +198,7 @@ def test_parameter_averaging(name: str, ranks: list[dict[str, Any]], tmp_path: P
         one.loader.rows = slice(4 * rank, 4 * rank + 4)
     for step, batches in enumerate(zip(*(one.loader for one in pair), strict=True), start=1):
         for one, (inputs, targets) in zip(pair, batches):
-            if optimizer == "sgd":
-                one._train_step(inputs, targets)
-            else:
-                one._natural_step(inputs, targets, {})
+            one.take_step(inputs, targets, {})
         if step % every == 0 or step == 5:
             with torch.no_grad():
                 for a, b in zip(*(t.model.parameters() for t in pair), strict=True):

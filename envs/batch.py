@@ -63,7 +63,7 @@ class SingleEnv(gym.Env[Any, Any]):
     picture.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": RENDER_MODES, "render_fps": 4}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": RENDER_MODES, "render_fps": 4}  # type: ignore[misc]
 
     def __init__(self, batch: Batch, render_mode: str | None = None) -> None:
         if render_mode is not None and render_mode not in RENDER_MODES:
@@ -116,7 +116,7 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
     `max_episode_steps` truncates as Gymnasium's TimeLimit does; None means never.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]  # Gymnasium leaves ClassVar out
         "render_modes": ["ansi", "rgb_array"],
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }

@@ -165,7 +165,8 @@ class EnvPoolVecEnv(ArrayVecEnv):
     def _reset(self, seeds: list[int] | None) -> Any:
         if self._pool is None or seeds is not None:
             if seeds is None:
-                seeds = environment_seeds(int(np.random.SeedSequence().entropy), self.num_envs)
+                entropy: Any = np.random.SeedSequence().entropy  # a number, where none was given
+                seeds = environment_seeds(int(entropy), self.num_envs)
             envpool = import_envpool()
             assert envpool is not None
             with warnings.catch_warnings():
@@ -247,7 +248,7 @@ def _flat(space: gym.Space[Any]) -> gym.Space[Any]:
     stands for no bound at all.
     """
     if isinstance(space, spaces.Dict):
-        flat = {}
+        flat: dict[str, gym.Space[Any]] = {}
         for name, part in space.spaces.items():
             part = _flat(part)
             if isinstance(part, spaces.Dict):

@@ -25,6 +25,7 @@ class VecNormalize(vec_env.VecNormalize):
         """Finish the step: observations, rewards, dones and infos, normalised; terminal observations too."""
         if self.norm_obs and isinstance(self.obs_rms, dict):
             return super().step_wait()
+        raw: Any
         raw, rewards, dones, infos = self.venv.step_wait()
         self.old_obs, self.old_reward = raw, rewards
         observations = raw

@@ -7,7 +7,7 @@ environments but one each. Here the seed of an environment is a hash of the run'
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
@@ -71,6 +71,7 @@ class IndependentSeeds(VecEnv):
             One seed per environment.
         """
         if seed is None:
-            seed = super().seed()[0]
-        self._seeds = environment_seeds(seed, self.num_envs, first)
-        return self._seeds
+            (seed, *_) = super().seed()
+        seeds: list[Any] = environment_seeds(cast(int, seed), self.num_envs, first)
+        self._seeds = seeds
+        return seeds

@@ -145,6 +145,8 @@ class Games(Batch):
         ValueError: if a piece would not fit into the empty board upright or lying down, or `features` is unknown.
     """
 
+    action_space: Placements
+
     def __init__(self, n: int, width: int = 10, height: int = 20, features: str = "dellacherie-thiery") -> None:
         _check(width, height, features)
         self.width, self.height = width, height

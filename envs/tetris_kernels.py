@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +28,9 @@ __all__ = [
     "random_bits",
     "step_all",
 ]
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 PIECES = "IOTSZJL"
 
@@ -88,14 +93,16 @@ _BITS, _WIDTHS, _HEIGHTS, FIRST = _shapes()
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
-@intrinsic
-def _popcount(typingctx, x):
+def _ctpop(typingctx: Any, x: Any) -> Any:
     """Number of bits set in an int64."""
     return types.int64(types.int64), lambda context, builder, signature, args: builder.ctpop(args[0])
 
 
+_popcount: Any = intrinsic(_ctpop)  # a function of x, in compiled code
+
+
 @njit(cache=True, nogil=True)
-def _fill_below(bits):
+def _fill_below(bits: int) -> int:
     """All bits up to the highest one set; their number is the column's height."""
     for shift in (1, 2, 4, 8, 16, 32):
         bits |= bits >> shift
@@ -103,7 +110,7 @@ def _fill_below(bits):
 
 
 @njit(cache=True, nogil=True)
-def random_bits(stream):
+def random_bits(stream: NDArray[np.uint64]) -> Any:
     """Advance the one-element uint64 `stream` and return 32 random bits (splitmix64: Steele, Lea and Flood 2014)."""
     stream[0] += np.uint64(0x9E3779B97F4A7C15)
     z = stream[0]
@@ -113,7 +120,7 @@ def random_bits(stream):
 
 
 @njit(cache=True, nogil=True)
-def _landing_row(column_heights, shape, x):
+def _landing_row(column_heights: Ints, shape: int, x: int) -> int:
     """The row in which the bottom of `shape` comes to rest with its left side in column x."""
     row = 0
     for i in range(_WIDTHS[shape]):
@@ -123,7 +130,7 @@ def _landing_row(column_heights, shape, x):
 
 
 @njit(cache=True, nogil=True)
-def _place(columns, shape, x, row, after):
+def _place(columns: Ints, shape: int, x: int, row: int, after: Ints) -> tuple[int, int]:
     """Write the board after the placement into `after` → (rows completed, cells of the piece in them)."""
     full = -1
     for i in range(len(columns)):
@@ -147,7 +154,7 @@ def _place(columns, shape, x, row, after):
 
 
 @njit(cache=True, nogil=True)
-def _bertsekas(board, phi):
+def _bertsekas(board: Ints, phi: Floats) -> None:
     width = len(board)
     highest = 0
     holes = 0
@@ -167,7 +174,7 @@ def _bertsekas(board, phi):
 
 
 @njit(cache=True, nogil=True)
-def _dellacherie_thiery(board, board_height, landing_height, eroded, phi):
+def _dellacherie_thiery(board: Ints, board_height: int, landing_height: float, eroded: int, phi: Floats) -> None:
     width = len(board)
     wall = (1 << board_height) - 1
     row_transitions = 0
@@ -213,7 +220,7 @@ def _dellacherie_thiery(board, board_height, landing_height, eroded, phi):
 
 
 @njit(cache=True, nogil=True)
-def _observe(columns, piece, board_height, features, scratch, out):
+def _observe(columns: Ints, piece: int, board_height: int, features: int, scratch: Ints, out: Floats) -> int:
     """Fill `out` (slots, 1 + d) with [legal, φ] of every placement; the number of legal ones. `scratch` is (2, W)."""
     width = len(columns)
     heights, after = scratch[0], scratch[1]
@@ -241,7 +248,7 @@ def _observe(columns, piece, board_height, features, scratch, out):
 
 
 @njit(cache=True, nogil=True)
-def decode(width, piece, slot):
+def decode(width: int, piece: int, slot: int) -> tuple[int, int]:
     """(shape, column) of an action slot, (−1, 0) where the piece has no such placement."""
     for shape in range(FIRST[piece], FIRST[piece + 1]):
         places = width - _WIDTHS[shape] + 1
@@ -252,7 +259,7 @@ def decode(width, piece, slot):
 
 
 @njit(cache=True, nogil=True)
-def _move(columns, piece, slot, scratch):
+def _move(columns: Ints, piece: int, slot: int, scratch: Ints) -> int:
     """Place the piece by a legal slot; the number of rows completed."""
     heights, after = scratch[0], scratch[1]
     for x in range(len(columns)):
@@ -264,7 +271,9 @@ def _move(columns, piece, slot, scratch):
 
 
 @njit(cache=True, nogil=True)
-def observe_all(boards, pieces, which, board_height, features, out):
+def observe_all(
+    boards: Ints, pieces: Ints, which: NDArray[np.intp], board_height: int, features: int, out: Floats
+) -> None:
     """Write the observations of the games ``which`` into ``out``."""
     scratch = np.empty((2, boards.shape[1]), dtype=np.int64)
     for i in which:
@@ -272,7 +281,17 @@ def observe_all(boards, pieces, which, board_height, features, out):
 
 
 @njit(cache=True, nogil=True)
-def step_all(boards, pieces, streams, actions, board_height, features, out, rewards, over):
+def step_all(
+    boards: Ints,
+    pieces: Ints,
+    streams: NDArray[np.uint64],
+    actions: Ints,
+    board_height: int,
+    features: int,
+    out: Floats,
+    rewards: NDArray[np.float64],
+    over: NDArray[np.bool_],
+) -> None:
     """One placement in every game: rewards, whether it is over, and the next observations, written in place."""
     scratch = np.empty((2, boards.shape[1]), dtype=np.int64)
     for i in range(len(boards)):
@@ -282,7 +301,7 @@ def step_all(boards, pieces, streams, actions, board_height, features, out, rewa
 
 
 @njit(cache=True, nogil=True)
-def _choose(observation, theta, stream, greedy):
+def _choose(observation: Floats, theta: NDArray[np.float64], stream: NDArray[np.uint64], greedy: bool) -> int:
     """The slot with the largest θᵀφ + noise over the legal ones; Gumbel noise makes it a sample of the softmax."""
     best = -1
     best_score = -np.inf
@@ -300,7 +319,18 @@ def _choose(observation, theta, stream, greedy):
 
 
 @njit(cache=True, nogil=True)
-def play_games(theta, streams, width, board_height, features, slots, greedy, max_placements, lines, placements):
+def play_games(
+    theta: NDArray[np.float64],
+    streams: NDArray[np.uint64],
+    width: int,
+    board_height: int,
+    features: int,
+    slots: int,
+    greedy: bool,
+    max_placements: int,
+    lines: Ints,
+    placements: Ints,
+) -> None:
     """Whole games of one policy: lines and placements of each, written in place."""
     scratch = np.empty((2, width), dtype=np.int64)
     observation = np.empty((slots, len(theta) + 1), dtype=np.float32)

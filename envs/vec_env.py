@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
 import numpy as np
@@ -96,7 +96,7 @@ class ArrayVecEnv(IndependentSeeds):
         if self._waiting:
             self._waiting = False
             self._receive()
-        observations = self._reset(None if self._seeds[0] is None else self._seeds)
+        observations = self._reset(None if self._seeds[0] is None else cast(list[int], self._seeds))
         self._reset_seeds()
         self._returns[:] = 0.0
         self._lengths[:] = 0
@@ -251,12 +251,16 @@ class VectorEnvAdapter(ArrayVecEnv):
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """``action_masks``, which sb3-contrib's MaskablePPO asks for, where the vector environment has them."""
         if method_name == "action_masks" and hasattr(self.vector_env, method_name):
-            masks = self.vector_env.action_masks()
+            masks = self._masks()
             return [masks[i] for i in self._get_indices(indices)]
         return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
 
     def _mask(self, index: int) -> NDArray[np.bool_]:
-        return self.vector_env.action_masks()[index]
+        return self._masks()[index]
+
+    def _masks(self) -> NDArray[np.bool_]:
+        vector_env: Any = self.vector_env
+        return vector_env.action_masks()
 
     def _cast(self, observations: Any) -> Observations:
         # A copy: the vector environment may reuse its memory in the next step, and a rollout keeps what it was given.

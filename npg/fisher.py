@@ -90,7 +90,9 @@ class Fisher:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.geometry = geometry_of(family if metric is None else metric)
         if kind != "exact" and type(self.geometry) is not FisherRao:
-            raise ValueError(f"another metric than a family's own goes with kind='exact' only, got kind={kind!r}")
+            raise ValueError(
+                f"another metric than a family's own goes with kind='exact' only, got kind={kind!r}: leave it out"
+            )
         self.linearization = linearization or Linearization(model, inputs, parameters)
         self.parameters = self.linearization.parameters
         self.process_group = process_group

@@ -86,7 +86,7 @@ class Linearization:
         if isinstance(model, nn.Module):
             own = dict(model.named_parameters())
             if unknown := [name for name in parameters or () if name not in own]:
-                raise ValueError(f"parameters has {unknown}, which the model has not: it has {list(own)}")
+                raise ValueError(f"parameters names {unknown}, which the model does not have: it has {list(own)}")
             self.parameters = Parameters(model, parameters)
             direct = all(own.get(name) is p and p.requires_grad for name, p in self.parameters.named().items())
         elif parameters is None:

@@ -291,7 +291,9 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
             for held in (self.state_dict(), state)
         )
         if shapes != given:
-            raise ValueError(f"state must have factors of the shapes {shapes}, got {given}: make it with these tensors")
+            raise ValueError(
+                f"state must have factors of the shapes {shapes}, got {given}: load that of the same tensors"
+            )
         for (i,), entry in state.items():
             for name, value in entry.items():
                 self._views[i][name].copy_(value)

@@ -38,7 +38,7 @@ class _TorchFamily(Family):
                 work(torch.zeros_like(outputs))
             except ValueError:
                 raise error from None
-            raise OutOfDomainError(f"{self!r} cannot be had at these outputs: {error}") from error
+            raise OutOfDomainError(f"{self!r} is not defined at these outputs: {error}") from error
 
     def _make(self, outputs: Tensor) -> Distribution:
         p = self._here(self.distribution, outputs)
@@ -100,7 +100,7 @@ class _TorchFamily(Family):
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"no KL divergence is registered for {type(self._make(old)).__name__}: register one with "
-                    "torch.distributions.kl.register_kl, the metric is its Hessian"
+                    "torch.distributions.kl.register_kl, whose Hessian is the metric"
                 ) from error
             (gradient,) = torch.autograd.grad(kl.sum(), new, create_graph=True)
             # events are independent, so one unit tangent serves all of them at once
@@ -118,14 +118,14 @@ class _TorchFamily(Family):
             (blocks - blocks.mT).abs().amax() > tolerance * scale
         ):
             raise ValueError(
-                f"the KL of {self!r} is not minimal at equal arguments or not twice differentiable there: "
-                "it gives no metric; check the map from outputs to distribution"
+                f"the KL of {self!r} is taken at equal arguments. It has no minimum there or no second derivatives, so "
+                "there is no metric: check the map from outputs to distribution"
             )
         flat = blocks.diagonal(dim1=-2, dim2=-1) == 0
         if bool(flat.any()) and bool((self._kl(old, torch.where(flat, old + 0.01, old)) > tolerance).any()):
             raise ValueError(
                 f"the KL of {self!r} rises along outputs in which automatic differentiation finds no curvature "
-                "(a kink, as that of a Laplace distribution in its location): it gives no metric"
+                "(a kink, as that of a Laplace distribution in its location), so there is no metric: use another family"
             )
         return 0.5 * (blocks + blocks.mT)
 
@@ -152,7 +152,7 @@ def from_torch(distribution: Callable[[Tensor], Distribution]) -> Family:
     The KL and its Hessian are taken in float64 where ``distribution`` takes outputs in float64.
 
     Raises:
-        OutOfDomainError: from the methods, if the distribution or its metric cannot be had at these outputs, but can
+        OutOfDomainError: from the methods, if the distribution or its metric is not defined at these outputs, but is
             at outputs of zero.
         ValueError: from the methods, if the batch shape is not that of the leading axes, or the KL has no minimum
             at equal arguments.

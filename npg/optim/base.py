@@ -132,7 +132,7 @@ class ModelOptimizer(ExactResume):
         """Raise ValueError for a second group: the parameters are those of the model."""
         if self.param_groups:
             raise ValueError(
-                f"{type(self).__name__} has one parameter group, that of its model: put all into the model"
+                f"{type(self).__name__} has one parameter group, that of its model: put all parameters into the model"
             )
         super().add_param_group(param_group)
 
@@ -142,7 +142,8 @@ class ModelOptimizer(ExactResume):
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if new := [name for name, p in named.items() if id(p) not in held]:
             raise ValueError(
-                f"{new} became trainable, or part of the model, after this {type(self).__name__} was made: make it anew"
+                f"{new} became trainable, or part of the model, after this {type(self).__name__} was made: "
+                f"make a new {type(self).__name__}"
             )
         return list(named.values())
 

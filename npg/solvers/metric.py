@@ -55,7 +55,7 @@ def solve_in_metric(
         ValueError: if ``x0`` is given.
     """
     if x0 is not None:
-        raise ValueError("x0 must be None with root: a start for x is none for y, for want of L⁻¹")
+        raise ValueError("x0 must be None with root: the solver has other coordinates than those of x. Leave x0 out")
     solution = solver(_Whitened(A, root), root(b), damping=damping)
     x = root(solution.x)
     extra = damping * (dot_in_double(x, x) - dot_in_double(solution.x, solution.x))

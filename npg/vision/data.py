@@ -182,7 +182,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of an array")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not part of an array")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 

@@ -111,4 +111,4 @@ def _check_damping_control(control: object) -> None:
     try:
         LevenbergMarquardt(**control)
     except TypeError as error:
-        raise ValueError(f"damping_control has a value that is no number: {control!r}") from error
+        raise ValueError(f"damping_control has a value that is not a number: {control!r}") from error

@@ -293,7 +293,7 @@ def test_from_torch_refuses_what_gives_no_geometry():
     with pytest.raises(ValueError, match="finds no curvature"):
         laplace.metric(outputs)
     shifted = families.from_torch(lambda o: D.Independent(D.Normal(o + torch.rand_like(o), 1.0), 1))
-    with pytest.raises(ValueError, match="not minimal at equal arguments"):
+    with pytest.raises(ValueError, match="has no minimum there"):
         shifted.metric(outputs)
     endless = families.from_torch(lambda o: D.Independent(D.Normal(o, (1e4 * o).exp() * 0 + 1e-200, False), 1))
     with pytest.raises(ValueError, match="not finite"):
@@ -493,7 +493,7 @@ BEYOND = {
 @pytest.mark.parametrize("name", BEYOND)
 def test_outputs_out_of_the_domain_have_an_error_of_their_own(name):
     distribution, value = BEYOND[name]
-    with pytest.raises(families.OutOfDomainError, match="cannot be had at these outputs"):
+    with pytest.raises(families.OutOfDomainError, match="is not defined at these outputs"):
         families.from_torch(distribution).metric(torch.full((3, 4), value))
 
 

@@ -139,7 +139,7 @@ def test_parameters_beside_those_of_the_model_are_refused(name, data):
     optimizer.step(*data)
     before = copy.deepcopy(model.state_dict())
     model[0].bias.requires_grad = True
-    with pytest.raises(ValueError, match=r"'0\.bias'.* became trainable.*make it anew"):
+    with pytest.raises(ValueError, match=r"'0\.bias'.* became trainable.*make a new NGD"):
         optimizer.step(*data)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -182,7 +182,7 @@ def test_what_a_fisher_refuses(data):
     nn.utils.vector_to_parameters(torch.zeros_like(v), model.parameters())
     with pytest.raises(RuntimeError, match="have changed"):
         fisher @ v
-    with pytest.raises(ValueError, match=r"\['0\.wieght'\], which the model has not"):
+    with pytest.raises(ValueError, match=r"\['0\.wieght'\], which the model does not have"):
         Fisher(model, x, FAMILY, parameters={"0.wieght": model[0].weight})
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         Fisher(model, x, FAMILY)

@@ -49,7 +49,9 @@ class Curvature(ABC, Generic[Evidence]):
     name: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
     parameters: Parameters
-    blocks: Any
+
+    def __init__(self) -> None:
+        self.blocks: Any = {}
 
     @abstractmethod
     def update(self, evidence: Evidence) -> None:

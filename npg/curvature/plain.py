@@ -9,7 +9,6 @@ from torch import Generator, Tensor
 
 from npg.curvature.base import (
     Curvature,
-    State,
     check_average,
     check_damping,
     count,
@@ -46,15 +45,14 @@ class DiagonalFisher(Curvature[Fisher]):
     ) -> None:
         check_average(decay, probes)
         self.probes, self.generator, self.decay = probes, generator, decay
-        self.blocks: State = {}
+        super().__init__()
         if fisher is not None:
             self.update(fisher)
 
     def update(self, fisher: Fisher) -> None:
         """Take the diagonal of a batch into the mean."""
-        self.parameters = fisher.parameters
-        former, self.blocks = self.blocks, {}
-        parts = fisher.diagonal(self.probes, self.generator).split(self.parameters.sizes)
+        parts = fisher.diagonal(self.probes, self.generator).split(fisher.parameters.sizes)
+        former, self.blocks, self.parameters = self.blocks, {}, fisher.parameters
         for i, (part, p) in enumerate(zip(parts, self.parameters.tensors)):
             values, before = part.view(p.shape), former.get((i,), {})
             updates, newest = count(before.get("updates"), self.decay)
@@ -96,7 +94,7 @@ class DenseFisher(Curvature[Fisher]):
     def __init__(self, fisher: Fisher | None = None, *, decay: float = 0.0) -> None:
         check_average(decay)
         self.decay = decay
-        self.blocks: State = {}
+        super().__init__()
         if fisher is not None:
             self.update(fisher)
 
@@ -106,9 +104,8 @@ class DenseFisher(Curvature[Fisher]):
 
     def update(self, fisher: Fisher) -> None:
         """Take F of a batch into the mean."""
-        self.parameters = fisher.parameters
-        key = tuple(range(len(self.parameters.tensors)))
-        matrix, before = fisher.dense(), self.blocks.get(key, {})
+        matrix, key = fisher.dense(), tuple(range(len(fisher.parameters.tensors)))
+        self.parameters, before = fisher.parameters, self.blocks.get(key, {})
         updates, newest = count(before.get("updates"), self.decay)
         self.blocks = {key: {"matrix": before["matrix"].lerp(matrix, newest) if before else matrix, "updates": updates}}
 

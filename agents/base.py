@@ -33,7 +33,7 @@ from agents.collect import Collector
 from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.saved import saved_values
-from agents.update import ActorReport, Batch, surrogate, undone_on_error, update
+from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.families import Geometry
 from npg.parallel import size
@@ -333,7 +333,7 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         self.networks.follow()
         self._update_learning_rate(self.policy.optimizer)
         saved = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0] if name != "policy"]
-        with undone_on_error(self, saved):
+        with restored_on_error(self, saved):
             update(self)
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -6,8 +6,8 @@ What an algorithm adds is one method, ``actor_step(batch)``: how the policy move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from math import isfinite, nan
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -21,13 +21,13 @@ from agents.buffer import random_part, rows
 from agents.critic import AdamCritic, NaturalCritic, fixed_statistics_of_the_actor, training_mode
 from npg.families import Family
 from npg.geometry import FisherRao
-from npg.model import Buffers
+from npg.model import Buffers, undone_on_error
 from npg.parallel import average_, equal, moments, size
 
 if TYPE_CHECKING:
     from agents.base import NaturalPolicyAlgorithm
 
-__all__ = ["ActorReport", "Batch", "critic_of", "surrogate", "undone_on_error", "update"]
+__all__ = ["ActorReport", "Batch", "critic_of", "restored_on_error", "surrogate", "update"]
 
 
 class Batch(NamedTuple):
@@ -207,21 +207,20 @@ def copy_of_state(owner: nn.Module | torch.optim.Optimizer) -> dict[str, Any]:
     return pytree.tree_map_only(Tensor, torch.clone, owner.state_dict())
 
 
-@contextmanager
-def undone_on_error(
+def restored_on_error(
     agent: NaturalPolicyAlgorithm, optimizers: Sequence[nn.Module | torch.optim.Optimizer]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Put back all that an update moves, the policy and these, if an error or an interrupt leaves the block."""
     states = [copy_of_state(owner) for owner in optimizers]
     parameters = [(p, p.detach().clone()) for p in agent.policy.parameters()]
     buffers, damping = Buffers(agent.policy), agent.critic_damping
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for owner, state in zip(optimizers, states):
             owner.load_state_dict(state)
         for p, before in parameters:
             p.data.copy_(before)
         buffers.restore()
         agent.critic_damping = damping
-        raise
+
+    return undone_on_error(restore)

@@ -155,17 +155,15 @@ class NGD(ModelOptimizer):
         factors = {"decay": factor_decay, "probes": probes, "generator": generator}
         self._solver, curvature = _chosen(solver, {"cg": cg, "dense": _DENSE}, _CURVATURES, factors)
         wanted = "'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg.solvers, or a curvature"
-        check((self._solver or curvature) is not None, "solver", solver, wanted)
+        check(self._solver is not None or curvature is not None, "solver", solver, wanted)
+        iterative = self._solver not in (None, _DENSE)
         if preconditioner is not None:
-            iterative = self._solver not in (None, _DENSE)
             check(iterative, "preconditioner", preconditioner, "None without solver='cg'")
             _, curvature = _chosen(preconditioner, {}, {"kfac", "ekfac"}, factors)
             wanted = "None, 'kfac', 'ekfac', or a curvature"
             check(curvature is not None, "preconditioner", preconditioner, wanted)
         self._curvature = curvature  # the solver or, of a solver, the preconditioner
-        check(
-            not warm_start or self._solver not in (None, _DENSE), "warm_start", warm_start, f"0 with solver={solver!r}"
-        )
+        check(iterative or not warm_start, "warm_start", warm_start, f"0 with solver={solver!r}")
         if damping_metric == "factors":
             kronecker = self._solver is None and isinstance(curvature, KroneckerFisher)
             check(kronecker, "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")

@@ -24,7 +24,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from interleaved import machine, ratio, write_csv
+from interleaved import machine, one_turn, ratio, write_csv
 from return_over_time import ZOO, ZOO_OWN
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_util import make_atari_env
@@ -134,9 +134,11 @@ def compare(task: str, seconds: float, rounds: int, seed: int) -> list[dict[str,
     shares: dict[str, list[float]] = {way: [] for way in turns}
     for number in range(rounds):
         for way in turns if number % 2 == 0 else reversed(list(turns)):
-            started = perf_counter()
-            taken, updating = turns[way](steps[way])
-            seconds_taken = perf_counter() - started
+            with one_turn(way) as done:
+                started = perf_counter()
+                taken, updating = turns[way](steps[way])
+                seconds_taken = perf_counter() - started
+                done.units = taken
             times[way].append(seconds_taken / taken)
             shares[way].append(updating / seconds_taken)
     rows = []

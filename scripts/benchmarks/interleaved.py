@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +20,35 @@ def synchronize(device: torch.device | str = "cpu") -> None:
     """Wait for a CUDA device; nothing on CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@dataclass
+class Turn:
+    """What was done in a turn, in units such as steps of an environment."""
+
+    units: float = 1.0
+
+
+@contextmanager
+def one_turn(name: str) -> Iterator[Turn]:
+    """Wait for the other process that is measured beside this one, if there is one (`commits.py`), and then let it on.
+
+    The seconds for each unit are then written down, turn by turn, where ``MEASURED_BESIDE`` says.
+    """
+    done = Turn()
+    mine, theirs, log = os.environ.get("MEASURED_BESIDE", ",,").split(",")
+    if mine and not os.read(int(mine), 1):
+        raise SystemExit("the process that is measured beside this one has ended")
+    start = perf_counter()
+    try:
+        yield done
+    finally:
+        seconds = (perf_counter() - start) / done.units
+        if mine:
+            with Path(log).open("a") as file:
+                file.write(f"{name}\t{seconds}\n")
+            with suppress(BrokenPipeError):  # the other one has ended
+                os.write(int(theirs), b".")
 
 
 def measure(
@@ -45,11 +76,12 @@ def measure(
         for name in functions if number % 2 == 0 else reversed(list(functions)):
             prepare[name]()
             synchronize(device)
-            start = clock()
-            for _ in range(turn):
-                functions[name]()
-            synchronize(device)
-            seconds[name].append((clock() - start) / turn)
+            with one_turn(name):
+                start = clock()
+                for _ in range(turn):
+                    functions[name]()
+                synchronize(device)
+                seconds[name].append((clock() - start) / turn)
     return seconds
 
 

@@ -15,6 +15,7 @@ import agents
 from agents.base import NaturalPolicyAlgorithm
 from envs import VecNormalize
 from envs.atari import Game
+from envs.seeding import RUN_SEEDS
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
 
 __all__ = ["ALGORITHMS", "PRESET_KEYS", "RunConfig", "hyperparameters_of", "load_preset", "resolve"]
@@ -93,7 +94,7 @@ class RunConfig:
         for name in ("timesteps", "n_envs", "eval_episodes", *filled_in, "threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
-        require(0 <= self.seed < 2**28, "seed", self.seed, "at least 0 and less than 2**28")
+        require(0 <= self.seed < RUN_SEEDS, "seed", self.seed, "at least 0 and less than 2**28")
         _device(self.device)
 
     def check_device(self) -> None:

@@ -48,6 +48,9 @@ DIFFERENCES = {
 }
 """What EnvPool's task does otherwise than Gymnasium's, by the beginning of its id, where that was looked into."""
 
+# Made for several players, whatever they say: EnvPool's VizDoom ends the whole process when one of them is reset.
+_ENDS_THE_PROCESS = {"Cig-v1", "MultiDuel-v1"}
+
 # What is ours to set, or means something else than Gymnasium's argument of that name.
 _RESERVED = {
     "base_path",
@@ -120,6 +123,11 @@ class EnvPoolVecEnv(ArrayVecEnv):
         env_id: str | None = None,
     ) -> None:
         config = dict(config or {})
+        if task in _ENDS_THE_PROCESS:
+            raise ValueError(
+                f"env_id={task!r} cannot be used: it is made for several players, and EnvPool's VizDoom would end this "
+                "process. Choose a task of one player, such as Basic-v1."
+            )
         if unknown := set(config) - options(task):
             raise ValueError(
                 f"env_kwargs has {sorted(unknown)}, but EnvPool's {task} takes only {sorted(options(task))}. Use "

@@ -313,7 +313,7 @@ def test_options_reach_the_task_and_unknown_ones_are_named():
         EnvPoolVecEnv("HalfCheetah-v5", config={"num_threads": 4})
 
 
-@pytest.mark.parametrize("task", ["IntersectionMultiAgent-v0", "Chess-v1"])
+@pytest.mark.parametrize("task", ["IntersectionMultiAgent-v0", "Chess-v1", "Cig-v1", "MultiDuel-v1"])
 def test_tasks_with_several_actions_or_players_are_refused(task):
     with pytest.raises(ValueError, match=f"'{task}' cannot be used"):
         EnvPoolVecEnv(task)

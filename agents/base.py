@@ -7,7 +7,7 @@ Collecting is in `agents.collect`, an update in `agents.update`. An algorithm is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Literal, Self
@@ -117,7 +117,9 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         check=partial(kind, kinds=dict, what="a dict of arguments of the buffer"),
         doc="its arguments.",
     )
-    normalize_advantage: bool = option(default=True, check=flag, doc="normalise advantages over the batch.")
+    normalize_advantage: bool = option(
+        default=True, check=flag, doc="take their mean from the advantages, and divide them by their deviation."
+    )
     sub_sampling_factor: int = option(
         default=1,
         check=partial(whole, low=1),
@@ -150,6 +152,14 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         "gradient of a Gaussian likelihood.",
         keyword=True,
     )
+    advantage_deviation: Literal["batch", "running"] = option(
+        default="batch",
+        check=partial(one_of, known=("batch", "running")),
+        doc='the deviation by which normalised advantages are divided: ``"batch"`` for that of the rollout, '
+        '``"running"`` for its root mean square over all updates so far. With it the size of the advantages says how '
+        "much there is to gain; a step that fills its radius does not depend on it.",
+        keyword=True,
+    )
     train_shared_features: bool = option(
         default=False,
         check=flag,
@@ -164,6 +174,9 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
     fisher_fraction = 1.0
     preconditioner: Preconditioner | None = None
     metric: Metric = "fisher"
+
+    advantage_variance: Sequence[float] = (0, 0.0)
+    """How many batches of advantages there were, and the mean of their variances."""
 
     sb3_contrib_options: ClassVar[dict[str, Any]] = {}
     """Options with which this algorithm is that of ``sb3_contrib``."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-__all__ = ["all_finite", "flag", "kind", "not_finite", "not_finite_in", "number", "one_of", "whole"]
+__all__ = ["all_finite", "flag", "kind", "not_finite", "not_finite_in", "number", "one_of", "positive_or_none", "whole"]
 
 
 def number(name: str, value: Any, low: float, high: float = inf, *, above: bool = False) -> None:
@@ -30,6 +30,12 @@ def number(name: str, value: Any, low: float, high: float = inf, *, above: bool 
     x = float(value)
     if not (x > low or (x == low and not above)) or not (x < high or x == high < inf):
         raise ValueError(f"{name} must lie in {interval}, got {value}")
+
+
+def positive_or_none(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a finite number above zero; raises as `number`."""
+    if value is not None:
+        number(name, value, 0, above=True)
 
 
 def whole(name: str, value: Any, low: int, high: float = inf) -> None:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from agents.base import NaturalStepAlgorithm
-from agents.checks import number
+from agents.checks import number, positive_or_none
 from agents.options import option
 from agents.update import Batch
 from npg.step import StepReport
 from npg.trust_region import TrustRegion
 
 __all__ = ["NPG"]
-
-
-def _step_size(name: str, value: Any) -> None:
-    if value is not None:
-        number(name, value, 0, above=True)
 
 
 class NPG(NaturalStepAlgorithm):
@@ -42,7 +36,7 @@ class NPG(NaturalStepAlgorithm):
     )
     step_size: float | None = option(
         default=None,
-        check=_step_size,
+        check=positive_or_none,
         doc="α of the fixed step, or None for the normalised one.",
         after="target_kl",
     )

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from agents.base import NaturalStepAlgorithm
-from agents.checks import number, one_of, whole
+from agents.checks import number, one_of, positive_or_none, whole
 from agents.options import option
 from agents.update import Batch
 from npg.step import StepReport
@@ -54,6 +54,14 @@ class TRPO(NaturalStepAlgorithm):
     target_kl: float = option(
         default=0.01, check=partial(number, low=0, above=True), doc="δ, in nats.", after="normalize_advantage"
     )
+    step_size: float | None = option(
+        default=None,
+        check=positive_or_none,
+        doc="the largest multiple of the natural gradient, α > 0; None for no limit but the radius. A step within the "
+        "radius is then no longer than the one of mirror descent, max gᵀd − dᵀFd/2α: where there is little to gain, "
+        'it is short. Give ``advantage_deviation="running"`` with it.',
+        keyword=True,
+    )
     kl_direction: KLDirection = option(
         default="old_new",
         check=partial(one_of, known=("old_new", "new_old")),
@@ -90,5 +98,8 @@ class TRPO(NaturalStepAlgorithm):
         if self.kl_reduction == "mean" and isinstance(self.action_space, spaces.Box | spaces.MultiBinary):
             n = int(np.prod(self.action_space.shape))
         return self.natural_step(
-            batch, trust_region=replace(region, radius=n * region.radius), damping=n * self.cg_damping
+            batch,
+            trust_region=replace(region, radius=n * region.radius),
+            learning_rate=self.step_size,
+            damping=n * self.cg_damping,
         )

@@ -114,14 +114,12 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
 
 def batch_of(agent: NaturalPolicyAlgorithm, rollout: Any) -> Batch:
     """The rollout as the actor's step takes it; every k-th row of a shuffle with ``sub_sampling_factor`` k."""
-    actor, group = agent.networks.actor, agent.process_group
+    actor = agent.networks.actor
     n, k = len(rollout.advantages), agent.sub_sampling_factor
     part = slice(None) if k == 1 else torch.randperm(n, device=agent.device)[::k]
     inputs, advantages = actor.prepare(rows(rollout.observations, part)), rollout.advantages[part]
     if agent.normalize_advantage:
-        mean, variance = moments(advantages, group)
-        n = len(advantages) * size(group)
-        advantages = (advantages - mean) / ((variance * n / max(n - 1, 1)).sqrt() + 1e-8)
+        advantages = normalized(agent, advantages)
     return Batch(
         inputs=inputs,
         curvature_inputs=random_part(inputs, agent.fisher_fraction),
@@ -129,6 +127,21 @@ def batch_of(agent: NaturalPolicyAlgorithm, rollout: Any) -> Batch:
         old_log_likelihood=rollout.old_log_prob[part],
         advantages=advantages,
     )
+
+
+def normalized(agent: NaturalPolicyAlgorithm, advantages: Tensor) -> Tensor:
+    """Advantages without their mean, over the deviation of this batch or of all batches so far.
+
+    The deviation of all lets their size say how much there is to gain: where it is small, so is the gradient.
+    """
+    mean, variance = moments(advantages, agent.process_group)
+    n = len(advantages) * size(agent.process_group)
+    variance = variance * n / max(n - 1, 1)
+    if agent.advantage_deviation == "running":
+        batches, before = agent.advantage_variance
+        agent.advantage_variance = batches + 1, before + (float(variance) - before) / (batches + 1)
+        variance = torch.full_like(variance, agent.advantage_variance[1])
+    return (advantages - mean) / (variance.sqrt() + 1e-8)
 
 
 def surrogate(family: Family, batch: Batch) -> Callable[[Tensor], Tensor]:
@@ -213,7 +226,7 @@ def restored_on_error(
     """Put back all that an update moves, the policy and these, if an error or an interrupt leaves the block."""
     states = [copy_of_state(owner) for owner in optimizers]
     parameters = [(p, p.detach().clone()) for p in agent.policy.parameters()]
-    buffers, damping = Buffers(agent.policy), agent.critic_damping
+    buffers, damping, variance = Buffers(agent.policy), agent.critic_damping, agent.advantage_variance
 
     def restore() -> None:
         for owner, state in zip(optimizers, states):
@@ -221,6 +234,6 @@ def restored_on_error(
         for p, before in parameters:
             p.data.copy_(before)
         buffers.restore()
-        agent.critic_damping = damping
+        agent.critic_damping, agent.advantage_variance = damping, variance
 
     return undone_on_error(restore)

@@ -17,7 +17,7 @@ from agents import MDPO, NPG, TRPO, base
 from agents import critic as critics
 from agents.buffer import random_part
 from agents.critic import AdamCritic
-from agents.update import copy_of_state
+from agents.update import batch_of, copy_of_state
 
 torch.set_num_threads(1)
 
@@ -50,7 +50,11 @@ def state_of(model: Any) -> dict[str, Any]:
         owners["actor_optimizer"] = model.actor_optimizer
     assert sorted(owners) == sorted(names)
     states = {name: copy_of_state(owner) for name, owner in owners.items()}
-    return states | {"damping": model.critic_damping, "updates": model._n_updates}
+    return states | {
+        "damping": model.critic_damping,
+        "updates": model._n_updates,
+        "variance": tuple(model.advantage_variance),
+    }
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -213,6 +217,19 @@ def test_an_update_whose_critic_fails_changes_nothing_and_the_next_one_learns(al
     assert not torch.equal(model.policy.value_net.weight, before["policy"]["value_net.weight"])
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_a_failed_update_does_not_count_in_the_running_deviation(critic):
+    model = filled(critic=critic, advantage_deviation="running")
+    model.train()
+    before = state_of(model)
+    assert before["variance"][0] == 1
+    assert before["variance"][1] > 0
+    refilled(model).rollout_buffer.returns[3, 0] = np.nan
+    with pytest.raises(FloatingPointError, match="critic's loss"):
+        model.train()
+    assert_same(state_of(model), before)
+
+
 def test_moments_that_overflow_are_not_kept():
     model = filled()
     before = state_of(model)
@@ -235,6 +252,63 @@ def test_an_interrupt_changes_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.train()
     assert_same(state_of(model), before)
+
+
+# ------------------------------------------------------------------------------------ how long a step is without a gain
+
+
+def surrogate_advantages(model: Any, values: np.ndarray) -> torch.Tensor:
+    model.rollout_buffer.advantages[:] = values
+    rollout = next(model.rollout_buffer.get(batch_size=None))
+    return batch_of(model, rollout).advantages
+
+
+def test_running_deviation_is_the_root_mean_square_over_all_updates(tmp_path):
+    model = filled(advantage_deviation="running")
+    noise = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    variances = []
+    for deviation in (2.0, 0.01, 3.0):
+        variances.append(deviation**2)
+        advantages = surrogate_advantages(model, deviation * noise + 5.0)
+        # the size of the advantages is kept in units of all that were seen
+        expected = torch.as_tensor(deviation * noise / np.sqrt(np.mean(variances))).T.flatten()
+        torch.testing.assert_close(advantages.sort().values.double(), expected.sort().values, rtol=1e-5, atol=1e-5)
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=model.env)
+    assert loaded.advantage_deviation == "running"
+    np.testing.assert_allclose(loaded.advantage_variance, [3, np.mean(variances)], rtol=1e-6)
+    assert tuple(filled().advantage_variance) == (0, 0.0)
+
+
+def test_trpo_with_a_step_size_is_natural_policy_gradient_within_the_radius():
+    def moved(model: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        model.train()
+        return nn.utils.parameters_to_vector(model.policy.parameters()), model.logger.name_to_value
+
+    fixed, _ = moved(filled(NPG, step_size=1e-3, n_critic_updates=0))
+    capped, log = moved(filled(TRPO, step_size=1e-3, n_critic_updates=0))
+    assert log["train/backtracks"] == 0
+    assert log["train/kl"] < 0.5 * 0.01
+    torch.testing.assert_close(capped, fixed, rtol=0, atol=0)
+    whole, log = moved(filled(TRPO, n_critic_updates=0))
+    assert log["train/predicted_kl"] == pytest.approx(0.01, rel=0.2)
+    torch.testing.assert_close(moved(filled(TRPO, step_size=1e6, n_critic_updates=0))[0], whole, rtol=0, atol=0)
+
+
+def test_a_capped_step_shrinks_with_the_advantages_and_a_full_one_does_not():
+    """Where all episodes go well what is left of the advantages is noise: it should move the policy little."""
+    norms = {}
+    for step_size in (None, 1e-3):
+        for size in (1.0, 1e-3):
+            model = filled(advantage_deviation="running", step_size=step_size, n_critic_updates=0)
+            model.advantage_variance = (99, 1.0)
+            noise = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+            model.rollout_buffer.advantages[:] = size * noise
+            model.train()
+            norms[step_size, size] = model.logger.name_to_value["train/step_norm"]
+    assert norms[None, 1e-3] == pytest.approx(norms[None, 1.0], rel=1e-2)
+    assert norms[1e-3, 1e-3] == pytest.approx(1e-3 * norms[1e-3, 1.0], rel=1e-2)
 
 
 # ---------------------------------------------------------------------------------------- what is not finite, and where

@@ -33,12 +33,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from npg.curvature.base import Curvature, Key, State
+from npg.curvature.stacks import Dimension, Owner, Stack, batched, normalised, rows, stacks
 
 #: Eigenvalues of F below this fraction of the largest are raised to it (Kaldi's δ).
 DELTA = 5e-4
@@ -141,20 +142,15 @@ def update_factors(factors: Factors, projected: Tensor, trace: Tensor, alpha: fl
     )
 
 
-_Key: TypeAlias = tuple[int, torch.dtype, torch.device]
-
-
 class _Axis(NamedTuple):
-    key: _Key  #: its dimension, and the dtype and device of the arithmetic
+    key: Dimension  #: its dimension, and the dtype and device of the arithmetic
     factors: Factors  #: views of the rows of `OnlinePreconditioner.factors[key]` that belong to it
 
 
 class Block(NamedTuple):
     """The tensors of one shape."""
 
-    indices: list[int]  #: places in the list of tensors
-    dtype: torch.dtype  #: of the arithmetic: the tensors' own, at least float32
-    device: torch.device
+    stack: Stack
     axes: list[_Axis]  #: those of dimension above 1, in order
 
 
@@ -190,37 +186,28 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
         self.alpha, self.eta = alpha, eta
         self._root: tuple[list[int], InverseRoot] | None = None
         self.sizes = [tensor.numel() for tensor in tensors]
-        shapes: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
-        for i, tensor in enumerate(tensors):
-            shapes[tensor.shape, torch.promote_types(tensor.dtype, torch.float32), tensor.device].append(i)
-
-        slots: dict[_Key, list[tuple[int, int, int]]] = defaultdict(list)  # one (block, axis, tensor) per factor
-        for number, ((shape, dtype, device), indices) in enumerate(shapes.items()):
-            for axis, dim in enumerate(shape):
+        found = stacks(tensors)
+        owners: dict[Dimension, list[Owner]] = defaultdict(list)
+        places: list[list[tuple[Dimension, int]]] = []  # of each stack's axes: batch, first row
+        for stack in found:
+            places.append([])
+            for axis, dim in enumerate(stack.shape):
                 if dim > 1 and rank > 0:
-                    slots[dim, dtype, device] += [(number, axis, i) for i in indices]
+                    key = (dim, stack.dtype, stack.device)
+                    places[-1].append((key, len(owners[key])))
+                    owners[key] += [(i, str(axis)) for i in stack.indices]
 
-        self.factors: dict[_Key, Factors] = {}
+        def make(count: int, key: Dimension) -> Factors:
+            return initial_factors(count, key[0], min((key[0] + 1) // 2, rank), alpha, *key[1:])
+
+        self.factors = batched(owners, make, states)
         self._views: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(tensors))}
-        for key, owners in slots.items():
-            dim = key[0]
-            factors = initial_factors(len(owners), dim, min((dim + 1) // 2, rank), alpha, *key[1:])
-            self.factors[key] = factors
-            for row, (_, axis, i) in enumerate(owners):
-                for name, tensor in zip(Factors._fields, factors, strict=True):
-                    if (saved := states[i].get(f"{name}_{axis}")) is not None:
-                        tensor[row].copy_(saved)
-                    states[i][f"{name}_{axis}"] = self._views[i][f"{name}_{axis}"] = tensor[row]
-
-        self.blocks: list[Block] = []
-        for number, ((shape, dtype, device), indices) in enumerate(shapes.items()):
-            axes = []
-            for axis, dim in enumerate(shape):
-                if (key := (dim, dtype, device)) in self.factors:
-                    start = slots[key].index((number, axis, indices[0]))
-                    rows = slice(start, start + len(indices))
-                    axes.append(_Axis(key, Factors(*(tensor[rows] for tensor in self.factors[key]))))
-            self.blocks.append(Block(indices, dtype, device, axes))
+        for i, axis in (owner for of in owners.values() for owner in of):
+            self._views[i].update({name: states[i][name] for name in (f"{field}_{axis}" for field in Factors._fields)})
+        self.blocks = [
+            Block(stack, [_Axis(key, rows(self.factors[key], start, len(stack.indices))) for key, start in axes])
+            for stack, axes in zip(found, places, strict=True)
+        ]
 
     def __call__(self, gradients: Sequence[Tensor], *, update: bool = False, first: bool = False) -> list[Tensor]:
         """Preconditioned gradients, (n, *shape) for each of `blocks`; each tensor keeps its gradient's norm.
@@ -229,15 +216,14 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
         """
         if not self.blocks:
             return []
-        with torch.autocast(self.blocks[0].device.type, enabled=False):
+        with torch.autocast(self.blocks[0].stack.device.type, enabled=False):
             return self._precondition(gradients, update, first)
 
     def _precondition(self, gradients: Sequence[Tensor], update: bool, first: bool) -> list[Tensor]:
-        statistics: dict[_Key, list[tuple[Tensor, ...]]] = defaultdict(list)
+        statistics: dict[Dimension, list[tuple[Tensor, ...]]] = defaultdict(list)
         out = []
         for block in self.blocks:
-            gradient = torch.stack([gradients[i] for i in block.indices]).to(block.dtype).contiguous()
-            x, unit = normalised(gradient)
+            x, unit = normalised(block.stack(gradients))
             gradient = x
             norm = _norms(gradient)
             for key, factors in block.axes:
@@ -251,7 +237,7 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
                 if update:
                     statistics[key].append((h @ x.mT, _norms(x), root_trace))
                 x = torch.baddbmm(x.mT, h.mT, factors.weight, alpha=-1)
-            scale = norm / _norms(x).clamp_min(torch.finfo(block.dtype).tiny)
+            scale = norm / _norms(x).clamp_min(torch.finfo(x.dtype).tiny)
             x = x.view_as(gradient) * scale.view(-1, *[1] * (gradient.ndim - 1))
             out.append(x.mul_(unit))
         for key, parts in statistics.items():
@@ -327,12 +313,13 @@ class InverseRoot:
         self._blocks: list[tuple[Block, list[tuple[Tensor, Tensor]], Tensor]] = []
         # τ, by the first axis, which sees the gradient before it is preconditioned.
         squares = {id(b): b.axes[0].factors.trace() / b.axes[0].key[0] for b in preconditioner.blocks if b.axes}
-        weights = {id(b): self._sizes[b.indices[0]] for b in preconditioner.blocks}
+        weights = {id(b): self._sizes[b.stack.indices[0]] for b in preconditioner.blocks}
         entries = sum(weights[i] * len(tau) for i, tau in squares.items())
         parts = [weights[i] * tau.sum() / entries for i, tau in squares.items()]
         mean = torch.stack(parts).sum() if parts else torch.zeros(())
         for block in preconditioner.blocks:
-            axes, scale = [], torch.ones(len(block.indices), dtype=torch.float64, device=block.device)
+            indices, dtype = block.stack.indices, block.stack.dtype
+            axes, scale = [], torch.ones(len(indices), dtype=torch.float64, device=block.stack.device)
             if block.axes:
                 scale = (mean / torch.maximum(squares[id(block)], DELTA * mean)) ** 0.25
             for (dim, *_), factors in block.axes:
@@ -340,8 +327,8 @@ class InverseRoot:
                 kept = beta / (beta + d)  # I − E, without its cancellation
                 outside, inside = (dim - d.shape[-1]) * rho, d + rho.unsqueeze(-1)
                 scale = scale * (factors.trace() / (outside + (kept.square() * inside).sum(-1))) ** 0.25
-                axes.append((factors.weight.clone(), factors.weight / (1 + kept.sqrt()).to(block.dtype).unsqueeze(-1)))
-            self._blocks.append((block, axes, scale.to(block.dtype)))
+                axes.append((factors.weight.clone(), factors.weight / (1 + kept.sqrt()).to(dtype).unsqueeze(-1)))
+            self._blocks.append((block, axes, scale.to(dtype)))
 
     def __call__(self, v: Tensor) -> Tensor:
         """L v; (P,) → (P,), in the order of the tensors."""
@@ -352,24 +339,13 @@ class InverseRoot:
         parts = v.split(self._sizes)
         out = list(parts)
         for block, axes, scale in self._blocks:
-            x = torch.stack([parts[i] for i in block.indices]).to(block.dtype) * scale.unsqueeze(-1)
+            x = block.stack(parts) * scale.unsqueeze(-1)
             for weight, scaled in axes:  # turned round axis by axis, as in the preconditioner
                 x = x.view(len(x), weight.shape[-1], -1)
                 x = torch.baddbmm(x.mT, (scaled @ x).mT, weight, alpha=-1)
-            for i, row in zip(block.indices, x.view(len(x), -1).to(v.dtype), strict=True):
+            for i, row in zip(block.stack.indices, x.view(len(x), -1).to(v.dtype), strict=True):
                 out[i] = row
         return torch.cat(out)
-
-
-def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x / unit`` and the unit, a power of two for each x[n], (n, 1, …), so that no digit changes.
-
-    The largest entry is then in [1, 2); where that is 0, infinite or NaN, the unit is 1.
-    """
-    largest = x.reshape(len(x), -1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
-    mantissa, _ = torch.frexp(largest)  # in [½, 1)
-    unit = torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
-    return x / unit, unit
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def run(preconditioner: OnlinePreconditioner, row: list[torch.Tensor], t: int) -
     stacked = preconditioner(row, update=t < 10 or t % 4 == 0, first=t == 0)
     out: list[torch.Tensor] = [torch.empty(0)] * len(row)
     for block, tensors in zip(preconditioner.blocks, stacked, strict=True):
-        for i, tensor in zip(block.indices, tensors, strict=True):
+        for i, tensor in zip(block.stack.indices, tensors, strict=True):
             out[i] = tensor
     return out
 
@@ -295,7 +295,7 @@ def test_the_root_of_the_metric_equals_its_dense_twin(stream, alpha):
     want: list[torch.Tensor] = [torch.eye(size).double() for size in preconditioner.sizes]
     square = torch.full((len(SHAPES),), torch.nan).double()
     for block in preconditioner.blocks:
-        for row, i in enumerate(block.indices):
+        for row, i in enumerate(block.stack.indices):
             want[i] = torch.ones(1, 1).double()
             if block.axes:
                 want[i] = torch.ones(1, 1).double()

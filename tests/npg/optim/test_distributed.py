@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from npg import LevenbergMarquardt, families
-from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.optim import NGD, DiagonalNGD, KLShampoo, OnlineNGD
 from npg.parallel import open_world
 
 STEPS = 5
@@ -33,6 +33,8 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     if name == "online-ngd":
         return OnlineNGD(model.parameters(), 0.1, weight_decay=1e-3)
+    if name.startswith("kl-shampoo"):
+        return KLShampoo(model.parameters(), 0.05, weight_decay=1e-3, power=1.0 if name.endswith("1") else 0.5)
     if name == "diagonal-ngd":
         return DiagonalNGD(model, families.Categorical(), 0.05, probes=None)
     if name == "diagonal-ngd-online":
@@ -50,9 +52,9 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return NGD(model, families.Categorical(), **changes)
 
 
+OF_GRADIENTS = ["sgd", "online-ngd", "kl-shampoo", "kl-shampoo-1"]
 NAMES = [
-    "sgd",
-    "online-ngd",
+    *OF_GRADIENTS,
     "diagonal-ngd",
     "diagonal-ngd-online",
     "ngd",
@@ -69,7 +71,7 @@ NAMES = [
 def train(name: str, model: nn.Module, part: slice) -> Tensor:
     optimizer = make_optimizer(name, model)
     for x, y in batches():
-        if name in ("sgd", "online-ngd"):
+        if name in OF_GRADIENTS:
             optimizer.zero_grad()
             functional.cross_entropy(model(x[part]), y[part]).backward()
             optimizer.step()

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import functional
 
 from npg import Fisher, KroneckerFisher, StepReport, TrustRegion, families, natural_step
-from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.optim import NGD, DiagonalNGD, KLShampoo, OnlineNGD
 from npg.trust_region import LevenbergMarquardt
 
 FAMILY = families.Categorical()
@@ -192,6 +192,7 @@ def test_what_a_fisher_refuses(data):
 
 EVERY = {
     "online-ngd": lambda model: OnlineNGD(model.parameters(), 0.05, max_change=1.0),
+    "kl-shampoo": lambda model: KLShampoo(model.parameters(), 0.05, max_axis=3),
     "ngd": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1),
     "ngd-momentum": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, momentum=0.5, warm_start=0.9),
     "ngd-online": lambda model: NGD(model, FAMILY, lr=0.3, damping=0.1, damping_metric="online"),
@@ -205,7 +206,7 @@ EVERY = {
 
 def go(model, optimizer, steps, x, y):
     for _ in range(steps):
-        if isinstance(optimizer, OnlineNGD):
+        if isinstance(optimizer, (OnlineNGD, KLShampoo)):
             optimizer.zero_grad()
             functional.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -235,7 +236,7 @@ def test_distributed_checkpoints_resume_bit_for_bit(name, flat, data):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "online-ngd"])
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("online-ngd", "kl-shampoo")])
 def test_a_state_that_is_made_ahead_changes_no_step(name, data):
     model, twin = network(nn.LayerNorm(4)), network(nn.LayerNorm(4))
     optimizer, ahead = EVERY[name](model), EVERY[name](twin)
@@ -330,7 +331,7 @@ def test_every_method_refuses_the_same_parameters_by_name(kind, data):
     ways = [lambda: make(model) for make in MAKE.values()]  # noqa: B023 - called at once
     ways += [lambda: Fisher(model, x, FAMILY), lambda: KroneckerFisher(Fisher(model, x, FAMILY))]
     if kind in ("complex", "float8"):
-        ways.append(lambda: OnlineNGD(model.named_parameters(), 0.1))
+        ways += [lambda: OnlineNGD(model.named_parameters(), 0.1), lambda: KLShampoo(model.named_parameters())]
     for way in ways:
         with pytest.raises(ValueError, match=r"'odd'.*([Ss]et|convert)"):
             way()

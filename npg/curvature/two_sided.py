@@ -20,8 +20,8 @@ diagonal in place of L ⊗ R: v ← β v + (1 − β) g², V = M / (v + δ v̄)^
 
 **Powers.** With p = 1 by Cholesky's factorisation S_δ = C Cᵀ: S_δ^(−1) = C⁻ᵀ C⁻¹. Otherwise in a basis Q of
 eigenvectors: exact ones a few times at the start, and then by one step of orthogonal iteration, Q' R' = S_δ Q, with the
-diagonal of R' as the eigenvalues, whose product is then still that of S_δ's. That costs a few matrix products, where
-eigenvectors cost the time of some thirty. Either way S_δ^(−p) = B diag(d)^(−p) Bᵀ, and only B and d are kept.
+diagonal of R' as the eigenvalues, whose product is then still that of S_δ's. It costs a few matrix products in place of
+a whole eigenproblem. Either way S_δ^(−p) = B diag(d)^(−p) Bᵀ, and only B and d are kept.
 
 The factorisation Q' R' is Cholesky's of the Gram matrix, done twice, since Householder's is slow for small matrices.
 The columns are scaled to 1 first, so that the Gram matrix is near the identity wherever Q is near the eigenvectors.

@@ -16,6 +16,7 @@ from npg import optim
 from npg.families import Categorical
 from npg.runs.presets import check_names
 from npg.trust_region import LevenbergMarquardt
+from npg.vision import rivals
 
 __all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "takes_batches"]
 
@@ -27,8 +28,14 @@ _OF_GRADIENTS: Mapping[str, Callable[..., Optimizer]] = {
     "amsgrad": partial(torch.optim.Adam, amsgrad=True),
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
+    "muon": rivals.Muon,
+    "soap": rivals.soap,
+    "shampoo": rivals.shampoo,
     "online-ngd": optim.OnlineNGD,
+    "kl-shampoo": optim.KLShampoo,
 }
+#: Those of them that say themselves what weight decay reaches.
+_DECAY_THEMSELVES = (optim.OnlineNGD, optim.KLShampoo, rivals.Muon)
 #: Optimizers of a model and its predictive distribution: ``step(inputs, targets)`` does the whole step.
 _OF_BATCHES: Mapping[str, Callable[..., Optimizer]] = {
     "diagonal-ngd": optim.DiagonalNGD,
@@ -55,8 +62,8 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer that a name says, over `model`, with its constructor's own options.
 
-    PyTorch's optimizers decay weights with two axes or more, and biases and BatchNorm's parameters only with
-    `decay_all`; those of `npg.optim` say themselves what they decay.
+    PyTorch's optimizers, SOAP and Shampoo decay weights with two axes or more, and biases and BatchNorm's parameters
+    only with `decay_all`; those of `npg.optim`, and Muon, say themselves what they decay.
 
     Args:
         name: out of `OPTIMIZERS`.
@@ -67,7 +74,8 @@ def make_optimizer(
         process_group: what an optimizer that makes its own gradients averages them over.
 
     Raises:
-        ValueError: no such optimizer or no such option, with those that there are; or a value out of its range.
+        ValueError: no such optimizer or no such option, with those that there are; a value out of its range; or a
+            package that it needs is not installed.
     """
     check_optimizer(name, options)
     build = OPTIMIZERS[name]
@@ -77,7 +85,7 @@ def make_optimizer(
                 options = {**options, "damping_control": LevenbergMarquardt(**control)}
             return build(model, Categorical(), **options, process_group=process_group)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        if decay_all or build is optim.OnlineNGD:
+        if decay_all or build in _DECAY_THEMSELVES:
             return build(parameters, **options)
         weights = {"params": [p for p in parameters if p.ndim > 1]}
         others = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
@@ -87,12 +95,13 @@ def make_optimizer(
 
 
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse an unknown optimizer, an option that its constructor does not have, or one that is lacking.
+    """Refuse an optimizer that is unknown or not installed, an option that it does not have, or one that is lacking.
 
     Raises:
         ValueError: with the names that there are.
     """
     check_names("optimizer", [name], OPTIMIZERS)
+    rivals.check_installed(name)
     signature = inspect.signature(OPTIMIZERS[name]).parameters
     check_names("option", options, [o for o in signature if o not in _GIVEN_BY_THE_TRAINER], f"of {name}")
     if (control := options.get("damping_control")) is not None:

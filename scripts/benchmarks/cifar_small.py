@@ -6,7 +6,8 @@
 Both phases train with scripts/train_cifar.py, one process and one thread at a time, and go on where they were stopped.
 `tune` tries four learning rates for each optimizer for three epochs: three around a centre, and a fourth beside the
 best of them. `table` trains with the preset `small`, which holds the best of each, on three other seeds; the
-optimizers take turns, so that whatever else slows the machine down slows all of them.
+optimizers take turns, so that whatever else slows the machine down slows all of them. soap and shampoo need the extra
+`rivals`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ CENTRES = {
     "amsgrad": 3e-3,
     "rmsprop": 3e-3,
     "adagrad": 0.03,
+    "muon": 0.3,
+    "soap": 0.03,
+    "shampoo": 0.3,
     "online-ngd": 0.6,
+    "kl-shampoo": 0.03,
     "diagonal-ngd": 0.05,
     "kfac": 0.02,
     "ngd": 0.3,

@@ -20,15 +20,20 @@ from torch import nn
 from torch.nn import functional
 
 from npg import families
-from npg.optim import NGD, DiagonalNGD, OnlineNGD
+from npg.optim import NGD, DiagonalNGD, KLShampoo, OnlineNGD
 from npg.optim.base import UPDATE_PERIOD
-from npg.vision import model_from_name
+from npg.vision import model_from_name, rivals
 
 LR = 1e-3
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 GRADIENT = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), LR, momentum=0.9, weight_decay=1e-4),
     "adam": lambda m: torch.optim.Adam(m.parameters(), LR),
+    "muon": lambda m: rivals.Muon(m.parameters(), LR, weight_decay=1e-4),
+    "soap": lambda m: rivals.soap(m.parameters(), LR, precondition_frequency=UPDATE_PERIOD),
+    "shampoo": lambda m: rivals.shampoo(m.parameters(), LR, preconditioning_compute_steps=UPDATE_PERIOD),
+    "kl-shampoo": lambda m: KLShampoo(m.parameters(), LR, weight_decay=1e-4),
+    "kl-shampoo-natural": lambda m: KLShampoo(m.parameters(), LR, weight_decay=1e-4, power=1.0),
     "online-ngd": lambda m: OnlineNGD(m.parameters(), LR, weight_decay=1e-4),
     "online-ngd-report": lambda m: OnlineNGD(m.parameters(), LR, weight_decay=1e-4, decoupled_weight_decay=False),
 }

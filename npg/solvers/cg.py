@@ -160,7 +160,7 @@ def conjugate_gradient(
             k = max(10, i/10) of i iterations, by less than k·progress_tolerance·|φ| (Martens 2010, section 4.4,
             who takes 5e-4).
         residual_refresh: recompute the true residual b − (A + λI)x every so many iterations (one more product).
-        sync_every: look whether all is done every so many iterations; 1 on CPU, 8 on a GPU by default. In between,
+        sync_every: look whether all is done every so many iterations; 1 on CPU and 8 elsewhere by default. In between,
             finished columns stand still, so the answer does not depend on it.
 
     Returns:
@@ -178,7 +178,7 @@ def conjugate_gradient(
         raise ValueError(f"residual_refresh must be at least 1, got {residual_refresh}")
     if sync_every is not None and sync_every < 1:
         raise ValueError(f"sync_every must be at least 1, got {sync_every}")
-    sync_every = sync_every or (8 if b.is_cuda else 1)
+    sync_every = sync_every or (1 if b.device.type == "cpu" else 8)
     stop = _Stop(max_iterations, rtol, progress_tolerance, residual_refresh, sync_every)
     return _solve(_System(A, b, damping, preconditioner), x0, stop)
 

@@ -34,7 +34,7 @@ from npg.vision.timing import Mark, Stopwatch, peak_memory
 
 __all__ = ["Trainer", "TrainingStopped", "learning_rate_factor"]
 
-#: Steps between the looks that the host takes at a CUDA device; on the CPU, where looking is free, it is every step.
+#: Steps between the looks that the host takes at an accelerator; on the CPU, where looking is free, it is every step.
 LOOK_EVERY = 50
 #: DistributedDataParallel's option for copying the main process's buffers at every step, as this PyTorch calls it.
 _SYNC_BUFFERS = (
@@ -220,7 +220,7 @@ class Trainer:
         device, steps = self.world.device, len(self.loader)
         losses = torch.zeros(steps, device=device, dtype=torch.float64)
         correct = torch.zeros(2, device=device, dtype=torch.float64)
-        look_every = LOOK_EVERY if device.type == "cuda" else 1
+        look_every = 1 if device.type == "cpu" else LOOK_EVERY
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         reports: dict[str, list[float]] = {}

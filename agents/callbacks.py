@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
@@ -34,6 +36,9 @@ __all__ = [
 
 #: Vector steps between the looks that several processes take at whether one of them was told to stop.
 LOOK_EVERY = 32
+
+#: The columns of evaluations.csv with the seconds of training: on the wall, and of the processor.
+CLOCKS = ("train_seconds", "train_cpu_seconds")
 
 
 def evaluation_seed(config: RunConfig, *, final: bool = False) -> int:
@@ -151,7 +156,9 @@ class _Periodic(BaseCallback):
 class Evaluator(_Periodic):
     """Evaluates with deterministic actions and frozen statistics, and saves the best agent so far.
 
-    The environments are seeded alike each time, so that evaluations differ by the agent alone.
+    The environments are seeded alike each time, so that evaluations differ by the agent alone. Beside each stand the
+    seconds of training up to it, by the clock on the wall and of the processor; NaN once a run was stopped between two
+    evaluations, which no clock went on from.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder, env: VecEnv) -> None:
@@ -161,6 +168,15 @@ class Evaluator(_Periodic):
         self._best = max(earlier["mean_return"]) if earlier and len(earlier["mean_return"]) else float("-inf")
         self.last: Evaluation | None = None
         self.seconds = 0.0
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        earlier, done = self._folder.evaluations(), self.model.num_timesteps
+        self._trained = np.zeros(2)
+        if done:
+            at = np.flatnonzero(earlier.get("timesteps", np.empty(0)) == done)
+            self._trained += [earlier[name][at[-1]] if len(at) and name in earlier else math.nan for name in CLOCKS]
+        self._going = _clocks()
 
     def _act(self) -> None:
         self.evaluate()
@@ -176,8 +192,9 @@ class Evaluator(_Periodic):
         statistics = self.model.get_vec_normalize_env()
         if statistics is not None and isinstance(self._env, VecNormalize):
             self._env.obs_rms = statistics.obs_rms
+        self._trained += _clocks() - self._going
         e = evaluate(self.model, self._env, self._config.eval_episodes, evaluation_seed(self._config))
-        self._folder.add_evaluation(e.summary)
+        self._folder.add_evaluation(e.summary | dict(zip(CLOCKS, self._trained.round(3).tolist())))
         self.logger.record("eval/mean_return", e.mean_return)
         self.logger.record("eval/mean_length", e.mean_length)
         # Of equals the later: it had more data.
@@ -186,7 +203,12 @@ class Evaluator(_Periodic):
             save_agent(self.model, self._folder.best)
         self.last = e
         self.seconds += e.seconds
+        self._going = _clocks()
         return e
+
+
+def _clocks() -> npt.NDArray[np.float64]:
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 class Saver(_Periodic):

@@ -1,15 +1,19 @@
-"""The learning curve of a run as a picture."""
+"""The learning curve of a run as a picture, and those of several seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from agents.results import Curve
 from agents.runs import RunFolder
+from agents.statistics import common_steps, interquartile_mean
+from npg.runs.files import replacing
 
-__all__ = ["learning_curve"]
+__all__ = ["learning_curve", "seed_curves"]
 
 
 def learning_curve(folder: RunFolder) -> Path:
@@ -48,3 +52,23 @@ def learning_curve(folder: RunFolder) -> Path:
     path = folder.path / "learning_curve.png"
     figure.savefig(path)
     return path
+
+
+def seed_curves(path: Path, title: str, curves: Mapping[int, Curve]) -> None:
+    """Draw the evaluations of several seeds, and bold their interquartile mean where all of them are."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    curves = {seed: curve for seed, curve in curves.items() if len(curve.steps)}
+    for seed, curve in curves.items():
+        axes.plot(curve.steps, curve.returns, linewidth=1, alpha=0.6, marker=".", label=f"seed {seed}")
+    steps, returns = common_steps([(curve.steps, curve.returns) for curve in curves.values()])
+    if len(curves) > 1 and len(steps):
+        axes.plot(steps, interquartile_mean(returns), color="black", linewidth=2.5, label="interquartile mean")
+    axes.set_xlabel("training (environment steps)")
+    axes.set_ylabel("evaluation return")
+    axes.set_title(title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", frameon=False, ncols=2, fontsize="small")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")

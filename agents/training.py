@@ -35,7 +35,7 @@ from npg.runs.folder import refuse_existing
 from npg.runs.presets import check_names
 from npg.runs.signals import StopRequest
 
-__all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "find_agent", "resume", "start"]
+__all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "check", "find_agent", "resume", "start"]
 
 FINAL_EPISODES = 20
 MISTAKES = (*command_line.MISTAKES, TypeError, NotImplementedError, AssertionError, ImportError, GymnasiumError)
@@ -173,21 +173,38 @@ def start(config: RunConfig, run_dir: Path | None = None, command: str = "", wor
     def make() -> tuple[RunConfig, NaturalPolicyAlgorithm]:
         if run_dir is not None:
             refuse_existing(run_dir)
-        part = _part(config, world)
-        part.check_device()
-        _set_threads(config)
-        env = make_env(part, part.n_envs, config.seed, evaluation=False)
-        try:
-            policy = config.policy or _policy_for(env.observation_space)
-            model = _build(part, policy, normalized(env, config, training=True))
-            _draw_apart(model, config, world)
-        except BaseException:
-            env.close()
-            raise
-        return replace(config, policy=policy), model
+        return _make(config, world)
 
     config, model = world.main_first(make)
     return _joined(config, model, world, lambda: RunFolder.create(run_dir, config, command))
+
+
+def check(config: RunConfig) -> None:
+    """Raise what `start` would raise for such a run, and leave nothing.
+
+    Raises:
+        ValueError: as `start`.
+        ImportError: as `start`.
+    """
+    config.check_device()
+    _, model = _make(replace(config, device="cpu"), _ALONE)
+    model.get_env().close()  # type: ignore[union-attr]
+
+
+def _make(config: RunConfig, world: World) -> tuple[RunConfig, NaturalPolicyAlgorithm]:
+    """The agent with the environments of this process, and the run with its policy."""
+    part = _part(config, world)
+    part.check_device()
+    _set_threads(config)
+    env = make_env(part, part.n_envs, config.seed, evaluation=False)
+    try:
+        policy = config.policy or _policy_for(env.observation_space)
+        model = _build(part, policy, normalized(env, config, training=True))
+        _draw_apart(model, config, world)
+    except BaseException:
+        env.close()
+        raise
+    return replace(config, policy=policy), model
 
 
 def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:

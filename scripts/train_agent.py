@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,12 +12,14 @@ from pathlib import Path
 
 from agents.config import ALGORITHMS, RunConfig, resolve
 from agents.evaluation import check_video, table
-from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, find_agent, resume, start
+from agents.seeds import SeedsFolder, parse_seeds, summary_table
+from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, find_agent, resume, start
 from npg.parallel import World, open_world
 from npg.runs.command_line import Parser, command
 from npg.runs.presets import parse_settings
 
 USAGE = """train_agent.py ALGO ENV_ID [options]
+       train_agent.py ALGO ENV_ID --seeds 0-9 [--jobs N] [options]
        train_agent.py --resume RUN_DIR [options]"""
 EXAMPLES = """\
 examples:
@@ -24,6 +27,7 @@ examples:
   train_agent.py npg HalfCheetah-v5 --timesteps 1000000 --set target_kl=0.02
   train_agent.py trpo Hopper-v5 --set policy_kwargs.net_arch=[256,256]
   train_agent.py --resume runs/trpo-CartPole-v1-s0-1 --timesteps 400000
+  train_agent.py trpo Hopper-v5 --seeds 0-9 --jobs 2
   torchrun --nproc_per_node=4 train_agent.py trpo HalfCheetah-v5
 """
 
@@ -40,6 +44,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--timesteps", type=int, metavar="N", help="environment steps in all (default: the preset's)")
     add("--seed", type=int, metavar="S", help="seed of all random numbers (default: 0)")
+    add("--seeds", metavar="LIST", help="several, such as 0-9 or 0,3,7: a process and a run folder each")
     add(
         "--n-envs",
         type=int,
@@ -65,6 +70,12 @@ def make_parser() -> Parser:
         help="what runs the environments: envpool, gymnasium, or auto: the fastest that means the same (default: auto)",
     )
     add("--threads", type=int, metavar="N", help="threads of PyTorch and of EnvPool (default: their own)")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="how many of several seeds run at a time, and share the cores (default: 1)",
+    )
 
     add = parser.add_argument_group("run folder").add_argument
     add("--run-dir", type=Path, metavar="DIR", help="a folder that does not exist yet (default: runs/ALGO-ENV_ID-sS-n)")
@@ -72,7 +83,8 @@ def make_parser() -> Parser:
         "--resume",
         type=Path,
         metavar="RUN_DIR",
-        help="continue a run, or one of its checkpoints/*.zip; with --run-dir in a folder of its own",
+        help="continue a run, or one of its checkpoints/*.zip; with --run-dir in a folder of its own; or the folder of "
+        "several seeds",
     )
     add("--save-freq", type=int, metavar="N", help="steps between checkpoints (default: a fifth of all)")
 
@@ -90,12 +102,16 @@ def make_parser() -> Parser:
     return parser
 
 
+def refuse_changes(args: argparse.Namespace) -> None:
+    for name in ("seed", "n_envs", "backend", "preset", "set"):
+        if getattr(args, name) not in (None, []):
+            raise ValueError(f"--{name.replace('_', '-')} cannot go with --resume: a run keeps what it began with")
+
+
 def configure(args: argparse.Namespace) -> RunConfig:
     """The run that is asked for, or the one that is resumed as it was."""
     if args.resume is not None:
-        for name in ("seed", "n_envs", "backend", "preset", "set"):
-            if getattr(args, name) not in (None, []):
-                raise ValueError(f"--{name.replace('_', '-')} cannot go with --resume: a run keeps what it began with")
+        refuse_changes(args)
         config = find_agent(args.resume)[0].config
         return config if args.device is None else replace(config, device=args.device)
     if args.algo is None or args.env is None:
@@ -140,9 +156,62 @@ def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
     return 130 if outcome.interrupted else 0
 
 
+def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
+    """The folder of several seeds: a new one, or one that is resumed, with what changes."""
+    if "RANK" in os.environ:
+        raise ValueError("--seeds cannot go with torchrun: give --jobs, or start each seed by itself")
+    if args.seed is not None:
+        raise ValueError("--seed cannot go with --seeds: give one of the two")
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
+    seeds = () if args.seeds is None else parse_seeds(args.seeds)
+    options = parser.options_of(args, ("seeds", "jobs", "threads", "run_dir", "resume", "no_progress"))
+    if args.resume is None:
+        config = configure(args)
+        for seed in seeds:
+            replace(config, seed=seed)
+        check(config)
+        if args.video:
+            check_video(config)
+        return SeedsFolder.create(args.run_dir, config, seeds, options)
+    if args.run_dir is not None:
+        raise ValueError("--run-dir cannot go with several seeds that are resumed: they go on in their folder")
+    refuse_changes(args)
+    folder = SeedsFolder.open(args.resume)
+    for name, given, found in (("algorithm", args.algo, folder.algo), ("environment", args.env, folder.env)):
+        if given not in (None, found):
+            raise ValueError(f"the {name} of {folder.path} is {found}, not {given}")
+    folder = folder.going_on(seeds, options, args.timesteps)
+    folder.write()
+    return folder
+
+
+def train_seeds(args: argparse.Namespace, folder: SeedsFolder, parser: Parser) -> int:
+    at_once, seeds = args.jobs or 1, ", ".join(map(str, folder.seeds))
+    print(f"{folder.algo} on {folder.env}, seeds {seeds}, {at_once} at a time: {folder.path}", flush=True)
+    go_on = f"To continue:\n  python {sys.argv[0]} --resume {folder.path}"
+    with parser.training(go_on):
+        results = folder.run(Path(__file__).resolve(), at_once, args.threads, show=not args.no_progress)
+        folder.summarize(results)
+    print(f"\n{summary_table(results, {seed: folder.log(seed) for seed in folder.seeds})}\n\nfolder: {folder.path}")
+    states = {result.status for result in results}
+    if states <= {"done", "done before"}:
+        return 0
+    print(go_on)
+    return 1 if states & {"failed", "killed", "running elsewhere"} else 130
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
+    if args.seeds is not None or (args.resume is not None and SeedsFolder.is_one(args.resume)):
+        try:
+            folder = prepare_seeds(args, parser)
+        except MISTAKES as error:
+            parser.error(str(error))
+        return train_seeds(args, folder, parser)
+    if args.jobs is not None:
+        parser.error("--jobs is for several seeds: give --seeds, such as --seeds 0-9")
     with ExitStack() as stack:
         try:
             config = configure(args)

@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -52,6 +52,25 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         return namespace
+
+    def options_of(self, namespace: argparse.Namespace, without: Iterable[str] = ()) -> list[str]:
+        """The options of a namespace that are not at their defaults, as a command line takes them.
+
+        Args:
+            namespace: what `parse` returned.
+            without: names that are left out.
+        """
+        options = []
+        for action in self._actions:
+            value = getattr(namespace, action.dest, action.default)
+            if not action.option_strings or action.dest in without or value == action.default:
+                continue
+            name = action.option_strings[-1]
+            if action.nargs == 0:
+                options.append(name)
+            else:
+                options += [f"{name}={one}" for one in (value if isinstance(value, list) else [value])]
+        return options
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if os.environ.get("RANK", "0") == "0":

@@ -35,9 +35,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_columns(path: Path, skip: int = 0) -> dict[str, npt.NDArray[np.float64]]:
-    """The columns of a table of numbers, after `skip` lines of another kind; none where there is no file."""
+    """The columns of a table of numbers, after `skip` lines of another kind; none where there is no file.
+
+    An empty cell, of a row that is older than its column, is NaN.
+    """
     names, rows = _read(path, skip)
-    return {name: np.array([float(row[name]) for row in rows]) for name in names}
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -51,11 +54,14 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 class Table:
-    """A table to append to. An existing file is continued, and gains the columns that it lacks."""
+    """A table to append to. An existing file is continued without an incomplete last row, and gains what it lacks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._columns = _read(path, 0)[0]
+        self._columns, rows = _read(path, 0)
+        if self._columns and not path.read_bytes().endswith(b"\n"):  # a row would go on where a killed run's ended
+            write_rows(path, rows) if rows else path.unlink()
+            self._columns = self._columns if rows else []
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row at the end."""

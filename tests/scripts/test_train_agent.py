@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from agents.callbacks import Saver, evaluation_seed
 from agents.config import RunConfig, resolve
 from agents.evaluation import evaluate_saved
 from agents.runs import RunFolder
+from agents.seeds import SeedsFolder
 from agents.training import resume, start
 from npg.parallel import World
 
@@ -519,3 +522,157 @@ def test_processes_share_the_environments_evenly(tmp_path):
     with pytest.raises(ValueError, match=r"n_envs=8 must be a multiple of the 3 processes.*--n-envs 9"):
         start(config, tmp_path / "run", world=world)
     assert not (tmp_path / "run").exists()
+
+
+# Several seeds --------------------------------------------------------------------------------------------------------
+
+BREAKABLE = """
+import os, signal, sys
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Breakable(CartPoleEnv):
+    steps = 0
+
+    def step(self, action):
+        Breakable.steps += 1
+        if Breakable.steps == 200 and os.environ["BREAKS"] == "yes":
+            if "--seed=1" in sys.argv:
+                raise OSError("the pole broke")
+            if "--seed=2" in sys.argv:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+gymnasium.register("Breakable-v0", entry_point=Breakable, max_episode_steps=50)
+"""
+
+
+@pytest.fixture
+def breakable(tmp_path, monkeypatch):
+    """The module of an environment that breaks with seed 1, and kills its process with seed 2."""
+    (tmp_path / "breakable.py").write_text(BREAKABLE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return "breakable:Breakable-v0"
+
+
+def statuses(path):
+    summary = json.loads((path / "summary.json").read_text())
+    return {row["seed"]: row["status"] for row in summary["seeds"]}, summary["statistics"]
+
+
+def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "seeds"
+    monkeypatch.setenv("BREAKS", "yes")
+    arguments = ["trpo", breakable, "--timesteps", "256", *TINY, "--save-freq", "100", "--eval-freq", "256"]
+    arguments += ["--threads", "1"]
+    assert train_agent.main([*arguments, "--seeds", "0-2", "--jobs", "2", "--run-dir", str(path)]) == 1
+    found, numbers = statuses(path)
+    assert found == {0: "done", 1: "failed", 2: "killed"}
+    assert (numbers["seeds"], numbers["interval"]) == (1, None)
+    out, err = capsys.readouterr()
+    assert f"--resume {path}" in out
+    assert re.search(r"seed 1 failed: .*the pole broke", out)
+    assert str(path / "s1.log") in out
+    assert "seed 2 killed: by SIGKILL" in out
+    assert "seed 0 done, return " in err
+    assert "Traceback" not in err
+    assert (path / "learning_curves.png").is_file()
+    before = contents(path / "s0")
+    trained = TRPO.load(RunFolder(path / "s1").last.model).num_timesteps
+    assert 0 < trained < 256
+
+    monkeypatch.setenv("BREAKS", "no")
+    assert train_agent.main(["--resume", str(path), "--seeds", "3", "--threads", "1"]) == 0
+    assert contents(path / "s0") == before
+    found, numbers = statuses(path)
+    assert found == {0: "done before", 1: "done", 2: "done", 3: "done"}
+    assert numbers["seeds"] == 4
+    assert len((path / "s1" / "command.txt").read_text().splitlines()) == 2  # it went on, and did not begin again
+    returns = []
+    for seed in range(4):
+        folder = RunFolder(path / f"s{seed}")
+        assert folder.config.seed == seed
+        assert folder.final_timesteps == 256
+        returns.append(json.loads((folder.path / "final_evaluation.json").read_text())["last"]["mean_return"])
+    assert numbers["worst"] == min(returns)
+    assert numbers["median"] == pytest.approx(np.median(returns))
+    out, err = capsys.readouterr()
+    assert f"seed 0 done before: {path / 's0'}" in err
+    assert "95 % bootstrap" in out
+    # A seed alone is the same run.
+    alone = run([*arguments, "--seed", "3"], tmp_path / "alone")
+    np.testing.assert_array_equal(alone.training_episodes()["r"], RunFolder(path / "s3").training_episodes()["r"])
+
+
+def test_an_interrupt_stops_all_seeds_which_save(tmp_path):
+    path = tmp_path / "seeds"
+    options = ["--timesteps", "1000000", *TINY, "--eval-freq", "1000000", "--seeds", "0-2", "--jobs", "2"]
+    command = [sys.executable, str(SCRIPT), "trpo", "CartPole-v1", *options, "--run-dir", str(path)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if all((path / f"s{seed}" / "progress.csv").exists() for seed in (0, 1)):
+            break
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    out, err = parent.communicate(timeout=120)
+    assert parent.returncode == 130, err
+    assert f"--resume {path}" in out
+    assert "Traceback" not in err
+    assert statuses(path)[0] == {0: "stopped", 1: "stopped", 2: "waiting"}
+    for seed in (0, 1):
+        assert TRPO.load(RunFolder(path / f"s{seed}").last.model).num_timesteps > 0
+        assert "stopped and saved at step" in (path / f"s{seed}.log").read_text()
+    assert not (path / "s2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "3-1"], "seeds must be numbers and ranges, such as 0-9 or 0,3,7; got '3-1'"),
+        (["--seeds", "0-2", "--seed", "1"], "--seed cannot go with --seeds"),
+        (["--seeds", "0-2", "--jobs", "0"], "--jobs must be at least 1; got 0"),
+        (["--seeds", "268435456"], "seed must be at least 0 and less than 2**28"),
+        (["--seeds", "0-2", "--set", "target_kl=-1"], "target_kl"),
+        (["--seeds", "0-2", "--device", "cuda:99"], "CUDA devices"),
+        (["--jobs", "2"], "--jobs is for several seeds: give --seeds"),
+    ],
+)
+def test_seeds_that_cannot_be_are_refused_before_anything_is_created(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(["trpo", "CartPole-v1", *arguments], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_seeds_keep_what_they_began_with(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "seeds"
+    folder = SeedsFolder.create(path, resolve("trpo", "CartPole-v1", timesteps=100), (0, 1), [])
+    before = contents(path)
+    for arguments, message in (
+        (["--set", "gamma=0.9"], "--set cannot go with --resume"),
+        (["--run-dir", tmp_path / "other"], "--run-dir cannot go with several seeds"),
+        (["npg", "CartPole-v1"], "is trpo, not npg"),
+        (["--seed", "1"], "--seed cannot go with --seeds"),
+    ):
+        assert message in refused(["--resume", path, *arguments], capsys)
+    assert "--resume" in refused(["trpo", "CartPole-v1", "--seeds", "0-1", "--run-dir", path], capsys)
+    monkeypatch.setenv("RANK", "0")
+    assert "torchrun" in refused(["trpo", "CartPole-v1", "--seeds", "0-1"], capsys)
+    assert contents(path) == before
+    assert SeedsFolder.open(path) == folder
+
+
+def test_the_clock_of_training_goes_on_where_it_can(copy):
+    first = copy.evaluations()
+    assert all(np.diff(first["train_seconds"]) > 0)
+    assert all(np.diff(first["train_cpu_seconds"]) > 0)
+    assert train_agent.main(["--resume", str(copy.path), "--timesteps", "1000", "--no-progress"]) == 0
+    seconds = copy.evaluations()["train_seconds"]
+    assert all(np.diff(seconds) > 0)  # 640 steps were evaluated: nothing is lost
+    # From a checkpoint that was not evaluated in this folder nobody knows.
+    branch = RunFolder(copy.path.parent / "branch")
+    checkpoint = copy.checkpoints / "model_256_steps.zip"
+    arguments = ["--resume", str(checkpoint), "--run-dir", str(branch.path), "--timesteps", "400", "--no-progress"]
+    assert train_agent.main(arguments) == 0
+    assert np.isnan(branch.evaluations()["train_seconds"]).all()

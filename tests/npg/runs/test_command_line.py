@@ -1,6 +1,7 @@
 import errno
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,23 @@ def test_mistakes_end_in_one_line(
     assert err.startswith(f"{parser.prog}: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_options_are_written_as_they_were_read() -> None:
+    parser = Parser("x", "X.")
+    add = parser.add_argument
+    add("what", nargs="?")
+    add("--set", action="append", default=[])
+    add("--steps", type=int)
+    add("--quiet", action="store_true")
+    add("--run-dir", type=Path)
+    given = ["it", "--set", "a=-1", "--steps", "0", "--set=b=[1, 2]", "--quiet", "--run-dir", "a b"]
+    args = parser.parse(given)
+    options = parser.options_of(args)
+    assert options == ["--set=a=-1", "--set=b=[1, 2]", "--steps=0", "--quiet", "--run-dir=a b"]
+    assert parser.parse(["it", *options]) == args
+    assert parser.options_of(args, ("set", "quiet")) == ["--steps=0", "--run-dir=a b"]
+    assert parser.options_of(parser.parse([])) == []
 
 
 def test_one_process_speaks_for_all(

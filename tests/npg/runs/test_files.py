@@ -68,6 +68,20 @@ def test_an_incomplete_last_row_is_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_columns(path)["a"], [1.0])
 
 
+def test_a_row_is_not_appended_to_an_incomplete_one(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    for content, kept in (("a,b\n1,2\n3", [["1", "2"]]), ("a,b\n1,2\n", [["1", "2"]]), ("a,", [])):
+        path.write_text(content)
+        Table(path).append({"a": 4, "b": 5})
+        assert [list(row.values()) for row in read_rows(path)] == [*kept, ["4", "5"]]
+
+
+def test_an_empty_cell_is_not_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    write_rows(path, [{"a": 1}, {"a": 2, "b": 3}])
+    np.testing.assert_array_equal(read_columns(path)["b"], [np.nan, 3.0])
+
+
 def test_rows_are_replaced_as_one(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     write_rows(path, [{"a": 1}, {"a": 2, "b": 3}])

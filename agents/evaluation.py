@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
@@ -23,7 +24,7 @@ from agents.config import RunConfig
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
 
-__all__ = ["Evaluation", "check_video", "evaluate", "evaluate_saved", "make_env", "record_video", "table"]
+__all__ = ["Evaluation", "check_video", "evaluate", "evaluate_saved", "film", "make_env", "record_video", "table"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,23 @@ def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, de
     """
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
+    frames, fps, episode = film(files, config, seed, deterministic)
+    # The encoder needs even sides.
+    frames = [np.ascontiguousarray(f[: f.shape[0] // 2 * 2, : f.shape[1] // 2 * 2]) for f in frames]
+    path.parent.mkdir(exist_ok=True)
+    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None, audio=False)
+    return episode
+
+
+def film(
+    files: SavedAgent, config: RunConfig, seed: int, deterministic: bool = True
+) -> tuple[list[npt.NDArray[np.uint8]], float, Evaluation]:
+    """One episode of a saved agent: a frame (height, width, 3) for each step, frames per second, and its return.
+
+    Raises:
+        ValueError: if the agent cannot be loaded, as `evaluate_saved`.
+        FloatingPointError: as `evaluate`.
+    """
     model, env = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
     started = time.perf_counter()
     try:
@@ -237,18 +255,9 @@ def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, de
         fps = (env.get_attr("metadata")[0] or {}).get("render_fps", 30)
     finally:
         env.close()
-    # The encoder needs even sides.
-    frames = [np.ascontiguousarray(f[: f.shape[0] // 2 * 2, : f.shape[1] // 2 * 2]) for f in frames]
-    path.parent.mkdir(exist_ok=True)
-    ImageSequenceClip(frames, fps=fps).write_videofile(str(path), logger=None, audio=False)
-    return Evaluation(
-        model.num_timesteps,
-        (float(episode["r"]),),
-        (int(episode["l"]),),
-        time.perf_counter() - started,
-        deterministic,
-        seed,
-    )
+    seconds = time.perf_counter() - started
+    returns, lengths = (float(episode["r"]),), (int(episode["l"]),)
+    return frames, fps, Evaluation(model.num_timesteps, returns, lengths, seconds, deterministic, seed)
 
 
 def _rendering_env(config: RunConfig, seed: int) -> VecEnv:

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,7 +67,11 @@ def is_finished(run_dir: Path, timesteps: int | None = None) -> bool:
 
 
 def run_command(
-    script: Path, run_dir: Path, begin: Sequence[str], changes: Sequence[str] = (), timesteps: int | None = None
+    script: Path,
+    run_dir: Path,
+    begin: Sequence[str],
+    changes: Sequence[str] = (),
+    timesteps: int | None = None,
 ) -> list[str] | None:
     """The command that begins a run or goes on with it, as train_agent.py takes it; None if it is finished.
 
@@ -95,7 +100,7 @@ class SeedResult:
 
     Attributes:
         seed: the seed.
-        status: as of `npg.runs.jobs.End`, or ``done before``.
+        status: as of `npg.runs.jobs.End`.
         reason: why it failed, or was killed.
         result: what its run came to; None before its end.
     """
@@ -203,34 +208,24 @@ class SeedsFolder:
             threads = threads_for(at_once)
         changes = (*self.changes, *([f"--threads={threads}"] if threads else []))
         environment = {"OMP_NUM_THREADS": str(threads)} if threads else None
-        before, jobs = [], {}
+        jobs = {}
         for seed in self.seeds:
             begin = [self.algo, self.env, *self.options, f"--seed={seed}"]
-            command = run_command(script, self.run_dir(seed), begin, changes, self.timesteps)
-            if command is None:
-                before.append(seed)
-                print(f"seed {seed} done before: {self.run_dir(seed)}", file=sys.stderr, flush=True)
-            else:
-                jobs[Job(f"seed {seed}", command, self.log(seed), self._progress(seed))] = seed
+            command = partial(run_command, script, self.run_dir(seed), begin, changes, self.timesteps)
+            shown = partial(progress, self.run_dir(seed), self.timesteps)
+            jobs[Job(f"seed {seed}", command, self.log(seed), shown)] = seed
+
+        def result(seed: int, end: End) -> Result | None:
+            return read_result(RunFolder(self.run_dir(seed))) if end.status in ("done", "done before") else None
 
         def ended(job: Job, end: End) -> str:
-            result = read_result(RunFolder(self.run_dir(jobs[job]))) if end.status == "done" else None
-            return "" if result is None else f"return {result.return_mean:.1f} ± {result.return_std:.1f}"
+            found = result(jobs[job], end)
+            return "" if found is None else f"return {found.return_mean:.1f} ± {found.return_std:.1f}"
 
         ends = run_jobs(jobs, at_once, environment=environment, ended=ended, show=show)
-        states = {seed: End("done") for seed in before} | {jobs[job]: end for job, end in ends.items()}
         return [
-            SeedResult(
-                seed,
-                "done before" if seed in before else states[seed].status,
-                states[seed].reason,
-                read_result(RunFolder(self.run_dir(seed))) if states[seed].status == "done" else None,
-            )
-            for seed in self.seeds
+            SeedResult(seed, ends[job].status, ends[job].reason, result(seed, ends[job])) for job, seed in jobs.items()
         ]
-
-    def _progress(self, seed: int) -> Any:
-        return lambda: progress(self.run_dir(seed), self.timesteps)
 
     def summarize(self, results: Sequence[SeedResult]) -> None:
         """Write seeds.csv, summary.json and, if there is an evaluation, learning_curves.png."""

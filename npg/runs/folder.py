@@ -86,7 +86,8 @@ def versions(packages: Iterable[str]) -> dict[str, Any]:
     found["processors"] = os.cpu_count()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found["git_commit"] = _git("rev-parse", "HEAD")
-    found["git_modified"] = bool(_git("status", "--porcelain", "--untracked-files=no")) if found["git_commit"] else None
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs")
+    found["git_modified"] = bool(changes) if found["git_commit"] else None  # of the code: results go into docs
     return found
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
@@ -26,7 +26,7 @@ except ImportError:  # not a system with such locks
 
 __all__ = ["End", "Job", "Status", "run_jobs", "threads_for"]
 
-Status = Literal["done", "failed", "killed", "stopped", "waiting", "running elsewhere"]
+Status = Literal["done", "done before", "failed", "killed", "stopped", "waiting", "running elsewhere"]
 
 #: Seconds between two looks at the processes; between two lines of progress where there is no terminal; and that a
 #: process has to end after a second Ctrl-C.
@@ -39,13 +39,14 @@ class Job:
 
     Attributes:
         name: for the display.
-        command: as `subprocess.Popen` takes it.
-        log: the file to which its output is appended. While a process holds it, no second one is started.
+        command: gives what `subprocess.Popen` takes, or None where nothing is left to do; called when its turn comes.
+        log: the file to which its output is appended. While a process holds it, no second one is started, nor is
+            `command` called.
         progress: how far it is, in a few words.
     """
 
     name: str
-    command: Sequence[str]
+    command: Callable[[], Sequence[str] | None]
     log: Path
     progress: Callable[[], str] = lambda: ""
 
@@ -55,8 +56,9 @@ class End:
     """How a job ended.
 
     Attributes:
-        status: ``done``; ``failed`` by its own exit status; ``killed`` by a signal; ``stopped``, as it was told to;
-            ``waiting``, for it was not started any more; or ``running elsewhere``, for another process has its log.
+        status: ``done``; ``done before``, for nothing was left to do; ``failed`` by its own exit status; ``killed`` by
+            a signal; ``stopped``, as it was told to; ``waiting``, for it was not started any more; or ``running
+            elsewhere``, for another process has its log.
         reason: the last line of its output, or the name of the signal; empty where there is nothing to say.
         seconds: that it ran.
     """
@@ -111,10 +113,11 @@ def run_jobs(
                 try:
                     while waiting and len(running) < at_once and not stop.requested:
                         job = waiting.popleft()
-                        try:
-                            running[job] = _Process(job, os.environ | (environment or {}))
-                        except BlockingIOError:
-                            finish(job, End("running elsewhere"))
+                        started = _start(job, os.environ | (environment or {}))
+                        if isinstance(started, End):
+                            finish(job, started)
+                        else:
+                            running[job] = started
                     if stop.requested and not told:
                         told = 1
                         display.say("stopping: they finish their step and save; Ctrl-C again ends them at once")
@@ -137,31 +140,41 @@ def run_jobs(
     return {job: ends.get(job, End("waiting")) for job in jobs}
 
 
-class _Process:
-    """A job that runs.
+def _start(job: Job, environment: dict[str, str]) -> _Process | End:
+    """The process of a job, or why there is none.
 
     The lock of its log belongs to the open file, which the process inherits: it holds as long as the process does, also
     beyond the end of this one.
-
-    Raises:
-        BlockingIOError: if a process has the log already.
     """
-
-    def __init__(self, job: Job, environment: dict[str, str]) -> None:
-        self.job, self.started = job, time.perf_counter()
-        with job.log.open("ab") as log:
+    with job.log.open("ab") as log:
+        try:
             if fcntl is not None:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.begin = log.tell()
-            # A session of its own: the terminal's Ctrl-C comes to this process alone, which passes it on once.
-            self.process = subprocess.Popen(
-                job.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        except BlockingIOError:
+            return End("running elsewhere")
+        if (command := job.command()) is None:
+            return End("done before")
+        begin = log.tell()
+        # A session of its own: the terminal's Ctrl-C comes to this process alone, which passes it on once.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return _Process(job, process, begin)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A job that runs, and where its output begins in the log."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    begin: int
+    started: float = field(default_factory=time.perf_counter)
 
     def end(self, told: bool) -> End | None:
         """How it ended; None while it runs. A process that was told to stop is not to blame for how it did."""

@@ -599,7 +599,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     assert numbers["worst"] == min(returns)
     assert numbers["median"] == pytest.approx(np.median(returns))
     out, err = capsys.readouterr()
-    assert f"seed 0 done before: {path / 's0'}" in err
+    assert "seed 0 done before, return " in err
     assert "95 % bootstrap" in out
     # A seed alone is the same run.
     alone = run([*arguments, "--seed", "3"], tmp_path / "alone")

@@ -69,6 +69,23 @@ def test_the_commit_is_that_of_this_source() -> None:
     assert versions([])["git_commit"] == (commit or None)
 
 
+def test_results_in_docs_do_not_modify_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    for name in ("docs/results/x.csv", "npg/runs/folder.py", "scripts/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "npg" / "runs" / "folder.py"))
+    (tmp_path / "docs/results/x.csv").write_text("2")
+    assert versions([])["git_modified"] is False
+    (tmp_path / "scripts/a.py").write_text("2")
+    assert versions([])["git_modified"] is True
+
+
 def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object, **kwargs: object) -> None:
         raise FileNotFoundError

@@ -16,7 +16,7 @@ from npg.runs.jobs import End, Job, run_jobs, threads_for
 
 
 def job(name: str, code: str, folder: Path) -> Job:
-    return Job(name, [sys.executable, "-c", textwrap.dedent(code)], folder / f"{name}.log")
+    return Job(name, lambda: [sys.executable, "-c", textwrap.dedent(code)], folder / f"{name}.log")
 
 
 def outcome(end: End) -> tuple[str, str]:
@@ -73,12 +73,15 @@ def test_no_more_than_so_many_run_at_a_time(tmp_path: Path) -> None:
 
 def test_a_job_whose_log_a_process_holds_is_not_started(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
-    first, second = job("first", "", tmp_path), job("second", "", tmp_path)
+    second, called = job("second", "", tmp_path), []
+    first = Job("first", lambda: called.append(1), tmp_path / "first.log")
     with first.log.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         ends = run_jobs([first, second], 1)
     assert [end.status for end in ends.values()] == ["running elsewhere", "done"]
-    assert run_jobs([first], 1)[first].status == "done"
+    assert called == []
+    assert run_jobs([first], 1)[first].status == "done before"
+    assert called == [1]
 
 
 PARENT = """
@@ -98,8 +101,10 @@ while len(told) < int(sys.argv[2]):
 Path(sys.argv[1]).write_text(str(len(told)))
 sys.exit(130)
 '''
-jobs = [Job(f"j{i}", [sys.executable, "-c", child, str(folder / f"j{i}.mark"), sys.argv[2]], folder / f"j{i}.log")
-        for i in range(3)]
+def command(i):
+    return lambda: [sys.executable, "-c", child, str(folder / f"j{i}.mark"), sys.argv[2]]
+
+jobs = [Job(f"j{i}", command(i), folder / f"j{i}.log") for i in range(3)]
 ends = run_jobs(jobs, 2)
 print([end.status for end in ends.values()])
 """

@@ -1,0 +1,370 @@
+r"""Draw the returns of scripts/benchmarks/returns.py, and write the tables of docs/benchmarks.md.
+
+    python scripts/figures/returns.py --csv docs/results/returns.csv --out docs/results
+    python scripts/figures/returns.py --csv docs/results/returns.csv --table docs/benchmarks.md
+
+Pictures: ``returns_steps.png`` and ``returns_seconds.png``, evaluations over environment steps and over processor
+seconds of training, interquartile mean of the seeds with its 95 % bootstrap interval; ``returns_bars.png``, the final
+policies beside what shall be reached and what is published; ``returns_profiles.png``, the fraction of all runs whose
+final return is at least so much, where 0 is a random policy's and 1 is what shall be reached.
+
+Of runs with the same configuration, algorithm, task, seed and number of steps the last row counts. The pictures and
+the first two tables have the preset's runs of the seeds below 100, with as many steps as returns.yaml or the preset
+say; the third those with more steps; the last compares configurations on the seeds that they have in common.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from style import BLACK, BLUE, GREEN, GREY, PURPLE, VERMILION, WIDTH, save
+
+from agents.config import ALGORITHMS, resolve
+from agents.statistics import bootstrap_interval, common_steps, interquartile_mean, performance_profile
+from npg.runs.files import read_rows, replacing
+from npg.runs.presets import read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ROOT / "scripts" / "benchmarks" / "returns.yaml"
+#: What the algorithms are called in pictures and tables, and their colours.
+NAMES = {
+    "trpo": ("TRPO", BLUE),
+    "npg": ("NPG", VERMILION),
+    "mdpo": ("MDPO", PURPLE),
+    "sb3-ppo": ("PPO (SB3)", GREEN),
+    "contrib-trpo": ("TRPO (sb3-contrib)", GREY),
+}
+TUNING = 100  # seeds from here on chose settings, and are not reported
+Row = dict[str, str]
+
+
+def tasks() -> dict[str, dict[str, Any]]:
+    """The tasks of all suites in their order, with what shall be reached."""
+    content = read_yaml(TASKS)
+    return {task: entry for suite in ("mujoco", "classic") for task, entry in content[suite].items()}
+
+
+def steps_of(task: str) -> int:
+    """With how many steps a task is reported."""
+    return int(tasks()[task].get("timesteps") or resolve("trpo", task).timesteps)
+
+
+def newest(rows: Iterable[Row], *more: str) -> list[Row]:
+    """The last row of each run; `more` names what else tells rows apart."""
+    names = ("config", "algo", "task", "seed", "timesteps", *more)
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def reported(rows: Iterable[Row]) -> list[Row]:
+    """The preset's runs of the seeds that tuned nothing, of the tasks here, with the steps of the report."""
+    steps = {task: steps_of(task) for task in tasks()}
+    return [
+        row
+        for row in rows
+        if row["config"] == "preset" and int(row["seed"]) < TUNING and int(row["timesteps"]) == steps.get(row["task"])
+    ]
+
+
+def returns(rows: Iterable[Row], **where: str) -> np.ndarray:
+    """The final returns of the rows that have these values, by seed."""
+    chosen = [row for row in rows if all(row[name] == value for name, value in where.items())]
+    return np.array([float(row["return_mean"]) for row in sorted(chosen, key=lambda row: int(row["seed"]))])
+
+
+def algos_in(rows: Iterable[Row]) -> list[str]:
+    found = {row["algo"] for row in rows}
+    return [algo for algo in NAMES if algo in found] + sorted(found - NAMES.keys())
+
+
+def named(algo: str) -> tuple[str, str]:
+    return NAMES.get(algo, (algo, BLACK))
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def grid(count: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure of the common width with so many panels, three in a row."""
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(WIDTH, height * lines + 0.5), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def draw_curves(points: list[Row], x: str, label: str, path: Path) -> None:
+    """A panel for each task: the interquartile mean over seeds of each algorithm, and its interval."""
+    drawn = [task for task in tasks() if any(row["task"] == task for row in points)]
+    figure, axes = grid(len(drawn), 2.4)
+    lines = {}
+    for axis, task in zip(axes, drawn):
+        for algo in algos_in(row for row in points if row["task"] == task):
+            runs: dict[str, list[Row]] = defaultdict(list)
+            for row in points:
+                if (row["task"], row["algo"]) == (task, algo):
+                    runs[row["seed"]].append(row)
+            curves = [
+                tuple(np.array([float(row[name] or "nan") for row in run]) for name in (x, "return"))
+                for run in (sorted(run, key=lambda row: int(row["step"])) for run in runs.values())
+            ]
+            curves = [curve for curve in curves if np.isfinite(curve[0]).all()]  # seconds may be unknown
+            if not curves:
+                continue
+            at, values = common_steps(curves)
+            if not len(at):
+                continue
+            name, colour = named(algo)
+            (lines[name],) = axis.plot(at, interquartile_mean(values), color=colour, lw=1.8)
+            if len(curves) > 1:
+                ends = [bootstrap_interval([value], resamples=2000) for value in values]
+                axis.fill_between(at, *zip(*ends), color=colour, alpha=0.2, lw=0)
+        if (target := tasks()[task].get("target")) is not None:
+            axis.axhline(target, color=GREY, lw=1, ls=":")
+        axis.set_title(task, fontsize=11)
+        axis.set_xlim(left=0)
+        axis.ticklabel_format(axis="x", scilimits=(-3, 4))
+        axis.tick_params(labelsize=9)
+    figure.supxlabel(label, fontsize=11)
+    figure.supylabel("evaluation return", fontsize=11)
+    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=5)
+    save(figure, path)
+
+
+def draw_bars(rows: list[Row], path: Path) -> None:
+    """A panel for each task: final returns with intervals, what shall be reached, and what is published."""
+    drawn = [task for task in tasks() if any(row["task"] == task for row in rows)]
+    figure, axes = grid(len(drawn), 2.4)
+    for axis, task in zip(axes, drawn):
+        entry = tasks()[task]
+        ticks = []
+        for algo in algos_in(row for row in rows if row["task"] == task):
+            name, colour = named(algo)
+            mine = returns(rows, task=task, algo=algo)
+            middle = float(interquartile_mean(mine))
+            axis.bar(len(ticks), middle, color=colour, width=0.7)
+            if len(mine) > 1:
+                low, high = bootstrap_interval([mine])
+                axis.vlines(len(ticks), low, high, color=BLACK, lw=1.5)
+            axis.plot(np.full(len(mine), len(ticks)) + np.linspace(-0.2, 0.2, len(mine)), mine, ".", color=BLACK, ms=3)
+            ticks.append(name)
+        for figures in entry.get("published", []):
+            axis.bar(len(ticks), figures["mean"], color="none", edgecolor=GREY, width=0.7, yerr=figures.get("std"))
+            ticks.append(f"{figures['algo']} ({figures['source']})")
+        if (target := entry.get("target")) is not None:
+            axis.axhline(target, color=VERMILION, lw=1, ls=":")
+        axis.set_title(task, fontsize=11)
+        axis.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right", fontsize=7)
+        axis.tick_params(axis="y", labelsize=9)
+    figure.supylabel("final return", fontsize=11)
+    save(figure, path)
+
+
+def scores(rows: list[Row], algo: str) -> list[np.ndarray]:
+    """The final returns of each task, where 0 is a random policy's and 1 is what shall be reached."""
+    found = []
+    for task, entry in tasks().items():
+        mine = returns(rows, task=task, algo=algo)
+        if len(mine) and "random" in entry and "target" in entry:
+            found.append((mine - entry["random"]) / (entry["target"] - entry["random"]))
+    return found
+
+
+def draw_profiles(rows: list[Row], path: Path) -> None:
+    """For each algorithm the fraction of runs, over all tasks that it has, above each score."""
+    thresholds = np.linspace(0, 1.2, 121)
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.2))
+    for algo in algos_in(rows):
+        if not (tasks_of := scores(rows, algo)):
+            continue
+        name, colour = named(algo)
+        runs = np.concatenate(tasks_of)
+        low, high = bootstrap_interval(tasks_of, lambda x: performance_profile(x, thresholds), resamples=2000)
+        label = f"{name}: {len(tasks_of)} tasks, {len(runs)} runs"
+        axis.step(thresholds, performance_profile(runs, thresholds), color=colour, where="post", label=label)
+        axis.fill_between(thresholds, low, high, color=colour, alpha=0.2, lw=0, step="post")
+    axis.set_xlabel("final return (0: a random policy, 1: what shall be reached)")
+    axis.set_ylabel("fraction of runs with at least so much")
+    axis.set_xlim(0, 1.2)
+    axis.set_ylim(0, 1.02)
+    axis.legend(loc="lower left")
+    save(figure, path)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Four digits that mean something: 4,502, 93.1, −4.12."""
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def given(value: float) -> str:
+    """A number of returns.yaml as it stands there."""
+    return f"{value:,}".replace("-", "−")
+
+
+def summary(values: np.ndarray) -> str:
+    """Interquartile mean and interval."""
+    text = number(float(interquartile_mean(values)))
+    if len(values) > 1:
+        low, high = bootstrap_interval([values])
+        text += f" [{number(float(low))}, {number(float(high))}]"
+    return text
+
+
+def published(entry: dict[str, Any]) -> str:
+    """The published figures of a task in one cell."""
+    cells = []
+    for figures in entry.get("published", []):
+        spread = f" ± {given(figures['std'])}" if "std" in figures else ""
+        steps = f" after {figures['steps']:,} steps" if "steps" in figures else ""
+        cells.append(f"{figures['algo']} {given(figures['mean'])}{spread}{steps} ({figures['source']})")
+    return "; ".join(cells)
+
+
+def met(values: np.ndarray, entry: dict[str, Any]) -> str:
+    """Whether all that shall be reached is."""
+    worst = entry.get("worst", -np.inf)
+    return "yes" if interquartile_mean(values) >= entry["target"] and values.min() >= worst else "no"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def table_returns(rows: list[Row]) -> str:
+    """Our algorithms, task by task, beside what shall be reached and what is published."""
+    head = ("task", "steps", "", "interquartile mean", "worst seed", "seeds", "to reach (worst)", "met", "published")
+    lines = []
+    for task, entry in tasks().items():
+        for algo in (a for a in algos_in(rows) if a in ALGORITHMS):
+            mine = returns(rows, task=task, algo=algo)
+            if len(mine):
+                goal = given(entry["target"]) + (f" ({given(entry['worst'])})" if "worst" in entry else "")
+                cells = (summary(mine), number(mine.min()), str(len(mine)), goal, met(mine, entry), published(entry))
+                lines.append((task, f"{steps_of(task):,}", named(algo)[0], *cells))
+    return markdown(head, lines)
+
+
+def table_algorithms(rows: list[Row]) -> str:
+    """Algorithm × task: interquartile mean and interval of the final returns."""
+    algos = algos_in(rows)
+    lines = []
+    for task in tasks():
+        found = [returns(rows, task=task, algo=algo) for algo in algos]
+        if any(len(mine) for mine in found):
+            cells = [f"{summary(mine)}, {len(mine)} seeds" if len(mine) else "–" for mine in found]
+            lines.append((task, *cells))
+    return markdown(("task", *(named(algo)[0] for algo in algos)), lines)
+
+
+def table_stability(rows: list[Row]) -> str:
+    """Runs that go on after they reached what they shall: how deep the evaluations fall again."""
+    head = ("task", "", "steps", "reached at the latest", "by", "lowest evaluation after it", "in % of what it shall")
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        known = row["config"] == "preset" and int(row["seed"]) < TUNING and row["task"] in tasks()
+        if known and int(row["timesteps"]) > steps_of(row["task"]):
+            groups[row["task"], row["algo"], row["timesteps"]].append(row)
+    lines = []
+    for (task, algo, steps), group in sorted(groups.items(), key=lambda item: list(tasks()).index(item[0][0])):
+        target = tasks()[task]["target"]
+        reached = [int(row["first_step_at_target"]) for row in group if row["first_step_at_target"]]
+        after = [float(row["lowest_after_target"]) for row in group if row["lowest_after_target"]]
+        lowest = (number(min(after)), f"{100 * fraction(min(after), target):.0f}") if after else ("–", "–")
+        by = f"{len(reached)} of {len(group)} seeds"
+        latest = f"{max(reached):,}" if reached else "–"
+        lines.append((task, named(algo)[0], f"{int(steps):,}", latest, by, *lowest))
+    return markdown(head, lines)
+
+
+def fraction(value: float, target: float) -> float:
+    """How much of a target a return is; of a negative one, as 1 / 0.9 of it is 90 %."""
+    return value / target if target > 0 else target / value
+
+
+def table_configurations(rows: list[Row]) -> str:
+    """What each change of the preset is worth, on the seeds that it and the preset have in common."""
+    head = ("task", "", "changed", "interquartile mean", "worst seed", "the preset's", "its worst", "seeds")
+    groups: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        groups[row["task"], row["algo"], row["timesteps"], row["config"]][row["seed"]] = float(row["return_mean"])
+    lines = []
+    for (task, algo, steps, config), found in groups.items():
+        preset = groups.get((task, algo, steps, "preset"), {})
+        common = sorted(found.keys() & preset.keys(), key=int)
+        if config != "preset" and common:
+            both = [np.array([runs[seed] for seed in common]) for runs in (found, preset)]
+            cells = [cell for values in both for cell in (summary(values), number(values.min()))]
+            lines.append((task, named(algo)[0], f"`{config}`", *cells, ", ".join(common)))
+    return markdown(head, lines)
+
+
+def write_tables(page: Path, rows: list[Row]) -> None:
+    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: if the page names a table that there is not.
+    """
+    tables = {
+        "returns": lambda: table_returns(reported(rows)),
+        "algorithms": lambda: table_algorithms(reported(rows)),
+        "stability": lambda: table_stability(rows),
+        "configurations": lambda: table_configurations(rows),
+    }
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"{page} names the table {match[1]!r}; there are: {', '.join(tables)}")
+        return f"<!-- table: {match[1]} -->\n\n{tables[match[1]]()}\n\n<!-- end -->"
+
+    text = page.read_text(encoding="utf-8")
+    filled = re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    with replacing(page) as partial:
+        partial.write_text(filled, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--csv", type=Path, default=ROOT / "docs" / "results" / "returns.csv", metavar="FILE")
+    add("--out", type=Path, metavar="DIR", help="of the pictures; without it none are drawn")
+    add("--table", type=Path, metavar="PAGE", help="a page whose tables are written anew")
+    options = parser.parse_args(arguments)
+    rows = newest(read_rows(options.csv))
+    if not rows:
+        print(f"error: {options.csv} has no row: scripts/benchmarks/returns.py writes it", file=sys.stderr)
+        return 2
+    if options.table:
+        write_tables(options.table, rows)
+        print(options.table)
+    if options.out:
+        shown = reported(rows)
+        kept = {(row["algo"], row["task"], row["seed"], row["commit"]) for row in shown}
+        every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
+        points = [p for p in reported(every) if (p["algo"], p["task"], p["seed"], p["commit"]) in kept]
+        if not shown or not points:
+            print(f"error: {options.csv} has no run of a preset with the reported steps", file=sys.stderr)
+            return 2
+        draw_curves(points, "step", "environment steps", options.out / "returns_steps.png")
+        draw_curves(points, "cpu_seconds", "processor seconds of training", options.out / "returns_seconds.png")
+        draw_bars(shown, options.out / "returns_bars.png")
+        draw_profiles(shown, options.out / "returns_profiles.png")
+        print(options.out)
+    if not (options.out or options.table):
+        print(table_returns(reported(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

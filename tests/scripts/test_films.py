@@ -1,0 +1,63 @@
+"""scripts/figures/films.py: a small GIF of a run."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agents.config import resolve
+from agents.training import start
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "figures"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module("films")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_a_gif_is_scaled_and_runs_at_the_speed_of_the_simulation(script: ModuleType, tmp_path: Path) -> None:
+    frames = [np.zeros((40, 160, 3), np.uint8) for _ in range(150)]
+    for i, frame in enumerate(frames):
+        frame[:, i : i + 10, 0] = 255  # a red bar that moves to the right
+    script.write_gif(tmp_path / "x.gif", frames, fps=125, width=80, colours=8)
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.size == (80, 20)
+        assert image.n_frames == 25  # every sixth
+        assert image.info["duration"] == 50
+        image.seek(20)
+        pixels = np.asarray(image.convert("RGB"))
+    red = np.flatnonzero(pixels[10, :, 0] > 128)
+    assert red.mean() == pytest.approx((6 * 20 + 5) / 2, abs=1.5)
+    assert pixels[..., 1:].max() < 16
+
+
+def test_a_film_of_a_run(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pygame")
+    config = resolve("trpo", "CartPole-v1", timesteps=64, n_envs=2, settings={"n_steps": 32}, device="cpu")
+    start(config, tmp_path / "run").train(progress=False)
+    arguments = [str(tmp_path / "run"), "--out", str(tmp_path / "films"), "--seconds", "0.5", "--width", "100"]
+    assert script.main(arguments) == 0
+    path = tmp_path / "films" / "cartpole-v1.gif"
+    with Image.open(path) as image:
+        assert image.size == (100, 67)
+        assert 5 <= image.n_frames <= 13  # 50 frames per second, every second or third, or a shorter episode
+    assert path.stat().st_size < 100_000
+    assert str(path) in capsys.readouterr().out
+    for wrong, message in (
+        (["--skip", "1000"], "--skip 1000.0 is beyond the end"),
+        (["--colours", "1"], "--colours 2 to 256; got 100, 1"),
+        (["--seconds", "0"], "--seconds must be above 0"),
+    ):
+        assert script.main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert script.main([str(tmp_path / "none")]) == 2
+    assert "not a run folder" in capsys.readouterr().err

@@ -1,0 +1,307 @@
+"""The two returns.py, of scripts/benchmarks and scripts/figures: which runs there are, their rows, tables, pictures."""
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from agents.config import RunConfig
+from agents.results import Curve
+from agents.runs import RunFolder
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def load(folder: str, name: str) -> ModuleType:
+    sys.path.insert(0, str(SCRIPTS / folder))
+    try:
+        spec = importlib.util.spec_from_file_location(f"{folder}_{name}", SCRIPTS / folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look it up
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(SCRIPTS / folder))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    pytest.importorskip("sb3_contrib")
+    return load("benchmarks", "returns")
+
+
+@pytest.fixture(scope="module")
+def figures() -> ModuleType:
+    return load("figures", "returns")
+
+
+def options(**changes: object) -> argparse.Namespace:
+    default = {"suite": "all", "tasks": None, "algos": ["trpo"], "seeds": "0", "timesteps": None, "set": []}
+    return argparse.Namespace(**(default | changes))
+
+
+# Which runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_of_a_suite_come_task_by_task(script: ModuleType) -> None:
+    found = script.cases(options(suite="mujoco", algos=["trpo", "sb3-ppo"], seeds="0-1"))
+    first = [(case.task, case.algo, case.seed) for case in found[:4]]
+    assert first == [("InvertedPendulum-v5", algo, seed) for algo in ("trpo", "sb3-ppo") for seed in (0, 1)]
+    assert {case.timesteps for case in found} == {1_000_000}
+    assert {case.config for case in found} == {"preset"}
+    assert len(found) == 2 * 2 * 9
+    assert len(script.cases(options())) == 17
+
+
+def test_steps_and_settings(script: ModuleType) -> None:
+    (cartpole,) = script.cases(options(tasks=["CartPole-v1"]))
+    assert cartpole.timesteps == script.resolve("trpo", "CartPole-v1").timesteps
+    (changed,) = script.cases(options(tasks=["CartPole-v1"], timesteps=64, set=["target_kl=0.1", "gamma=0.9"]))
+    assert changed.key == ("gamma=0.9 target_kl=0.1", "trpo", "CartPole-v1", "0", "64")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["Hoper-v5"]}, "did you mean Hopper-v5"),
+        ({"set": ["taget_kl=1"]}, "did you mean target_kl"),
+        ({"tasks": ["Hopper-v5"], "algos": ["sb3-ppo"], "set": ["gamma=1"]}, "--set is for"),
+        ({"tasks": ["CartPole-v1"], "algos": ["sb3-ppo"]}, "no settings of sb3-ppo for CartPole-v1"),
+        ({"seeds": "9-0"}, "seeds must be"),
+    ],
+)
+def test_what_cannot_be_is_refused(script: ModuleType, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        script.cases(options(**changes))
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def curve(*returns: float) -> Curve:
+    steps = 100.0 * np.arange(1, len(returns) + 1)
+    return Curve(steps, np.array(returns), steps / 10, steps / 20)
+
+
+@pytest.mark.parametrize(
+    ("returns", "target", "expected"),
+    [
+        ((1.0, 9.0, 10.0, 4.0, 8.0), 9.0, (200, 4.0)),
+        ((1.0, 9.5), 9.0, (200, "")),
+        ((1.0, 2.0), 9.0, ("", "")),
+        ((), 9.0, ("", "")),
+        ((1.0,), None, ("", "")),
+        ((-5.0, -4.0, -6.5), -4.1, (200, -6.5)),
+    ],
+)
+def test_where_the_target_is_reached_and_lost(
+    script: ModuleType, returns: tuple, target: float, expected: tuple
+) -> None:
+    assert script.at_target(curve(*returns), target) == expected
+
+
+def finished(path: Path, script: ModuleType, case: object, returns: tuple[float, ...], final: float) -> RunFolder:
+    folder = RunFolder.create(path, RunConfig(case.algo, case.task, case.seed, case.timesteps), "")
+    for step, value in zip((100, 200, 300), returns):
+        clocks = {"train_seconds": step / 10, "train_cpu_seconds": step / 20}
+        folder.add_evaluation({"timesteps": step, "mean_return": value, **clocks})
+    entry = {"timesteps": 300, "episodes": 20, "mean_return": final, "std_return": 1, "min_return": 0, "max_return": 9}
+    folder.write_json("final_evaluation.json", {"last": entry, "best": entry | {"mean_return": 600.0}})
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_has_the_run_and_what_made_it(script: ModuleType, tmp_path: Path) -> None:
+    (case,) = script.cases(options(tasks=["CartPole-v1"], timesteps=300, seeds="3"))
+    folder = finished(tmp_path / "run", script, case, (100.0, 500.0, 450.0), 321.5)
+    version = script.code_version()
+    script.record(case, folder, version, tmp_path / "r.csv")
+    (row,) = rows_of(tmp_path / "r.csv")
+    expected = {"config": "preset", "algo": "trpo", "task": "CartPole-v1", "seed": "3", "timesteps": "300"}
+    expected |= {"return_mean": "321.5", "return_min": "0.0", "episodes": "20", "best_return": "600.0"}
+    expected |= {
+        "first_step_at_target": "200",
+        "lowest_after_target": "450.0",
+        "seconds": "30.0",
+        "cpu_seconds": "15.0",
+    }
+    assert row.items() >= expected.items()
+    assert row["commit"].split("+")[0] == version.split("+")[0]
+    assert row["torch"]
+    assert row["machine"]
+    points = rows_of(tmp_path / "r_curves.csv")
+    assert [(p["step"], p["return"]) for p in points] == [("100", "100.0"), ("200", "500.0"), ("300", "450.0")]
+    # Code that changed while the run was under way is told.
+    script.record(replace(case, seed=4), folder, "0123456789", tmp_path / "r.csv")
+    assert rows_of(tmp_path / "r.csv")[1]["commit"] != "0123456789"
+
+
+def test_runs_that_have_a_row_are_not_repeated(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, started = tmp_path / "r.csv", []
+    fields = ("config", "algo", "task", "seed", "timesteps", "commit")
+    version = script.code_version()
+    lines = ["preset,trpo,CartPole-v1,0,64," + version, "preset,trpo,CartPole-v1,1,64,older"]
+    table.write_text("\n".join([",".join(fields), *lines]) + "\n")
+    monkeypatch.setattr(script, "run_jobs", lambda jobs, *_, **__: started.append([job.name for job in jobs]) or {})
+    monkeypatch.setattr(script.os, "nice", lambda _: None)
+    common = ["--tasks", "CartPole-v1", "--seeds", "0-2", "--timesteps", "64", "--csv", str(table)]
+    common += ["--runs", str(tmp_path / "runs")]
+    assert script.main(common) == 0
+    assert script.main([*common, "--keep"]) == 0
+    assert script.main([*common, "--set", "gamma=0.9"]) == 0
+    names = [f"trpo CartPole-v1 seed {seed}" for seed in range(3)]
+    assert started == [names[1:], names[2:], names]
+
+
+def test_runs_of_ours_and_of_peers_leave_the_same(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script.os, "nice", lambda _: None)
+    common = ["--evaluations", "2", "--seeds", "0", "--csv", str(tmp_path / "r.csv"), "--runs", str(tmp_path / "runs")]
+    pendulum = ["--tasks", "InvertedPendulum-v5", "--timesteps", "64"]
+    settings = ["--set", "n_steps=16", "--set", "n_envs=2", "--set", "batch_size=16"]
+    assert script.main([*common, *pendulum, "--algos", "trpo", *settings]) == 0
+    assert script.main([*common, *pendulum, "--algos", "sb3-ppo"]) == 0
+    assert script.main([*common, "--tasks", "Hopper-v5", "--timesteps", "64", "--algos", "contrib-trpo"]) == 0
+    rows = rows_of(tmp_path / "r.csv")
+    assert [row["algo"] for row in rows] == ["trpo", "sb3-ppo", "contrib-trpo"]
+    assert [row["config"] for row in rows] == ["batch_size=16 n_envs=2 n_steps=16", "preset", "preset"]
+    for row in rows:
+        assert float(row["cpu_seconds"]) > 0
+        assert float(row["return_min"]) <= float(row["return_mean"])
+    steps = {(p["algo"], p["step"]) for p in rows_of(tmp_path / "r_curves.csv")}
+    assert {("trpo", "32"), ("trpo", "64"), ("sb3-ppo", "32"), ("sb3-ppo", "64"), ("contrib-trpo", "2048")} == steps
+    # A refused setting fails, and has no row.
+    capfd.readouterr()
+    assert script.main([*common, *pendulum, "--set", "target_kl=-1"]) == 1
+    assert "target_kl must" in capfd.readouterr().err
+    assert len(rows_of(tmp_path / "r.csv")) == 3
+
+
+def test_peers_have_the_discount_of_their_normaliser(script: ModuleType) -> None:
+    peers = load("benchmarks", "peers")
+    for algo, settings in peers.ZOO.items():
+        for task in settings:
+            config = peers.config_of(algo, task, 0, 1000, 1)
+            assert config.normalize["gamma"] == config.hyperparameters.get("gamma", 0.99)
+            assert config.n_envs == (1 if algo == "sb3-ppo" else 2)
+            assert "n_envs" not in config.hyperparameters
+
+
+# Tables and pictures --------------------------------------------------------------------------------------------------
+
+
+def line(algo: str, task: str, seed: int, value: float, timesteps: int = 1_000_000, **more: object) -> dict[str, str]:
+    about = {"config": "preset", "algo": algo, "task": task, "seed": seed, "timesteps": timesteps, "commit": "c"}
+    reached = {"return_mean": value, "first_step_at_target": "", "lowest_after_target": ""}
+    return {name: str(entry) for name, entry in (about | reached | more).items()}
+
+
+HOPPER = [3500.0, 3300.0, 3600.0, 2600.0, 3700.0]
+
+
+@pytest.fixture
+def table(tmp_path: Path, figures: ModuleType) -> Path:
+    rows = [line("trpo", "Hopper-v5", seed, value) for seed, value in enumerate(HOPPER)]
+    rows += [line("trpo", "Hopper-v5", 100, 1.0), line("trpo", "Hopper-v5", 0, 2.0, timesteps=77)]
+    rows += [line("contrib-trpo", "Hopper-v5", seed, value) for seed, value in enumerate((1200.0, 1300.0))]
+    rows += [line("trpo", "Reacher-v5", seed, value) for seed, value in enumerate((-4.0, -6.0))]
+    more = {"first_step_at_target": 50_000, "lowest_after_target": -4.5}
+    rows += [line("trpo", "Reacher-v5", 0, -4.0, timesteps=2_000_000, **more)]
+    rows += [line("trpo", "Reacher-v5", 1, -9.0, timesteps=2_000_000)]
+    rows += [line("trpo", "Hopper-v5", seed, 1000.0 * seed, config="gamma=0.9") for seed in (1, 2, 3)]
+    points = [
+        {name: row[name] for name in ("config", "algo", "task", "seed", "timesteps", "commit")}
+        | {"step": str(step), "seconds": "1", "cpu_seconds": str(step / 1000), "return": str(step / 300)}
+        for row in rows
+        for step in (500_000, 1_000_000)
+    ]
+    for name, lines in (("r.csv", rows), ("r_curves.csv", points)):
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    return tmp_path / "r.csv"
+
+
+def cells(text: str, row: int) -> list[str]:
+    return [cell.strip() for cell in text.splitlines()[row + 2].strip("|").split("|")]
+
+
+def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    names = ("returns", "algorithms", "stability", "configurations")
+    page.write_text("begin\n" + "\n".join(f"<!-- table: {n} -->\nold\n<!-- end -->\nafter {n}" for n in names))
+    assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
+    text = page.read_text()
+    assert "old" not in text
+    assert text.startswith("begin\n")
+    parts = {n: text.split(f"<!-- table: {n} -->\n\n")[1].split("\n\n<!-- end -->")[0] for n in names}
+    iqm = stats.trim_mean(HOPPER, 0.25)
+    hopper = cells(parts["returns"], 0)
+    assert hopper[:3] == ["Hopper-v5", "1,000,000", "TRPO"]
+    assert hopper[3].startswith(f"{iqm:,.0f} [")
+    assert hopper[4:8] == ["2,600", "5", "3,400 (2,500)", "yes"]
+    assert "TRPO 3,372 ± 215 (sb3-contrib)" in hopper[8]
+    reacher = cells(parts["returns"], 1)
+    assert reacher[3].startswith("−5.00 [−6.00, −4.00]")
+    assert reacher[4:8] == ["−6.00", "2", "−4.1 (−5)", "no"]
+    assert cells(parts["algorithms"], 0)[2].startswith("1,250 [1,200, 1,300], 2 seeds")
+    assert cells(parts["algorithms"], 1)[2] == "–"
+    assert cells(parts["stability"], 0) == ["Reacher-v5", "TRPO", "2,000,000", "50,000", "1 of 2 seeds", "−4.50", "91"]
+    changed = cells(parts["configurations"], 0)
+    assert changed[:3] == ["Hopper-v5", "TRPO", "`gamma=0.9`"]
+    assert (changed[4], changed[6], changed[7]) == ("1,000", "2,600", "1, 2, 3")
+    again = text
+    assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
+    assert page.read_text() == again
+    page.write_text("<!-- table: none -->\n<!-- end -->")
+    with pytest.raises(ValueError, match="there are: returns"):
+        figures.main(["--csv", str(table), "--table", str(page)])
+
+
+def test_the_pages_tables_are_known(figures: ModuleType, table: Path, tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text((SCRIPTS.parent / "docs" / "benchmarks.md").read_text())
+    assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
+    assert page.read_text().count("| --- |") + page.read_text().count("| ---") >= 4
+
+
+def test_the_last_row_of_a_run_counts(figures: ModuleType) -> None:
+    rows = [line("trpo", "Hopper-v5", 0, 1.0), line("trpo", "Hopper-v5", 1, 2.0), line("trpo", "Hopper-v5", 0, 3.0)]
+    assert sorted(figures.returns(figures.newest(rows))) == [2.0, 3.0]
+
+
+def test_scores_are_between_a_random_policy_and_the_target(figures: ModuleType) -> None:
+    entry = figures.tasks()["Hopper-v5"]
+    rows = [line("trpo", "Hopper-v5", 0, entry["random"]), line("trpo", "Hopper-v5", 1, entry["target"])]
+    np.testing.assert_allclose(figures.scores(rows, "trpo"), [[0.0, 1.0]])
+    assert all({"random", "target"} <= entry.keys() for entry in figures.tasks().values())
+
+
+def test_the_pictures(figures: ModuleType, table: Path, tmp_path: Path) -> None:
+    assert figures.main(["--csv", str(table), "--out", str(tmp_path / "out")]) == 0
+    for name in ("steps", "seconds", "bars", "profiles"):
+        with Image.open(tmp_path / "out" / f"returns_{name}.png") as image:
+            assert image.width == 880
+            assert len(image.convert("RGB").getcolors(2**20)) > 100
+
+
+def test_an_empty_table_is_told(figures: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert figures.main(["--csv", str(tmp_path / "none.csv")]) == 2
+    assert "returns.py writes it" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -230,9 +232,28 @@ def record_video(files: SavedAgent, config: RunConfig, path: Path, seed: int, de
 
 
 def film(
-    files: SavedAgent, config: RunConfig, seed: int, deterministic: bool = True
+    files: SavedAgent,
+    config: RunConfig,
+    seed: int,
+    deterministic: bool = True,
+    *,
+    begin: float = 0.0,
+    end: float = math.inf,
+    fps: float = math.inf,
 ) -> tuple[list[npt.NDArray[np.uint8]], float, Evaluation]:
-    """One episode of a saved agent: a frame (height, width, 3) for each step, frames per second, and its return.
+    """Let a saved agent play one episode, and look on.
+
+    Args:
+        files: the agent's.
+        config: the run's.
+        seed: of the environment.
+        deterministic: whether the mode of the policy acts, or a sample.
+        begin: where the frames begin, in seconds of the simulation.
+        end: where they end.
+        fps: frames per second: every so many-th step is shown, so that there are about so many; by default every one.
+
+    Returns:
+        The frames, (height, width, 3) each, how many make a second, and the whole episode.
 
     Raises:
         ValueError: if the agent cannot be loaded, as `evaluate_saved`.
@@ -243,25 +264,31 @@ def film(
     try:
         _check_parameters(model)
         env = _Finite(env)
+        rate = (env.get_attr("metadata")[0] or {}).get("render_fps", 30)
+        every = max(1, round(rate / fps))
         frames: list[Any] = []
         env.seed(seed)
         observation: Any = env.reset()
-        episode = None
+        episode, step = None, 0
         while episode is None:
-            frames.append(env.render())
+            if begin * rate <= step < end * rate and step % every == 0:
+                frames.append(env.render())
             action, _ = model.predict(observation, deterministic=deterministic)
             observation, _, _, infos = env.step(action)
-            episode = infos[0].get("episode")
-        fps = (env.get_attr("metadata")[0] or {}).get("render_fps", 30)
+            episode, step = infos[0].get("episode"), step + 1
     finally:
         env.close()
     seconds = time.perf_counter() - started
     returns, lengths = (float(episode["r"]),), (int(episode["l"]),)
-    return frames, fps, Evaluation(model.num_timesteps, returns, lengths, seconds, deterministic, seed)
+    return frames, rate / every, Evaluation(model.num_timesteps, returns, lengths, seconds, deterministic, seed)
 
 
 def _rendering_env(config: RunConfig, seed: int) -> VecEnv:
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo looks for a display by itself
     env_kwargs = config.env_kwargs | {"render_mode": "rgb_array"}
+    spec = gym.registry.get(config.env)
+    if spec is not None and ".envs.mujoco." in str(spec.entry_point) and "camera_id" not in env_kwargs:
+        # Gymnasium 1.4 lets runners leave the picture. A task without such a camera keeps its own.
+        env_kwargs.setdefault("camera_name", "track")
     return make_vec_env(config.env, 1, seed, backend="gymnasium", env_kwargs=env_kwargs, evaluation=True)

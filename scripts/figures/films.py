@@ -29,7 +29,7 @@ FPS = 20
 
 
 def write_gif(path: Path, frames: Sequence[npt.NDArray[np.uint8]], fps: float, width: int, colours: int) -> None:
-    """Every so many-th frame, scaled to a width, in one palette for all.
+    """Frames, scaled to a width, in one palette for all.
 
     Args:
         path: where to.
@@ -38,8 +38,7 @@ def write_gif(path: Path, frames: Sequence[npt.NDArray[np.uint8]], fps: float, w
         width: in pixels.
         colours: in the palette, at most 256.
     """
-    stride = max(1, round(fps / FPS))
-    images = [Image.fromarray(frame) for frame in frames[::stride]]
+    images = [Image.fromarray(frame) for frame in frames]
     height = round(images[0].height * width / images[0].width)
     images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
     strip = Image.new("RGB", (width, height * min(8, len(images))))  # the palette is of frames from all of the film
@@ -49,7 +48,7 @@ def write_gif(path: Path, frames: Sequence[npt.NDArray[np.uint8]], fps: float, w
     first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        duration = 10 * round(100 * stride / fps)
+        duration = 10 * round(100 / fps)
         first.save(partial, "GIF", save_all=True, append_images=others, duration=duration, loop=0, optimize=True)
 
 
@@ -73,13 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in options.runs:
             folder = RunFolder.open(run)
             seed = purpose_seed(options.seed, Purpose.EVALUATION_BY_HAND)
-            frames, fps, episode = film(folder.best if options.model == "best" else folder.last, folder.config, seed)
-            first = round(options.skip * fps)
-            shown = frames[first : first + round(options.seconds * fps)]
-            if not shown:
-                raise ValueError(f"--skip {options.skip} is beyond the end of {run}'s episode of {len(frames)} steps")
+            agent = folder.best if options.model == "best" else folder.last
+            span = {"begin": options.skip, "end": options.skip + options.seconds}
+            frames, fps, episode = film(agent, folder.config, seed, fps=FPS, **span)
+            if not frames:
+                raise ValueError(f"--skip {options.skip} is beyond the end of {run}'s episode")
             path = options.out / f"{folder.config.env.replace('/', '_').lower()}.gif"
-            write_gif(path, shown, fps, options.width, options.colours)
+            write_gif(path, frames, fps, options.width, options.colours)
             print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, of an episode with return {episode.mean_return:.1f}")
     except MISTAKES as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,7 +11,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from agents import NPG, TRPO
-from agents.evaluation import evaluate
+from agents.config import RunConfig, resolve
+from agents.evaluation import _rendering_env, evaluate, film
+from agents.training import start
 
 
 def poisoned(env: str, what: str, at: int) -> Any:
@@ -57,3 +59,30 @@ def test_parameters_and_statistics_that_are_not_finite_are_named():
         model.policy.action_net.bias[0] = np.inf
     with pytest.raises(FloatingPointError, match=r"policy's action_net.bias is not finite: take an earlier agent"):
         evaluate(model, env, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("env", "given", "fixed"),
+    [("Hopper-v5", {}, True), ("Reacher-v5", {}, False), ("Hopper-v5", {"camera_id": -1}, False)],
+)
+def test_the_camera_follows_runners(env, given, fixed):
+    pytest.importorskip("mujoco")
+    venv = _rendering_env(RunConfig("trpo", env, env_kwargs=given), seed=0)
+    renderer = venv.envs[0].unwrapped.mujoco_renderer
+    assert (renderer.camera_id >= 0) == fixed
+    venv.close()
+
+
+def test_a_film_shows_the_part_that_is_asked_for(tmp_path):
+    pytest.importorskip("pygame")
+    config = resolve("trpo", "CartPole-v1", timesteps=64, n_envs=2, settings={"n_steps": 32}, device="cpu")
+    run = start(config, tmp_path / "run")
+    run.train(progress=False)
+    every, fps, episode = film(run.folder.last, run.config, seed=1)
+    (length,) = episode.lengths
+    assert (len(every), fps) == (length, 50)
+    some, fps, again = film(run.folder.last, run.config, seed=1, begin=0.1, end=0.3, fps=20)
+    assert (fps, again.returns) == (25, episode.returns)
+    expected = every[6:15:2] if length >= 15 else every[6::2]
+    assert len(some) == len(expected) > 0
+    assert all(np.array_equal(a, b) for a, b in zip(some, expected))

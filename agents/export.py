@@ -1,0 +1,447 @@
+"""A policy as one file that needs none of this package: raw observations in, actions for the environment out.
+
+What an agent does around its network goes into the file: the statistics of VecNormalize, the order of an image's axes,
+one-hot codes, the mode of the distribution or a draw from it, clipping to the action space or its scale after tanh.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecEnvWrapper, VecMonitor, VecTransposeImage
+from stable_baselines3.common.vec_env import VecNormalize as AnyVecNormalize
+from torch import Tensor, nn
+
+from agents.checks import one_of
+from agents.distributions import SquashedGaussian
+from agents.heads import ActorHead
+from envs import VecNormalize
+from envs.episodes import EpisodeWriter
+from npg import families
+from npg.runs.files import replacing
+
+__all__ = ["FORMATS", "DeployedPolicy", "ExportError", "description", "export_agent", "load_exported"]
+
+Format = Literal["onnx", "torchscript", "torch-export"]
+Act = Callable[..., NDArray[Any]]
+
+FORMATS: dict[str, str] = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
+"""The formats, and the ends of their files' names."""
+
+_ABOUT = "npg.json"
+_CHANGING = (VecTransposeImage, AnyVecNormalize, VecNormalize)
+_PASSING = (VecMonitor, VecCheckNan, EpisodeWriter)  # wrappers that leave observations and actions as they are
+_SAMPLED = (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+)
+
+
+class ExportError(ValueError):
+    """An agent that cannot be exported as it is asked for; the message says what of it, and what to do."""
+
+
+# What an observation goes through ------------------------------------------------------------------------------------
+
+
+class _Normalize(nn.Module):
+    """VecNormalize's (x − m)/√(v + ε), clipped.
+
+    With m in two parts, m = h + l in float32, (x − h) − l keeps the digits that float32 would lose in x − m where m is
+    large against the deviation; the file then needs no float64, which few runtimes beside the CPU's have.
+    """
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: NDArray[Any], variance: NDArray[Any], epsilon: float, clip: float, dtype: Any) -> None:
+        super().__init__()
+        # Integers of more than 16 bits, and float64, are computed with as VecNormalize does.
+        self.dtype = torch.float32 if np.can_cast(dtype, np.float32) else torch.float64
+        exact, high = torch.as_tensor(mean, dtype=torch.float64), torch.as_tensor(mean, dtype=self.dtype)
+        self.register_buffer("high", high)
+        self.register_buffer("low", (exact - high.double()).to(self.dtype))
+        self.register_buffer("scale", torch.as_tensor(1 / np.sqrt(variance + epsilon), dtype=self.dtype))
+        self.clip = float(clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (((x.to(self.dtype) - self.high) - self.low) * self.scale).clamp(-self.clip, self.clip).float()
+
+
+class _ChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+def _steps(env: VecEnv | None, bare: VecEnv | None) -> tuple[VecEnv | None, list[VecEnvWrapper]]:
+    """The environments whose observations are raw, and what changes these on their way to the policy, in order."""
+    steps: list[VecEnvWrapper] = []
+    while isinstance(env, VecEnvWrapper) and env is not bare:
+        if type(env) in _CHANGING:
+            steps.insert(0, env)
+        elif type(env) not in _PASSING:
+            inner = [*_wrappers(env.venv)]
+            if not any(e is bare if bare is not None else type(e) in _CHANGING for e in inner):
+                break  # what is inside of all statistics is the environment
+            raise ExportError(
+                f"{type(env).__name__} outside of VecNormalize cannot be exported: put it inside, next to the "
+                "environment"
+            )
+        env = env.venv
+    return env, steps
+
+
+def _pipeline(raw: spaces.Space[Any], steps: list[VecEnvWrapper]) -> list[list[nn.Module]]:
+    """The modules that each part of a raw observation goes through."""
+    keys = list(raw.spaces) if isinstance(raw, spaces.Dict) else [None]
+    modules: dict[str | None, list[nn.Module]] = {key: [] for key in keys}
+    for step in steps:
+        if isinstance(step, VecTransposeImage):
+            for key in [] if step.skip else (keys if keys == [None] else step.image_space_keys):
+                modules[key].append(_ChannelsFirst())
+        elif isinstance(step, AnyVecNormalize) and step.norm_obs:
+            rms = step.obs_rms if isinstance(step.obs_rms, dict) else {None: step.obs_rms}
+            for key, moments in rms.items():
+                part = raw if key is None else cast(spaces.Dict, raw).spaces[key]
+                modules[key].append(_Normalize(moments.mean, moments.var, step.epsilon, step.clip_obs, part.dtype))
+    return list(modules.values())
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """The global random numbers go on as if nothing had been drawn or seeded in the block."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _wrappers(env: VecEnv) -> Iterator[VecEnv]:
+    while isinstance(env, VecEnvWrapper):
+        yield env
+        env = env.venv
+    yield env
+
+
+# The policy ----------------------------------------------------------------------------------------------------------
+
+
+class DeployedPolicy(nn.Module):
+    """An agent's `predict` as a module: raw observations, one tensor (N, …) for each part, ↦ actions (N, …).
+
+    The parts of a Dict come in the order of ``inputs``. With gSDE a sampled action is drawn anew from its own
+    distribution in each call, while in training the noise of some steps is one.
+
+    Args:
+        agent: with an actor-critic policy, in the environments whose VecNormalize is meant. It is not changed.
+        env: the environments whose observations are raw; by default what is inside VecNormalize and the transposition
+            of images.
+        deterministic: whether to act by the mode of the policy, or by a sample.
+
+    Attributes:
+        inputs: the names of the parts of an observation; of one that is no Dict, ``observation``.
+        observation_space: of the raw observations.
+
+    Raises:
+        ExportError: for what cannot be exported.
+    """
+
+    def __init__(self, agent: BaseAlgorithm, env: VecEnv | None = None, deterministic: bool = True) -> None:
+        super().__init__()
+        if not isinstance(agent.policy, ActorCriticPolicy):
+            raise ExportError(f"only actor-critic policies can be exported, got {type(agent.policy).__name__}")
+        inner, steps = _steps(agent.get_env(), env)
+        self.observation_space = deepcopy(agent.observation_space if inner is None else inner.observation_space)
+        modules = _pipeline(self.observation_space, steps)
+        self.parts = nn.ModuleList(nn.Sequential(*part) for part in modules)
+        self._keys = [*self.observation_space.spaces] if isinstance(self.observation_space, spaces.Dict) else None
+        self.inputs = self._keys or ["observation"]
+        with _generators_kept(), io.BytesIO() as buffer:  # a copy on the CPU, by what it would be saved as
+            agent.save(buffer)
+            buffer.seek(0)
+            self.policy = cast(ActorCriticPolicy, type(agent).load(buffer, device="cpu").policy)
+        self.policy.set_training_mode(False)
+        self.policy.requires_grad_(False)
+        self.deterministic = deterministic
+        if not deterministic:
+            self._look()
+        if isinstance(space := self.policy.action_space, spaces.Box):
+            self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32))
+            self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32))
+
+    def _look(self) -> None:
+        policy = self.policy
+        with torch.no_grad():
+            example = self._observation([torch.as_tensor(x) for x in self.example(2)])
+            distribution = policy.get_distribution(example)
+        own = type(policy)._predict is not ActorCriticPolicy._predict or "_predict" in vars(policy)
+        if own or type(distribution) not in _SAMPLED:
+            raise ExportError(
+                f"samples of {type(distribution).__name__} in {type(policy).__name__} cannot be exported, only those "
+                "of Stable-Baselines3's own distributions: export deterministic actions"
+            )
+        self.head = ActorHead(policy)
+        self.head.look(example)
+
+    def example(self, n: int, seed: int = 0) -> list[NDArray[Any]]:
+        """``n`` observations drawn from the space, as arrays in the order of ``inputs``."""
+        self.observation_space.seed(seed)
+        drawn: list[Any] = [self.observation_space.sample() for _ in range(n)]
+        if self._keys is None:
+            return [np.stack([np.asarray(x) for x in drawn])]
+        return [np.stack([np.asarray(x[key]) for x in drawn]) for key in self._keys]
+
+    def _observation(self, parts: Sequence[Tensor]) -> Any:
+        seen = [pipeline(x) for pipeline, x in zip(self.parts, parts)]
+        return seen[0] if self._keys is None else dict(zip(self._keys, seen))
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        """Raw observations ↦ actions, of the dtype that `predict` gives them."""
+        policy, seen = self.policy, self._observation(observations)
+        if self.deterministic:
+            actions = policy._predict(seen, deterministic=True)
+        else:
+            actions = _draw(self.head.family, self.head(self.head.prepare(seen)))
+        actions = actions.reshape(-1, *cast(tuple[int, ...], policy.action_space.shape))
+        if not isinstance(policy.action_space, spaces.Box):
+            return actions
+        if policy.squash_output:
+            actions = self.low + 0.5 * (actions + 1.0) * (self.high - self.low)
+        return torch.minimum(torch.maximum(actions, self.low), self.high)
+
+
+def _draw(family: families.Family, outputs: Tensor) -> Tensor:
+    """A sample by `rand_like` and `randn_like` alone, which every format has."""
+    if isinstance(family, families.MultiCategorical):
+        return torch.stack([_draw(families.Categorical(), part) for part in outputs.split(family.sizes, -1)], -1)
+    if isinstance(family, families.Categorical):  # the largest of logits with Gumbel's noise
+        return (outputs - torch.log(-torch.log(torch.rand_like(outputs)))).argmax(-1)
+    if isinstance(family, families.Bernoulli):
+        return (torch.rand_like(outputs) < outputs.sigmoid()).to(outputs.dtype)
+    mean, log_std = outputs.chunk(2, -1)
+    actions = mean + log_std.exp() * torch.randn_like(mean)
+    return actions.tanh() if isinstance(family, SquashedGaussian) else actions
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def export_agent(
+    agent: BaseAlgorithm,
+    path: Path | str,
+    format: Format = "onnx",
+    *,
+    env: VecEnv | None = None,
+    deterministic: bool = True,
+) -> Path:
+    """Write an agent's policy to a file, and compare what the file does with `predict`.
+
+    Args:
+        agent: TRPO, NPG, MDPO, or another one with an actor-critic policy; not changed.
+        path: of the file. It is replaced whole, after the comparison.
+        format: ``"onnx"``, ``"torchscript"`` or ``"torch-export"``.
+        env: as of `DeployedPolicy`.
+        deterministic: act by the mode of the policy, or by samples.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: (a ValueError) for what cannot be exported, or whose file does not act as the agent does.
+        ImportError: if a package is missing.
+    """
+    one_of("format", format, list(FORMATS))
+    if format == "onnx" and (missing := [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]):
+        raise ImportError(f'format="onnx" needs {" and ".join(missing)}: pip install "npg-toolkit[export]"')
+    policy = DeployedPolicy(agent, env, deterministic).eval()
+    path, about = Path(path), json.dumps(_about(agent, policy))
+    with replacing(path) as partial:
+        try:
+            with torch.no_grad(), _generators_kept(), _quietly():
+                _WRITERS[format](policy, partial, about)
+        except Exception as error:  # exporters raise anything
+            reason = " ".join(str(error).split())[:300]
+            raise ExportError(
+                f"{type(policy.policy).__name__} cannot be exported as {format}: {reason}. Its forward pass must be "
+                "PyTorch operations that do not branch on the values of tensors"
+            ) from error
+        with _generators_kept():
+            _compare(policy, load_exported(partial, format), _steps(agent.get_env(), env)[1])
+    return path
+
+
+def load_exported(path: Path | str, format: Format | None = None) -> Act:
+    """An exported policy as a function of arrays, one (N, …) for each part of the observation, that gives actions.
+
+    Args:
+        path: of the file.
+        format: by default what the end of its name says.
+
+    Raises:
+        ValueError: for another end of the name.
+    """
+    path = Path(path)
+    if format is None:
+        ends = {end: name for name, end in FORMATS.items()}
+        one_of("the end of path", path.suffix, list(ends))
+        format = cast(Format, ends[path.suffix])
+    if format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+        return lambda *observations: cast(NDArray[Any], session.run(None, dict(zip(names, observations)))[0])
+    with _quietly(), path.open("rb") as file:
+        module: Any = torch.jit.load(file) if format == "torchscript" else torch.export.load(file).module()
+
+    def act(*observations: NDArray[Any]) -> NDArray[Any]:
+        with torch.no_grad():
+            return module(*(torch.as_tensor(x) for x in observations)).numpy()
+
+    return act
+
+
+def description(path: Path | str) -> dict[str, Any]:
+    """What an exported file says of itself: algorithm, steps trained, inputs and actions.
+
+    Raises:
+        ValueError: for another end of the file's name.
+    """
+    path = Path(path)
+    one_of("the end of path", path.suffix, list(FORMATS.values()))
+    files = {_ABOUT: ""}
+    if path.suffix == FORMATS["onnx"]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        files = session.get_modelmeta().custom_metadata_map
+    elif path.suffix == FORMATS["torchscript"]:
+        with _quietly():
+            torch.jit.load(path, _extra_files=files)
+    else:
+        with path.open("rb") as file:
+            torch.export.load(file, extra_files=files)
+    return cast(dict[str, Any], json.loads(files[_ABOUT]))
+
+
+def _about(agent: BaseAlgorithm, policy: DeployedPolicy) -> dict[str, Any]:
+    arrays = policy.example(1)
+    return {
+        "algorithm": type(agent).__name__,
+        "timesteps": agent.num_timesteps,
+        "deterministic": policy.deterministic,
+        "inputs": {n: {"shape": x.shape[1:], "dtype": str(x.dtype)} for n, x in zip(policy.inputs, arrays)},
+        "observation_space": str(policy.observation_space),
+        "action_space": str(policy.policy.action_space),
+    }
+
+
+def _program(policy: DeployedPolicy) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    examples = tuple(torch.as_tensor(x) for x in policy.example(2))
+    return torch.export.export(policy, examples, dynamic_shapes={"observations": tuple({0: batch} for _ in examples)})
+
+
+def _onnx(policy: DeployedPolicy, path: Path, about: str) -> None:
+    program = torch.onnx.export(
+        _program(policy), input_names=policy.inputs, output_names=["action"], dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.model.metadata_props[_ABOUT] = about
+    program.save(str(path), external_data=False)
+
+
+def _torchscript(policy: DeployedPolicy, path: Path, about: str) -> None:
+    _program(policy)  # which refuses branches on values, where a trace would keep the branch of the example
+    traced = torch.jit.trace(policy, tuple(torch.as_tensor(x) for x in policy.example(2)), check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={_ABOUT: about})
+
+
+def _torch_export(policy: DeployedPolicy, path: Path, about: str) -> None:
+    with path.open("wb") as file:  # by its path it would insist on the end of the name
+        torch.export.save(_program(policy), file, extra_files={_ABOUT: about})
+
+
+_WRITERS: dict[str, Callable[[DeployedPolicy, Path, str], None]] = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "torch-export": _torch_export,
+}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warnings of exporters, and the checks of values in distributions, which cannot be traced."""
+    validate = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validate)
+
+
+def _compare(policy: DeployedPolicy, act: Act, steps: list[VecEnvWrapper]) -> None:
+    """Refuse a file that does not act as the agent in its environments, on one observation and on several."""
+    for n in (1, 7):
+        arrays = policy.example(n, seed=n)
+        actions = act(*arrays)
+        seen: Any = arrays[0] if policy._keys is None else dict(zip(policy._keys, arrays))
+        for step in steps:
+            seen = (
+                step.transpose_observations(seen) if isinstance(step, VecTransposeImage) else step.normalize_obs(seen)
+            )
+        expected, _ = policy.policy.predict(seen, deterministic=True)
+        wrong = actions.shape != expected.shape or not np.isfinite(actions).all()
+        if not wrong and policy.deterministic:
+            wrong = not _alike(policy.policy, seen, actions, expected)
+        if wrong:
+            raise ExportError(
+                f"the exported {type(policy.policy).__name__} does not act as the agent: its forward pass depends on "
+                "more than its observations, parameters and buffers"
+            )
+
+
+def _alike(policy: ActorCriticPolicy, observation: Any, actions: NDArray[Any], expected: NDArray[Any]) -> bool:
+    """Whether actions are equal up to rounding; discrete ones also if the policy finds them equally likely."""
+    if isinstance(policy.action_space, spaces.Box):
+        scale = np.maximum(1.0, np.abs(expected))
+        return bool((np.abs(actions - expected) <= 1e-4 * scale).all())
+    if (actions == expected).all():
+        return True
+    with torch.no_grad():
+        distribution = policy.get_distribution(policy.obs_to_tensor(observation)[0])
+        ours, theirs = (distribution.log_prob(torch.as_tensor(a)) for a in (actions, expected))
+    return bool((ours >= theirs - 1e-4).all())

@@ -1,0 +1,520 @@
+"""A search for better settings of an algorithm on one environment, by Optuna, in a folder that it can be continued in.
+
+::
+
+    config.yaml     what is searched     command.txt    every command that worked here
+    preset.yaml     where it begins      best.yaml      the best setting, as a preset
+    study.log       Optuna's journal     trials.csv     a row for each trial
+    trials/         the run folder of each trial
+
+Each trial is a training run. The first one is the preset itself, the others are proposed by the tree-structured Parzen
+estimator (Bergstra et al. 2011). A trial whose evaluation is below the median of those before it ends early. Seeds are
+100 and above: those of reports, 0, 1, 2, …, tune nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
+
+from stable_baselines3.common.logger import Logger
+
+from agents.callbacks import Evaluator, evaluation_seed
+from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, resolve
+from agents.evaluation import make_env
+from agents.runs import normalized
+from agents.training import start
+from npg.runs import folder
+from npg.runs.files import replacing, write_rows
+from npg.runs.presets import check_kinds, check_names, mapping, read_yaml, require
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "load_space", "preset_of"]
+
+FIRST_SEED = 100
+"""Of the seeds that tune; smaller ones are for reports."""
+
+_OPTIONS = ("timesteps", "n_envs", "backend", "device", "threads", "eval_episodes")
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """What is searched.
+
+    Attributes:
+        algo: a name out of `agents.config.ALGORITHMS`.
+        env: an environment that `envs.make_vec_env` knows.
+        trials: how many, those that ended early or were refused included.
+        seeds: training runs of a trial, with the seeds 100, 101, …; its value is the mean of their last evaluations.
+        evaluations: of each run; after each of them a trial may end early.
+        options: fields of `RunConfig` that go over the preset.
+        space: setting ↦ ``{low, high, log, step}`` or ``{choices}``.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    algo: str
+    env: str
+    trials: int = 20
+    seeds: int = 1
+    evaluations: int = 10
+    options: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        for name in ("trials", "seeds", "evaluations"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_names("option", self.options, _OPTIONS)
+
+    @classmethod
+    def read(cls, path: Path) -> TuningConfig:
+        """Those that were written to a YAML file.
+
+        Raises:
+            ValueError: if the file is damaged, or is of something else.
+        """
+        content = read_yaml(path)
+        if "space" not in content:
+            raise ValueError(f"{path} has no search space: it is not the config.yaml of a search")
+        check_names("key", content, [f.name for f in fields(cls)], f"in {path}")
+        return cls(**content)
+
+
+# The space ------------------------------------------------------------------------------------------------------------
+
+
+def load_space(algo: str, path: Path | None = None) -> dict[str, Any]:
+    """The search space of an algorithm, out of a YAML file; by default ``agents/presets/search.yaml``.
+
+    Raises:
+        ValueError: if the file is damaged, has no entry for the algorithm, or an entry is no range and no list.
+    """
+    check_names("algorithm", [algo], ALGORITHMS)
+    file = resources.files("agents") / "presets" / "search.yaml" if path is None else path
+    entries = read_yaml(file)
+    check_names("search space", [algo], entries, f"in {file}")
+    space = mapping(f"{file}: {algo}", entries[algo])
+    require(len(space) > 0, f"{file}: {algo}", space, "a mapping of settings")
+    for name, given in space.items():
+        _check_range(name, mapping(f"{file}: {name}", given))
+    return space
+
+
+def _check_range(name: str, given: Mapping[str, Any]) -> None:
+    check_names("word", given, ["low", "high", "log", "step", "choices"], f"in the search space of {name}")
+    if "choices" in given:
+        ok = isinstance(given["choices"], list) and len(given["choices"]) > 0 and len(given) == 1
+        require(ok, f"the search space of {name}", dict(given), "either choices: [a, b, …], or low and high")
+        return
+    low, high = (given.get(end) for end in ("low", "high"))
+    ok = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in (low, high))
+    require(ok and low < high, f"the search space of {name}", dict(given), "low < high, or choices")  # type: ignore[operator]
+    require(not given.get("log") or low > 0, f"low of {name}", low, "above 0, with log")  # type: ignore[operator]
+    require(not (given.get("log") and "step" in given), f"step of {name}", given.get("step"), "left out, with log")
+
+
+def _with(given: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    """A range or list that has the preset's value."""
+    if "choices" in given:
+        known = any(type(value) is type(c) and value == c for c in given["choices"])
+        return {"choices": [*given["choices"], *([] if known else [value])]}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return dict(given)
+    if given.get("log") and value <= 0:
+        return dict(given)
+    return {**given, "low": min(given["low"], value), "high": max(given["high"], value)}
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    """What a run has for a setting; KeyError where it has none."""
+    outer, *inner = name.split(".")
+    value = config.hyperparameters[outer] if outer in config.hyperparameters else getattr(config, outer)
+    for key in inner:
+        value = value[key] if isinstance(value, Mapping) else {}[key]
+    return value
+
+
+def _coded(choices: list[Any]) -> list[Any]:
+    """Optuna takes plain values only: others as their JSON."""
+    return [c if c is None or isinstance(c, bool | int | float | str) else json.dumps(c) for c in choices]
+
+
+def _suggested(trial: Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    for name, given in space.items():
+        if "choices" in given:
+            trial.suggest_categorical(name, _coded(given["choices"]))
+        elif isinstance(given["low"], int) and isinstance(given["high"], int):
+            trial.suggest_int(name, given["low"], given["high"], step=given.get("step", 1), log=given.get("log", False))
+        else:
+            trial.suggest_float(name, given["low"], given["high"], step=given.get("step"), log=given.get("log", False))
+    return _settings(trial.params, space)
+
+
+def _settings(params: Mapping[str, Any], space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Optuna's parameters as settings."""
+    settings = dict(params)
+    for name, value in params.items():
+        if "choices" in space[name]:
+            settings[name] = space[name]["choices"][_coded(space[name]["choices"]).index(value)]
+    return settings
+
+
+def preset_of(config: RunConfig) -> dict[str, Any]:
+    """A run as the entry of a preset file: what `resolve` makes the same run of."""
+    defaults = hyperparameters_of(config.algo)
+    preset: dict[str, Any] = {"timesteps": config.timesteps, "n_envs": config.n_envs}
+    if config.normalize is not None:
+        # The discount of the rewards is the algorithm's, whatever that is tuned to.
+        own = config.normalize["gamma"] == config.hyperparameters.get("gamma")
+        preset["normalize"] = {k: v for k, v in config.normalize.items() if not (own and k == "gamma")}
+    if config.policy is not None:
+        preset["policy"] = config.policy
+    if config.env_kwargs:
+        preset["env_kwargs"] = config.env_kwargs
+    return preset | {k: v for k, v in config.hyperparameters.items() if v != defaults[k]}
+
+
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+class Tuning:
+    """A search in its folder; `create` begins one, `open` continues one.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = TuningConfig.read(path / "config.yaml")
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | None,
+        config: TuningConfig,
+        command: str = "",
+        *,
+        preset: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Tuning:
+        """Make the folder; without a path it is ``runs/tune-<algo>-<env>-<n>`` with the first free n.
+
+        Args:
+            path: of the folder.
+            config: what is searched.
+            command: for command.txt.
+            preset: where the search begins, as of `agents.config.resolve`.
+            settings: what goes over the preset and stays as it is.
+
+        Raises:
+            FileExistsError: if `path` exists, and is not an empty folder.
+            ImportError: if Optuna is not installed.
+            ValueError: for what `resolve` refuses, or a setting that is both fixed and searched.
+        """
+        _optuna()
+        settings = dict(settings or {})
+        if both := sorted(settings.keys() & config.space.keys()):
+            raise ValueError(f"{', '.join(both)} cannot be both set and searched: leave one out")
+        base = resolve(config.algo, config.env, preset=preset, settings=settings)
+        for name, given in config.space.items():
+            example = given["choices"][0] if "choices" in given else given["low"]
+            resolve(config.algo, config.env, preset=preset, settings={**settings, name: example}, **config.options)
+        space = {name: _with(given, _value_or(base, name, given)) for name, given in config.space.items()}
+        config = replace(config, space=space)
+        if path is not None:
+            folder.refuse_existing(path)
+        else:
+            n, stem = 1, f"runs/tune-{config.algo}-{config.env.replace('/', '_').replace(':', '_')}"
+            while (path := Path(f"{stem}-{n}")).exists():
+                n += 1
+        path.mkdir(parents=True, exist_ok=True)
+        _write_preset(path / "preset.yaml", config.env, preset_of(base))
+        folder.RunFolder(path).begin(asdict(config), command)
+        tuning = cls(path)
+        study = tuning.study()
+        known = {}
+        for name, given in space.items():
+            try:
+                value = _value(base, name)
+            except KeyError:
+                continue
+            known[name] = _coded([value])[0] if "choices" in given else value
+        study.enqueue_trial(known, user_attrs={"preset": True})
+        return tuning
+
+    @classmethod
+    def open(cls, path: Path, command: str = "", trials: int | None = None) -> Tuning:
+        """A search that was begun before.
+
+        Args:
+            path: of its folder.
+            command: for command.txt.
+            trials: another number of trials, in all.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ImportError: if Optuna is not installed.
+            ValueError: if a file is damaged.
+        """
+        _optuna()
+        if not (path / "config.yaml").is_file():
+            raise FileNotFoundError(f"{path} is not the folder of a search: it has no config.yaml")
+        config = TuningConfig.read(path / "config.yaml")
+        if trials is not None:
+            config = replace(config, trials=trials)
+        folder.RunFolder(path).begin(asdict(config), command)
+        tuning = cls(path)
+        tuning._repeat_interrupted()
+        return tuning
+
+    def study(self) -> Study:
+        """Optuna's study, which its dashboard and its plots take too."""
+        optuna = _optuna()
+        backend = optuna.storages.journal.JournalFileBackend(str(self.path / "study.log"))
+        return optuna.create_study(  # type: ignore[no-any-return]
+            study_name="npg-toolkit",
+            storage=optuna.storages.JournalStorage(backend),
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self.config.evaluations // 5),
+        )
+
+    @property
+    def finished(self) -> list[FrozenTrial]:
+        """The trials that came to an end, which early ones and refused ones are too."""
+        trials = self.study().get_trials(deepcopy=False)
+        return [t for t in trials if t.state.name in ("COMPLETE", "PRUNED") or "error" in t.user_attrs]
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The trial with the largest value; of equals the first one."""
+        complete = [t for t in self.finished if t.value is not None and t.state.name == "COMPLETE"]
+        return max(complete, key=lambda t: (cast(float, t.value), -t.number)) if complete else None
+
+    def _repeat_interrupted(self) -> None:
+        states = _optuna().trial.TrialState
+        study = self.study()
+        for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+            params = trial.system_attrs.get("fixed_params", {}) | trial.params  # of one that had hardly begun
+            study.enqueue_trial(params, user_attrs={k: v for k, v in trial.user_attrs.items() if k == "preset"})
+            study.tell(trial.number, state=states.FAIL)
+
+    def run(self, jobs: int = 1) -> None:
+        """Train the trials that are left, in several processes at a time.
+
+        Args:
+            jobs: how many processes; with more than one, each has one thread unless the options say otherwise.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C or SIGTERM. Trials under way begin anew when the search goes on.
+            RuntimeError: if a process ended early.
+            ValueError: if the preset itself, which is the first trial, is refused.
+        """
+        require(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "at least 1")
+        remaining = self.config.trials - len(self.finished)
+        with _signals():
+            if remaining > 0 and not any("preset" in t.user_attrs for t in self.finished):
+                self.trial()  # alone, so that a mistake is one error; the others are compared with it
+                remaining -= 1
+            if jobs == 1 or remaining <= 1:
+                for _ in range(remaining):
+                    self.trial()
+                return
+            context = multiprocessing.get_context("spawn")
+            tickets = context.Value("i", remaining)
+            workers = [context.Process(target=_work, args=(self.path, tickets)) for _ in range(min(jobs, remaining))]
+            try:
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+            finally:
+                for worker in workers:
+                    if worker.is_alive():
+                        worker.terminate()
+                        worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise RuntimeError(f"a process of the search ended early: the trials so far are kept in {self.path}")
+
+    def trial(self) -> None:
+        """Train the next trial, and write the tables."""
+        optuna = _optuna()
+        states, study = optuna.trial.TrialState, self.study()
+        # Anew for each trial, from what is known by then: a search that was continued proposes what one in a go does.
+        ended = len(self.finished)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=FIRST_SEED + ended, n_startup_trials=max(4, self.config.trials // 4), constant_liar=True
+        )
+        trial, started = study.ask(), time.perf_counter()
+        value, state = None, states.FAIL
+        try:
+            value, state = self._train(trial), states.COMPLETE
+        except optuna.TrialPruned:
+            state = states.PRUNED
+        except (ValueError, FloatingPointError) as error:
+            trial.set_user_attr("error", str(error))
+            if trial.user_attrs.get("preset"):
+                study.tell(trial, state=state)
+                raise ValueError(f"the preset itself cannot be trained: {error}") from error
+        trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
+        study.tell(trial, value, state=state)
+        self._write()
+        self._tell(trial.number)
+
+    def _train(self, trial: Trial) -> float:
+        config, total = self.config, 0.0
+        settings = _suggested(trial, config.space)
+        for k in range(config.seeds):
+            preset, seed = str(self.path / "preset.yaml"), FIRST_SEED + k
+            run = resolve(config.algo, config.env, preset=preset, settings=settings, seed=seed, **config.options)
+            every = max(1, run.timesteps // config.evaluations)
+            run = replace(run, eval_freq=every, save_freq=run.timesteps)
+            total += _train(run, self.path / "trials" / f"{trial.number:04d}-s{run.seed}", trial, k, total, config)
+        return total / config.seeds
+
+    # Records ----------------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        rows = []
+        for t in self.finished:
+            row = {"trial": t.number, "state": t.state.name.lower(), "value": t.value}
+            rows.append(row | {k: t.user_attrs.get(k) for k in ("preset", "seconds", "error")} | t.params)
+        write_rows(self.path / "trials.csv", rows)
+        if (best := self.best) is not None:
+            settings = _settings(best.params, self.config.space)
+            preset = str(self.path / "preset.yaml")
+            found = resolve(self.config.algo, self.config.env, preset=preset, settings=settings)
+            seeds = f"{FIRST_SEED} to {FIRST_SEED + self.config.seeds - 1}" if self.config.seeds > 1 else FIRST_SEED
+            _write_preset(
+                self.path / "best.yaml",
+                self.config.env,
+                preset_of(found),
+                f"{self.config.algo} on {self.config.env}: trial {best.number} of {len(rows)}, mean return "
+                f"{best.value:.6g} on the tuning seeds {seeds}.",
+            )
+
+    def _tell(self, number: int) -> None:
+        trial = next(t for t in self.finished if t.number == number)
+        best = self.best
+        so_far = "" if best is None else f"; best: trial {best.number}, return {best.value:.1f}"
+        if trial.state.name == "COMPLETE":
+            said = f"return {trial.value:.1f}"
+        else:
+            said = "ended early" if trial.state.name == "PRUNED" else f"refused: {trial.user_attrs['error']}"
+        preset = " (the preset)" if "preset" in trial.user_attrs else ""
+        print(f"trial {number}{preset}: {said}, {trial.user_attrs['seconds']:.0f} s{so_far}", flush=True)
+
+
+def _value_or(config: RunConfig, name: str, given: Mapping[str, Any]) -> Any:
+    try:
+        return _value(config, name)
+    except KeyError:
+        return given["choices"][0] if "choices" in given else given["low"]
+
+
+class _Pruner(Evaluator):
+    """Tells the trial of each evaluation, which ends it where it is behind the others."""
+
+    def __init__(self, config: RunConfig, run: Any, env: Any, report: Any) -> None:
+        super().__init__(config, run, env)
+        self._report = report
+
+    def evaluate(self) -> Any:
+        evaluation = super().evaluate()
+        self._report(evaluation.mean_return)
+        return evaluation
+
+
+def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, tuning: TuningConfig) -> float:
+    """Train one run of a trial; the return of its last agent."""
+    run = start(config, path, f"trial {trial.number} of {path.parent.parent}")
+    run_folder, model = run.folder, run.model
+    assert run_folder is not None
+    count = 0
+
+    def report(value: float) -> None:
+        nonlocal count
+        count += 1
+        step = k * tuning.evaluations + min(count, tuning.evaluations)
+        trial.report((before + value) / (k + 1), step)
+        if step < tuning.seeds * tuning.evaluations and trial.should_prune():
+            from optuna import TrialPruned
+
+            raise TrialPruned
+
+    bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), evaluation_seed(config), evaluation=True)
+    try:
+        model.set_logger(Logger(None, []))
+        evaluator = _Pruner(config, run_folder, normalized(bare, config, training=False), report)
+        model.learn(config.timesteps, callback=[evaluator])
+        if not evaluator.is_done:
+            evaluator.evaluate()
+        assert evaluator.last is not None
+        return evaluator.last.mean_return
+    finally:
+        bare.close()
+        model.get_env().close()  # type: ignore[union-attr]
+
+
+def _work(path: Path, tickets: Any) -> None:
+    """A process of the search: trials as long as there are tickets. The one that began the search ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tuning = Tuning(path)
+    tuning.config = replace(tuning.config, options={"threads": 1, **tuning.config.options})
+    while True:
+        with tickets.get_lock():
+            if tickets.value <= 0:
+                return
+            tickets.value -= 1
+        tuning.trial()
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        former = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # outside of the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _write_preset(path: Path, env: str, preset: Mapping[str, Any], comment: str = "") -> None:
+    import yaml
+
+    text = yaml.safe_dump({env: dict(preset)}, sort_keys=False)
+    with replacing(path) as partial:
+        partial.write_text((f"# {comment}\n" if comment else "") + text, encoding="utf-8")
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError('the search needs Optuna: pip install "npg-toolkit[tune]"') from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,242 @@
+"""A search for settings: what it proposes, keeps and writes, and that it goes on where it was stopped."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agents import tuning
+from agents.config import resolve
+from agents.tuning import Tuning, TuningConfig, load_space, preset_of
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "tune_agent.py"
+
+needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="needs the extra tune")
+
+SPACE = {"target_kl": {"low": 0.001, "high": 0.1, "log": True}, "n_steps": {"choices": [16, 32]}}
+FIXED = {"policy_kwargs.net_arch": [4], "n_critic_updates": 1}
+OPTIONS = {"timesteps": 128, "n_envs": 2, "eval_episodes": 1, "backend": "gymnasium", "device": "cpu", "threads": 1}
+
+
+def begun(path, trials=3, settings=FIXED, space=SPACE, **changes):
+    config = TuningConfig("trpo", "CartPole-v1", trials=trials, evaluations=2, options=OPTIONS, space=space, **changes)
+    return Tuning.create(path, config, settings=settings)
+
+
+def proposed(search):
+    return [(t.params, t.value, t.state.name) for t in search.finished]
+
+
+@needs_optuna
+def test_a_search_that_was_stopped_goes_on_as_one_in_a_go(tmp_path, monkeypatch, capsys):
+    whole = begun(tmp_path / "whole")
+    whole.run()
+    assert len(whole.finished) == 3
+
+    stopped = begun(tmp_path / "stopped")
+    trained, train = [], tuning._train
+
+    def interrupted(*args):
+        trained.append(args)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(tuning, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert len(stopped.finished) == 1
+
+    again = Tuning.open(tmp_path / "stopped")
+    again.run()
+    assert proposed(again) == proposed(whole)
+    assert "trial 0 (the preset): return" in capsys.readouterr().out
+
+
+@needs_optuna
+def test_the_first_trial_is_the_preset_and_the_best_is_one(tmp_path):
+    search = begun(tmp_path / "s", trials=2)
+    search.run()
+    first = search.finished[0]
+    config = resolve("trpo", "CartPole-v1", settings=FIXED)
+    assert first.params == {"target_kl": config.hyperparameters["target_kl"], "n_steps": 512}
+    assert search.config.space["n_steps"] == {"choices": [16, 32, 512]}
+
+    best = search.best
+    assert best.value == max(t.value for t in search.finished if t.value is not None)
+    found = resolve("trpo", "CartPole-v1", preset=str(search.path / "best.yaml"))
+    for name, value in best.params.items():
+        assert found.hyperparameters[name] == pytest.approx(value)
+    assert found.hyperparameters["policy_kwargs"] == {"net_arch": [4]}
+    assert found.timesteps == config.timesteps  # the preset's, not those of the trials
+
+    with (search.path / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["value"]) for r in rows if r["value"]] == [t.value for t in search.finished if t.value is not None]
+    for t in search.finished:
+        run = yaml.safe_load((search.path / "trials" / f"{t.number:04d}-s100" / "config.yaml").read_text())
+        assert run["seed"] == 100
+        assert run["hyperparameters"]["target_kl"] == pytest.approx(t.params["target_kl"])
+
+
+@needs_optuna
+def test_the_value_is_the_mean_of_seeds_from_100(tmp_path, monkeypatch):
+    seen = []
+
+    def train(config, path, trial, k, before, search):
+        seen.append((config.seed, path.name))
+        return float(config.seed)
+
+    monkeypatch.setattr(tuning, "_train", train)
+    search = begun(tmp_path / "s", trials=1, seeds=3)
+    search.run()
+    assert seen == [(100, "0000-s100"), (101, "0000-s101"), (102, "0000-s102")]
+    assert search.best.value == 101.0
+
+
+@needs_optuna
+def test_a_trial_below_the_median_ends_early(tmp_path, monkeypatch):
+    import optuna
+
+    def train(config, path, trial, k, before, search):
+        for step in (1, 2):
+            value = -100.0 if trial.number == 5 else float(trial.number)
+            trial.report(value, step)
+            if step < 2 and trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    monkeypatch.setattr(tuning, "_train", train)
+    search = begun(tmp_path / "s", trials=7)
+    search.run()
+    states = [t.state.name for t in search.finished]
+    assert states == ["COMPLETE"] * 5 + ["PRUNED", "COMPLETE"]
+    assert search.best.number == 6
+
+
+@needs_optuna
+def test_settings_that_are_refused_are_a_trial_and_a_refused_preset_ends_the_search(tmp_path, monkeypatch):
+    def train(config, path, trial, k, before, search):
+        if trial.number == refused:
+            raise FloatingPointError("the loss is not finite")
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_train", train)
+    refused = 1
+    search = begun(tmp_path / "a")
+    search.run()
+    assert [t.user_attrs.get("error") for t in search.finished] == [None, "the loss is not finite", None]
+    refused = 0
+    with pytest.raises(ValueError, match="the preset itself cannot be trained: the loss is not finite"):
+        begun(tmp_path / "b").run()
+
+
+@needs_optuna
+def test_two_processes_train_as_many_trials_as_were_asked_for(tmp_path):
+    search = begun(tmp_path / "s", trials=3)
+    search.run(jobs=2)
+    assert len(Tuning.open(tmp_path / "s").finished) == 3
+    assert sorted(p.name for p in (tmp_path / "s" / "trials").iterdir()) == ["0000-s100", "0001-s100", "0002-s100"]
+
+
+@needs_optuna
+def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
+    path = tmp_path / "s"
+    short = ["--evaluations", "1", "--eval-episodes", "1", "--n-envs", "2", "--backend", "gymnasium", "--device", "cpu"]
+    short += ["--set", "policy_kwargs.net_arch=[4]", "--threads", "1", "--timesteps", "256"]
+    command = [sys.executable, str(SCRIPT), "trpo", "CartPole-v1", "--trials", "400", *short, "--run-dir", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 200
+    while not (path / "trials.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130, out + err
+    assert f"--resume {path}" in out
+    done = len(Tuning(path).finished)
+    assert 1 <= done < 400
+
+    again = [sys.executable, str(SCRIPT), "--resume", str(path), "--trials", str(done + 1)]
+    finished = subprocess.run(again, capture_output=True, text=True, timeout=200, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert f"--preset {path / 'best.yaml'}" in finished.stdout
+    assert len(Tuning(path).finished) == done + 1
+
+
+# The space ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algo", ["trpo", "npg", "mdpo"])
+def test_every_setting_of_the_search_spaces_exists(algo):
+    space = load_space(algo)
+    assert len(space) >= 6
+    for name, given in space.items():
+        for value in given.get("choices", [given.get("low"), given.get("high")]):
+            assert resolve(algo, "CartPole-v1", settings={name: value}).hyperparameters[name] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trpo: {gamma: {low: 0.9}}", "search space of gamma must be low < high, or choices"),
+        ("trpo: {gamma: {low: 1.0, high: 0.9}}", "low < high"),
+        ("trpo: {gamma: {low: 0, high: 1, log: true}}", "low of gamma must be above 0, with log"),
+        ("trpo: {gamma: {choices: []}}", "search space of gamma"),
+        ("trpo: {gamma: {choices: [1], low: 0}}", "either choices"),
+        ("trpo: {gamma: {lo: 0.9, high: 1.0}}", "unknown word 'lo'.*low"),
+        ("trpo: {}", "must be a mapping of settings"),
+        ("npg: {gamma: {low: 0.9, high: 1.0}}", "unknown search space 'trpo'"),
+    ],
+)
+def test_a_search_space_that_cannot_be_is_refused(tmp_path, text, message):
+    path = tmp_path / "search.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_space("trpo", path)
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"space": {"taget_kl": {"low": 0.1, "high": 1.0}}}, "unknown setting 'taget_kl' for trpo: did you mean"),
+        ({"settings": {"target_kl": 0.1}}, "target_kl cannot be both set and searched"),
+        ({"trials": 0}, "trials must be at least 1; got 0"),
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+    ],
+)
+def test_bad_input_creates_nothing(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        begun(tmp_path / "s", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match=r'pip install "npg-toolkit\[tune\]"'):
+        begun(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "HalfCheetah-v5", "npg/Tetris-v0"])
+def test_a_run_and_its_preset_are_the_same(env, tmp_path):
+    config = resolve("trpo", env)
+    path = tmp_path / "preset.yaml"
+    path.write_text(yaml.safe_dump({env: preset_of(config)}))
+    assert resolve("trpo", env, preset=str(path)) == config
+
+
+def test_the_discount_of_rewards_follows_a_tuned_discount(tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text(yaml.safe_dump({"HalfCheetah-v5": preset_of(resolve("trpo", "HalfCheetah-v5"))}))
+    assert resolve("trpo", "HalfCheetah-v5", preset=str(path), settings={"gamma": 0.9}).normalize["gamma"] == 0.9
+    own = resolve("trpo", "HalfCheetah-v5", settings={"normalize": {"gamma": 0.5}})
+    path.write_text(yaml.safe_dump({"HalfCheetah-v5": preset_of(own)}))
+    assert resolve("trpo", "HalfCheetah-v5", preset=str(path), settings={"gamma": 0.9}).normalize["gamma"] == 0.5

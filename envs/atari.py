@@ -9,6 +9,7 @@ statistics always count whole games, in steps of four frames and in the game's o
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -112,8 +113,13 @@ class EnvPoolAtariVecEnv(EnvPoolVecEnv):
         return state[self._row["info:reward"]], over
 
 
-def gymnasium_atari(game: Game, num_envs: int, render_mode: str | None = None) -> VecEnv:
-    """Gymnasium's Atari games as a VecEnv, through Stable-Baselines3's wrappers."""
+def gymnasium_atari(
+    game: Game,
+    num_envs: int,
+    render_mode: str | None = None,
+    spread: Callable[[list[Callable[[], gym.Env[Any, Any]]]], VecEnv] = GymnasiumVecEnv,
+) -> VecEnv:
+    """Gymnasium's Atari games as a VecEnv, by `spread`, through Stable-Baselines3's wrappers."""
 
     def make() -> gym.Env[Any, Any]:
         env: Any = gym.make(
@@ -134,5 +140,5 @@ def gymnasium_atari(game: Game, num_envs: int, render_mode: str | None = None) -
         env = atari_wrappers.WarpFrame(env)
         return atari_wrappers.ClipRewardEnv(env) if game.reward_clip else env
 
-    frames = VecFrameStack(GymnasiumVecEnv([make] * num_envs), game.frame_stack)
+    frames = VecFrameStack(spread([make] * num_envs), game.frame_stack)
     return VecTransposeImage(frames)

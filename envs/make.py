@@ -6,6 +6,8 @@ import difflib
 import importlib
 import numbers
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
 from envs.envpool_vec_env import DIFFERENCES, SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
 from envs.episodes import EpisodeWriter
+from envs.seeding import independently_seeded
 from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter, float32_space
 
 __all__ = ["UnknownEnvironment", "make_vec_env"]
@@ -31,14 +34,22 @@ class UnknownEnvironment(gym.error.NameNotFound, ValueError):
     """No backend has an environment of this id."""
 
 
+EnvMaker = Callable[..., gym.Env[Any, Any]]
+
+
 def make_vec_env(
-    env_id: str,
+    env_id: str | EnvMaker,
     n_envs: int = 1,
     seed: int | None = None,
     backend: Literal["auto", "envpool", "gymnasium"] = "auto",
     *,
     n_threads: int | None = None,
     env_kwargs: dict[str, Any] | None = None,
+    wrapper_class: EnvMaker | None = None,
+    wrapper_kwargs: dict[str, Any] | None = None,
+    vec_env_cls: type[VecEnv] | None = None,
+    vec_env_kwargs: dict[str, Any] | None = None,
+    monitor_dir: str | Path | None = None,
     monitor_path: str | Path | None = None,
     evaluation: bool = False,
 ) -> VecEnv:
@@ -48,7 +59,8 @@ def make_vec_env(
     not terminated) and ``episode`` (return ``r``, length ``l`` in steps, seconds ``t``), whatever the backend.
 
     Args:
-        env_id: as registered with Gymnasium or EnvPool; ``module:id`` imports a module that registers it first.
+        env_id: as registered with Gymnasium or EnvPool; ``module:id`` imports a module that registers it first. Or a
+            class of environments, or a function that makes one from `env_kwargs`.
         n_envs: how many environments.
         seed: of all environments; no two environments or seeds share a stream (`envs.seeding`). None for fresh entropy.
         backend: ``"envpool"`` or ``"gymnasium"``. ``"auto"`` takes the fastest that means the same: an environment's
@@ -58,12 +70,19 @@ def make_vec_env(
         n_threads: EnvPool's threads; by default one for each environment, at most one for each processor.
         env_kwargs: arguments of the environment. With ``render_mode``, or with one that EnvPool does not have,
             ``"auto"`` takes Gymnasium. Atari games take the fields of `envs.atari.Game`.
-        monitor_path: a folder, or a file ending in ``monitor.csv``, to which all episodes are appended.
+        wrapper_class: what each environment is wrapped in, after its Monitor: a class or a function of one environment.
+            This argument and the next three are for Gymnasium's environments, and make ``"auto"`` take these.
+        wrapper_kwargs: its arguments.
+        vec_env_cls: a class such as Stable-Baselines3's ``SubprocVecEnv`` in the place of ``DummyVecEnv``.
+        vec_env_kwargs: its arguments.
+        monitor_dir: a folder, which is made if need be, for a ``monitor.csv`` to which all episodes are appended.
+        monitor_path: a folder that exists, or a file ending in ``monitor.csv``, in the place of `monitor_dir`.
         evaluation: Atari only: whole games and the games' own scores, instead of single lives and signs of rewards.
 
     Raises:
         UnknownEnvironment: (a ValueError) if no backend has the id; the nearest known ids are named.
-        ValueError: for any other argument that cannot be used.
+        ValueError: for any other argument that cannot be used, or that the backend cannot use.
+        TypeError: if what should make an environment does not.
         ImportError: if a package is missing that the environment or the backend needs.
     """
     n_envs = _positive("n_envs", n_envs)
@@ -73,44 +92,151 @@ def make_vec_env(
         raise ValueError(f"seed={seed!r} must be None or an integer that is not negative.")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(map(repr, BACKENDS))}.")
-    if not isinstance(env_id, str):
-        raise ValueError(f"env_id={env_id!r} must be a string, such as 'CartPole-v1'.")
+    if not (isinstance(env_id, str) or callable(env_id)):
+        raise ValueError(
+            f"env_id={env_id!r} must be a string, such as 'CartPole-v1', a class of environments, or a function that "
+            "makes one."
+        )
+    if monitor_dir is not None and monitor_path is not None:
+        raise ValueError("monitor_dir and monitor_path are two names for one place: give one of them.")
+    python = _Python(wrapper_class, dict(wrapper_kwargs or {}), vec_env_cls, dict(vec_env_kwargs or {}))
+    python.check(env_id, backend)
     env_kwargs = dict(env_kwargs or {})
     if env_kwargs.get("max_episode_steps", 1) is None:  # Gymnasium's way to say: as registered
         del env_kwargs["max_episode_steps"]
     _positive("env_kwargs['max_episode_steps']", env_kwargs.get("max_episode_steps", 1))
 
-    module, colon, name = env_id.rpartition(":")
-    if colon:
-        try:
-            importlib.import_module(module)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"env_id={env_id!r} begins with a module that cannot be imported: {error}.") from error
-        env_id = name
+    if isinstance(env_id, str):
+        python.module, colon, name = env_id.rpartition(":")
+        if colon:
+            try:
+                importlib.import_module(python.module)
+            except (ImportError, ValueError) as error:
+                raise ValueError(f"env_id={env_id!r} begins with a module that cannot be imported: {error}.") from error
+            env_id = name
 
+    shown = env_id if isinstance(env_id, str) else getattr(env_id, "__name__", type(env_id).__name__)
     try:
-        venv = _make(env_id, n_envs, backend, n_threads, env_kwargs, evaluation)
+        if isinstance(env_id, str):
+            venv = _make(env_id, n_envs, backend, n_threads, env_kwargs, evaluation, python)
+        else:
+            venv = python.vector(env_id, n_envs, env_kwargs)
+    except NoEnvironment:
+        raise
     except TypeError as error:  # how Python and EnvPool say that an argument does not fit
         if not env_kwargs:
             raise
-        raise ValueError(f"env_kwargs={env_kwargs!r} do not fit {env_id}: {error}.") from error
+        raise ValueError(f"env_kwargs={env_kwargs!r} do not fit {shown}: {error}.") from error
     if seed is not None:
         venv.seed(int(seed))
         venv.action_space.seed(int(seed))
-    return venv if monitor_path is None else EpisodeWriter(venv, monitor_path, env_id)
+    if monitor_dir is not None:
+        Path(monitor_dir).mkdir(parents=True, exist_ok=True)
+        monitor_path = monitor_dir
+    return venv if monitor_path is None else EpisodeWriter(venv, monitor_path, shown)
+
+
+class NoEnvironment(TypeError):
+    """What should make an environment does not."""
+
+
+@dataclass
+class _Python:
+    """What can be done only with environments that are Python objects, Gymnasium's: wrap them, spread them out."""
+
+    wrapper_class: EnvMaker | None
+    wrapper_kwargs: dict[str, Any]
+    vec_env_cls: type[VecEnv] | None
+    vec_env_kwargs: dict[str, Any]
+    module: str = field(default="")
+
+    def check(self, env_id: str | EnvMaker, backend: str) -> None:
+        if self.wrapper_class is not None and not callable(self.wrapper_class):
+            raise ValueError(f"wrapper_class={self.wrapper_class!r} must be a class or a function of an environment.")
+        if self.vec_env_cls is not None and not (
+            isinstance(self.vec_env_cls, type) and issubclass(self.vec_env_cls, VecEnv)
+        ):
+            raise ValueError(f"vec_env_cls={self.vec_env_cls!r} must be a class of VecEnvs, such as SubprocVecEnv.")
+        for kwargs, owner in (("wrapper_kwargs", "wrapper_class"), ("vec_env_kwargs", "vec_env_cls")):
+            if getattr(self, kwargs) and getattr(self, owner) is None:
+                raise ValueError(f"{kwargs}={getattr(self, kwargs)!r} needs {owner}, whose arguments they are.")
+        if backend == "envpool" and (needs := self.needs(env_id)):
+            raise ValueError(
+                f"backend='envpool' has no environment that is a Python object, which {needs} needs: leave it out, or "
+                "use backend='gymnasium'."
+            )
+
+    def needs(self, env_id: str | EnvMaker) -> str:
+        """Which argument needs environments that are Python objects; none is empty."""
+        if not isinstance(env_id, str):
+            return f"env_id={getattr(env_id, '__name__', env_id)}"
+        return next((name for name in ("wrapper_class", "vec_env_cls") if getattr(self, name) is not None), "")
+
+    def vector(self, env_id: str | EnvMaker, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
+        return self.spread([_Single(env_id, env_kwargs, self)] * n_envs)
+
+    def spread(self, makers: list[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
+        if self.vec_env_cls is None:
+            return GymnasiumVecEnv(makers)
+        return independently_seeded(self.vec_env_cls)(makers, **self.vec_env_kwargs)
+
+
+@dataclass
+class _Single:
+    """Makes one environment; another process can make it too."""
+
+    env_id: str | EnvMaker
+    env_kwargs: dict[str, Any]
+    python: _Python
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        if isinstance(self.env_id, str):
+            if self.python.module:
+                importlib.import_module(self.python.module)
+            env = gym.make(self.env_id, **self.env_kwargs)
+        else:
+            env = _is_env("env_id", self.env_id(**self.env_kwargs))
+        env = Monitor(env)
+        if (wrap := self.python.wrapper_class) is not None:
+            env = _is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs))
+        space = float32_space(env.observation_space)
+        if space is not env.observation_space:
+            env = TransformObservation(env, lambda observation: observation.astype(np.float32), space)
+        return env
+
+
+def _is_env(name: str, env: Any) -> Any:
+    if not isinstance(env, gym.Env):
+        raise NoEnvironment(f"{name} must make a Gymnasium environment, but made {env!r}.")
+    return env
 
 
 def _make(
-    env_id: str, n_envs: int, backend: str, n_threads: int | None, env_kwargs: dict[str, Any], evaluation: bool
+    env_id: str,
+    n_envs: int,
+    backend: str,
+    n_threads: int | None,
+    env_kwargs: dict[str, Any],
+    evaluation: bool,
+    python: _Python,
 ) -> VecEnv:
     env_kwargs = dict(env_kwargs)
     render_mode = env_kwargs.pop("render_mode", None)
     game = Game.parse(env_id, evaluation, env_kwargs)
+    if needs := python.needs(env_id):
+        if game is not None and python.wrapper_class is not None:
+            raise ValueError(
+                f"wrapper_class={python.wrapper_class!r} cannot be put around {env_id}, whose frames are stacked over "
+                "all environments: wrap what make_vec_env returns, or give a function that makes one game as env_id."
+            )
+        if not _in_gymnasium(env_id, game) and _in_envpool(env_id, game):
+            raise ValueError(f"{needs} needs a Gymnasium environment, and {env_id!r} is only in EnvPool: leave it out.")
+        backend = "gymnasium"
     if backend == "auto":
         backend = "gymnasium" if render_mode else _fastest(env_id, game, env_kwargs)
         if backend == "gymnasium" and game is None and render_mode is None and _fits_envpool(env_id, env_kwargs):
             try:
-                return _gymnasium(env_id, n_envs, env_kwargs)
+                return _gymnasium(env_id, n_envs, env_kwargs, python)
             except ImportError as error:
                 warnings.warn(_instead(env_id, error), stacklevel=3)
                 backend = "envpool"
@@ -128,8 +254,8 @@ def _make(
     if not _in_gymnasium(env_id, game):
         raise _absent(env_id, game, "gymnasium")
     if game is not None:
-        return gymnasium_atari(game, n_envs, render_mode)
-    return _gymnasium(env_id, n_envs, env_kwargs | ({"render_mode": render_mode} if render_mode else {}))
+        return gymnasium_atari(game, n_envs, render_mode, python.spread)
+    return _gymnasium(env_id, n_envs, env_kwargs | ({"render_mode": render_mode} if render_mode else {}), python)
 
 
 def _fastest(env_id: str, game: Game | None, env_kwargs: dict[str, Any]) -> str:
@@ -213,18 +339,10 @@ def _absent(env_id: str, game: Game | None, backend: str) -> Exception:
     return UnknownEnvironment(message)
 
 
-def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VecEnv:
-    """Gymnasium's environments, one after the other."""
-
-    def make() -> gym.Env[Any, Any]:
-        env = gym.make(env_id, **env_kwargs)
-        space = float32_space(env.observation_space)
-        if space is not env.observation_space:
-            env = TransformObservation(env, lambda observation: observation.astype(np.float32), space)
-        return Monitor(env)
-
+def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any], python: _Python) -> VecEnv:
+    """Gymnasium's environments, by default one after the other."""
     try:
-        return GymnasiumVecEnv([make] * n_envs)
+        return python.vector(env_id, n_envs, env_kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         remedy = _install(env_id)
         if _fits_envpool(env_id, env_kwargs):

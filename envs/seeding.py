@@ -7,12 +7,20 @@ environments but one each. Here the seed of an environment is a hash of the run'
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
-__all__ = ["RUN_SEEDS", "IndependentSeeds", "Purpose", "environment_seeds", "purpose_seed"]
+__all__ = [
+    "RUN_SEEDS",
+    "IndependentSeeds",
+    "Purpose",
+    "environment_seeds",
+    "independently_seeded",
+    "purpose_seed",
+]
 
 RUN_SEEDS = 2**28
 """The seeds of runs lie below it, those of a run's other purposes above."""
@@ -75,3 +83,11 @@ class IndependentSeeds(VecEnv):
         seeds: list[Any] = environment_seeds(cast(int, seed), self.num_envs, first)
         self._seeds = seeds
         return seeds
+
+
+@cache
+def independently_seeded(cls: type[VecEnv]) -> type[VecEnv]:
+    """A class of VecEnvs with the seeds of `IndependentSeeds`."""
+    if issubclass(cls, IndependentSeeds):
+        return cls
+    return type(cls.__name__, (IndependentSeeds, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})

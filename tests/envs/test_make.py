@@ -8,9 +8,11 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import CartPoleEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.monitor import Monitor, load_results
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from envs import UnknownEnvironment, make_vec_env
 from envs.envpool_vec_env import EnvPoolVecEnv, import_envpool
@@ -291,3 +293,128 @@ def test_stable_baselines3_seeds_it():
     first = rewards()
     assert first
     assert first == rewards()
+
+
+# ------------------------------------------------------------------------------------- as Stable-Baselines3's
+
+
+class Scaled(gym.Wrapper):
+    """Rewards times a factor, and observations in float64."""
+
+    def __init__(self, env, factor=1.0):
+        super().__init__(env)
+        self.factor = factor
+        self.observation_space = gym.spaces.Box(-9.0, 9.0, env.observation_space.shape, np.float64)
+
+    def reset(self, **kwargs):
+        observation, info = self.env.reset(**kwargs)
+        return observation.astype(np.float64), info
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation.astype(np.float64), self.factor * reward, terminated, truncated, info
+
+
+class Short(CartPoleEnv):
+    """Ends after three steps."""
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self.steps += 1
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, self.steps >= 3, False, info
+
+
+def test_a_wrapper_is_put_around_each_environment():
+    env = make_vec_env("CartPole-v1", 2, wrapper_class=Scaled, wrapper_kwargs={"factor": 3.0})
+    assert type(env) is GymnasiumVecEnv
+    assert env.env_is_wrapped(Scaled) == env.env_is_wrapped(Monitor) == [True, True]
+    assert env.observation_space.dtype == env.reset().dtype == np.float32  # after the wrapper
+    assert env.step(np.array([0, 1]))[1].tolist() == [3.0, 3.0]
+    assert make_vec_env("CartPole-v1", wrapper_class=lambda e: Scaled(e, 2.0)).get_attr("factor") == [2.0]
+
+
+@pytest.mark.parametrize("make", [Short, lambda **kwargs: Short(**kwargs)])
+def test_a_class_or_a_function_makes_the_environments(make):
+    env = make_vec_env(make, 2, seed=0, env_kwargs={"render_mode": "rgb_array"})
+    assert env.get_attr("render_mode") == ["rgb_array"] * 2
+    first = env.reset()
+    assert not (first[0] == first[1]).all()
+    for _ in range(3):
+        _, _, dones, infos = env.step(np.array([0, 1]))
+    assert dones.all()
+    assert [info["episode"]["l"] for info in infos] == [3, 3]
+    assert (make_vec_env(make, 2, seed=0).reset() == first).all()
+
+
+def test_processes_have_the_seeds_of_one_process():
+    spread = make_vec_env("CartPole-v1", 2, seed=4, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+    try:
+        assert isinstance(spread, SubprocVecEnv)
+        alone = make_vec_env("CartPole-v1", 2, seed=4, backend="gymnasium")
+        assert (spread.reset() == alone.reset()).all()
+        for action in ([0, 1], [1, 1]):
+            for a, b in zip(spread.step(np.array(action))[:3], alone.step(np.array(action))[:3], strict=True):
+                np.testing.assert_array_equal(a, b)
+    finally:
+        spread.close()
+
+
+def test_a_monitor_folder_is_made_and_read_by_stable_baselines3(tmp_path):
+    pytest.importorskip("pandas")
+    folder = tmp_path / "a" / "b"
+    env = make_vec_env(Short, 2, monitor_dir=folder)
+    env.reset()
+    for _ in range(6):
+        env.step(np.array([0, 1]))
+    env.close()
+    assert list(load_results(str(folder))["l"]) == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"wrapper_class": Scaled, "backend": "envpool"},
+            "backend='envpool' .*which wrapper_class needs: leave it out",
+        ),
+        ({"vec_env_cls": SubprocVecEnv, "backend": "envpool"}, "which vec_env_cls needs.*backend='gymnasium'"),
+        ({"env_id": Short, "backend": "envpool"}, "which env_id=Short needs"),
+        ({"wrapper_kwargs": {"factor": 2}}, "wrapper_kwargs=.* needs wrapper_class"),
+        ({"vec_env_kwargs": {"start_method": "fork"}}, "vec_env_kwargs=.* needs vec_env_cls"),
+        ({"wrapper_class": "Scaled"}, "wrapper_class='Scaled' must be a class or a function"),
+        ({"vec_env_cls": "subproc"}, "vec_env_cls='subproc' must be a class of VecEnvs"),
+        ({"vec_env_cls": Scaled}, "vec_env_cls=.*Scaled.* must be a class of VecEnvs"),
+        ({"monitor_dir": "x", "monitor_path": "x"}, "monitor_dir and monitor_path are two names"),
+        ({"env_id": Short, "env_kwargs": {"gravity": 3}}, "env_kwargs=.*do not fit Short.*gravity"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_vec_env(**{"env_id": "CartPole-v1", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"env_id": lambda: None}, "env_id must make a Gymnasium environment, but made None"),
+        ({"env_id": lambda factor: factor, "env_kwargs": {"factor": 2}}, "env_id must make .*made 2"),
+        ({"wrapper_class": lambda env: 3}, "wrapper_class must make a Gymnasium environment, but made 3"),
+    ],
+)
+def test_what_makes_no_environment_is_named(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        make_vec_env(**{"env_id": "CartPole-v1", **arguments})
+
+
+@needs_envpool
+def test_what_only_envpool_has_cannot_be_wrapped():
+    with pytest.raises(
+        ValueError, match="wrapper_class needs a Gymnasium environment, and 'Catch-v0' is only in EnvPool"
+    ):
+        make_vec_env("Catch-v0", wrapper_class=Scaled)
+    with pytest.raises(ValueError, match=r"wrapper_class=.*cannot be put around ALE/Pong-v5"):
+        make_vec_env("ALE/Pong-v5", wrapper_class=Scaled)

@@ -177,6 +177,9 @@ class DeployedPolicy(nn.Module):
         ExportError: for what cannot be exported.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(self, agent: BaseAlgorithm, env: VecEnv | None = None, deterministic: bool = True) -> None:
         super().__init__()
         if not isinstance(agent.policy, ActorCriticPolicy):

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -145,7 +146,9 @@ def _value(config: RunConfig, name: str) -> Any:
     outer, *inner = name.split(".")
     value = config.hyperparameters[outer] if outer in config.hyperparameters else getattr(config, outer)
     for key in inner:
-        value = value[key] if isinstance(value, Mapping) else {}[key]
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
+        value = value[key]
     return value
 
 
@@ -237,12 +240,10 @@ class Tuning:
             resolve(config.algo, config.env, preset=preset, settings={**settings, name: example}, **config.options)
         space = {name: _with(given, _value_or(base, name, given)) for name, given in config.space.items()}
         config = replace(config, space=space)
-        if path is not None:
-            folder.refuse_existing(path)
-        else:
-            n, stem = 1, f"runs/tune-{config.algo}-{config.env.replace('/', '_').replace(':', '_')}"
-            while (path := Path(f"{stem}-{n}")).exists():
-                n += 1
+        if path is None:
+            stem = f"runs/tune-{config.algo}-{config.env.replace('/', '_').replace(':', '_')}"
+            path = next(p for n in count(1) if not (p := Path(f"{stem}-{n}")).exists())
+        folder.refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
         _write_preset(path / "preset.yaml", config.env, preset_of(base))
         folder.RunFolder(path).begin(asdict(config), command)
@@ -287,7 +288,7 @@ class Tuning:
         """Optuna's study, which its dashboard and its plots take too."""
         optuna = _optuna()
         backend = optuna.storages.journal.JournalFileBackend(str(self.path / "study.log"))
-        return optuna.create_study(  # type: ignore[no-any-return]
+        return optuna.create_study(
             study_name="npg-toolkit",
             storage=optuna.storages.JournalStorage(backend),
             direction="maximize",
@@ -446,12 +447,12 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
     run = start(config, path, f"trial {trial.number} of {path.parent.parent}")
     run_folder, model = run.folder, run.model
     assert run_folder is not None
-    count = 0
+    evaluated = 0
 
     def report(value: float) -> None:
-        nonlocal count
-        count += 1
-        step = k * tuning.evaluations + min(count, tuning.evaluations)
+        nonlocal evaluated
+        evaluated += 1
+        step = k * tuning.evaluations + min(evaluated, tuning.evaluations)
         trial.report((before + value) / (k + 1), step)
         if step < tuning.seeds * tuning.evaluations and trial.should_prune():
             from optuna import TrialPruned

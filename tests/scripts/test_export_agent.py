@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("model", ["best", "last", "checkpoint"])
 def test_the_file_of_a_run_acts_as_its_agent(folder, model, tmp_path, capsys):
-    files = {"best": folder.best, "last": folder.last, "checkpoint": folder.checkpoint(192)}[model]
+    checkpoint = folder.checkpoint(folder.agents.number(folder.agents.all()[0]))
+    files = {"best": folder.best, "last": folder.last, "checkpoint": checkpoint}[model]
     source = [str(files.model)] if model == "checkpoint" else [str(folder.path), "--model", model]
     path = tmp_path / "policy.pt2"
     assert export_agent.main([*source, "--format", "torch-export", "--out", str(path)]) == 0

@@ -1,0 +1,152 @@
+"""The pages of docs/ and of the root: their links, their messages, and the public names that the reference shows."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [
+    "npg",
+    "npg.families",
+    "npg.solvers",
+    "npg.optim",
+    "npg.curvature.kronecker",
+    "npg.curvature.preconditioners",
+]
+MODULES += ["npg.mirror", "npg.transport", "npg.acceleration", "npg.vision", "agents", "agents.afterstate"]
+MODULES += ["agents.export", "agents.tuning", "envs"]
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def text_of(page: Path) -> str:
+    """Without code, in which brackets mean something else."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return re.sub(r"`[^`\n]+`\)", ")", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub, and the site, name the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        slug = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+    return {slug if i == 0 else f"{slug}-{i}" for slug, n in found.items() for i in range(n + 1)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    for link in LINK.findall(text_of(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{link}: there is no {path}"
+        if anchor:
+            assert anchor in anchors(path), f"{link}: {path.name} has no such heading"
+
+
+def test_every_page_is_in_the_navigation():
+    class Loader(yaml.SafeLoader):
+        """Tags are mkdocs' business."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+    listed = re.findall(r"[\w/]+\.md", yaml.dump(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]))
+    hooks = (ROOT / "scripts" / "docs" / "hooks.py").read_text()
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    assert pages <= {*listed, *re.findall(r'"([\w/]+\.md)"', hooks)}
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package)
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    site = tmp_path / "site"
+    assert "target_kl" in (site / "trpo" / "index.html").read_text()
+    assert "{options}" not in (site / "api" / "agents" / "index.html").read_text()
+    for module in MODULES[:8]:
+        page = site / "api" / module.split(".")[1 if "." in module else 0] / "index.html"
+        for name in importlib.import_module(module).__all__:
+            if not inspect.ismodule(getattr(importlib.import_module(module), name)):
+                assert f'id="{module}.{name}"' in page.read_text(), f"{module}.{name} is not in the reference"
+
+
+# Docstrings -----------------------------------------------------------------------------------------------------------
+
+
+def public_parts(thing: object) -> list[tuple[str, object]]:
+    """The methods and properties that a class of ours has of its own."""
+    if not inspect.isclass(thing):
+        return []
+    parts = []
+    for name, part in vars(thing).items():
+        if isinstance(part, classmethod | staticmethod):
+            part = part.__func__
+        if not name.startswith("_") and (inspect.isfunction(part) or isinstance(part, property)):
+            parts.append((name, part))
+    return parts
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_docstring(module):
+    imported = importlib.import_module(module)
+    assert imported.__doc__
+    for name in imported.__all__:
+        thing = getattr(imported, name)
+        if inspect.ismodule(thing) or not (inspect.isclass(thing) or inspect.isroutine(thing)):
+            continue
+        # a dataclass without a docstring gets its signature as one
+        assert inspect.getdoc(thing), f"{module}.{name}"
+        assert not thing.__doc__.startswith(f"{name}("), f"{module}.{name}"
+        for part, function in public_parts(thing):
+            inherited = any(getattr(getattr(base, part, None), "__doc__", None) for base in thing.__mro__[1:])
+            assert inspect.getdoc(function) or inherited, f"{module}.{name}.{part}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_argument_of_a_public_function_is_explained(module):
+    imported = importlib.import_module(module)
+    for name in imported.__all__:
+        function = getattr(imported, name)
+        if not inspect.isfunction(function) or "Args:" not in (inspect.getdoc(function) or ""):
+            continue
+        for argument in inspect.signature(function).parameters:
+            assert re.search(rf"^\s+{argument}\b.*:", function.__doc__, re.M), f"{module}.{name}: {argument}"
+
+
+# The errors of the FAQ ------------------------------------------------------------------------------------------------
+
+
+def messages() -> list[str]:
+    """Every string of the code, with … where a value stands in it."""
+    found = []
+    for path in [p for folder in ("npg", "agents", "envs") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+    return [" ".join(m.split()) for m in found]
+
+
+def test_the_errors_of_the_faq_are_those_of_the_code():
+    known = messages()
+    headings = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "faq.md").read_text(), re.M)
+    assert len(headings) >= 10
+    for heading in headings:
+        pattern = ".*".join(re.escape(part.strip()) for part in heading.split("…"))
+        assert any(re.search(pattern, message) for message in known), heading

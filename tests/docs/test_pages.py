@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,28 @@ def test_the_errors_of_the_faq_are_those_of_the_code():
     for heading in headings:
         pattern = ".*".join(re.escape(part.strip()) for part in heading.split("…"))
         assert any(re.search(pattern, message) for message in known), heading
+
+
+# A release ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_release_have_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert sections[0] in ("Unreleased", project["version"])
+    supported = {c.rsplit(" ", 1)[1] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)}
+    assert all(version in (ROOT / "docs" / "install.md").read_text() for version in supported)
+    dev = project["optional-dependencies"]["dev"]
+    assert any({"export", "tune", "docs", "notebooks"} <= set(re.findall(r"\w+", d)) for d in dev)
+
+
+def test_the_forms_of_issues_are_whole():
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) >= 3
+    for form in forms:
+        content = yaml.safe_load(form.read_text())
+        if form.name != "config.yml":
+            assert content["name"]
+            assert content["description"]
+            assert any(part["validations"]["required"] for part in content["body"] if "validations" in part)

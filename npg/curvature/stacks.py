@@ -40,7 +40,9 @@ def stacks(tensors: Sequence[Tensor]) -> list[Stack]:
 
 
 def batched(
-    owners: Mapping[Dimension, Sequence[Owner]], make: Callable[[int, Dimension], _Factors], states: Sequence[dict[str, Tensor]]
+    owners: Mapping[Dimension, Sequence[Owner]],
+    make: Callable[[int, Dimension], _Factors],
+    states: Sequence[dict[str, Tensor]],
 ) -> dict[Dimension, _Factors]:
     """The factors of one dimension as one batch, whichever tensor and axis they belong to.
 

@@ -178,7 +178,8 @@ class _Python:
     def spread(self, makers: list[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
         if self.vec_env_cls is None:
             return GymnasiumVecEnv(makers)
-        return independently_seeded(self.vec_env_cls)(makers, **self.vec_env_kwargs)
+        cls: Any = independently_seeded(self.vec_env_cls)  # VecEnv's own constructor takes no makers
+        return cls(makers, **self.vec_env_kwargs)
 
 
 @dataclass

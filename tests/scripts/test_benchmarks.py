@@ -1,6 +1,7 @@
 """Benchmarks run, on next to nothing, and write their tables: some measure private parts, which may move."""
 
 import csv
+import json
 import math
 import runpy
 import sys
@@ -52,6 +53,35 @@ RUNS = {
         {"ours"},
     ),
 }
+
+
+def test_what_a_gpu_would_tell_is_told_by_a_cpu_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    assert script["main"](["--device", "cpu", "--small", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    with (tmp_path / "gpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [list(row.values()) for row in rows] == [[str(value) for value in row.values()] for row in found["rows"]]
+    assert list(found["seconds"]) == list(dict.fromkeys(row["part"] for row in rows)) == list(script["PARTS"])
+    numbers = [float(row["value"]) for row in rows if row["quantity"].endswith((", ms", "gradients", "over sgd", "s"))]
+    assert len(numbers) > 15
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    assert script["main"](["--device", "cpu", "--small", "--minutes", "-1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["value"] for row in found["rows"]} == {"no time left"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_how_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    with pytest.raises(SystemExit, match="2"):
+        script["main"](["--out", str(tmp_path / "out")])
+    assert "--device cpu --small" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -71,6 +71,14 @@ def _wrap(x: Any) -> Any:
     return Pretend(x) if isinstance(x, torch.Tensor) and not isinstance(x, Pretend) else x
 
 
+def _check(name: str, operands: Any) -> None:
+    """Raise RuntimeError if tensors on the device meet CPU tensors of one axis or more."""
+    if any(isinstance(x, Pretend) or x is DEVICE for x in operands):
+        for x in operands:
+            if isinstance(x, torch.Tensor) and not isinstance(x, Pretend) and x.ndim > 0:
+                raise RuntimeError(f"{name}: a CPU tensor of shape {tuple(x.shape)} meets tensors on {DEVICE}")
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name, device = str(func), kwargs.get("device")
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
@@ -87,12 +95,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _look("cpu")
             return out
         return Pretend(out)
+    if name.startswith("aten._foreach_"):  # place by place, each may be on another device
+        for place in zip(*(x for x in args if isinstance(x, (list, tuple))), strict=True):
+            _check(name, place)
+        out = func(*raw_args, **raw_kwargs)
+        return out and [_wrap(x) if isinstance(first, Pretend) else x for x, first in zip(out, args[0], strict=True)]
     if name.startswith("aten.copy_") and not isinstance(args[0], Pretend):
         _look("cpu")
     if not name.startswith(_MAY_MIX):
-        for x in tensors:
-            if not isinstance(x, Pretend) and x.ndim > 0:
-                raise RuntimeError(f"{name}: a CPU tensor of shape {tuple(x.shape)} meets tensors on {DEVICE}")
+        _check(name, [DEVICE, *tensors])
     if device is not None:
         raw_kwargs["device"] = "cpu"
     out = func(*raw_args, **raw_kwargs)

@@ -152,6 +152,19 @@ def an_optimizer_is_that_of_the_cpu(device: str, name: str) -> None:
         assert all(torch.equal(p.cpu(), q) for p, q in zip(there.parameters(), before, strict=True))
 
 
+def parameters_may_lie_on_two_devices(device: str, name: str) -> None:
+    here, there = convolutional(), convolutional()
+    for model, place in ((here, "cpu"), (there, device)):
+        first, last = model[:3].to(place), model[3:]
+        x, y = data(2, 6, 6)
+        optimizer = OPTIMIZERS[name](model)
+        for _ in range(5):
+            optimizer.zero_grad()
+            functional.cross_entropy(last(first(x.to(place)).cpu()), y).backward()
+            optimizer.step()
+    same(there, here)
+
+
 def a_wide_resnet_steps(device: str, name: str) -> None:
     models = []
     for place in ("cpu", device):
@@ -192,6 +205,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "traced programs": programs_are_traced,
     "cg": cg_looks_once_in_eight_iterations,
     **{name: partial(an_optimizer_is_that_of_the_cpu, name=name) for name in OPTIMIZERS},
+    **{f"two devices, {name}": partial(parameters_may_lie_on_two_devices, name=name) for name in list(OPTIMIZERS)[:2]},
     **{f"wide resnet, {name}": partial(a_wide_resnet_steps, name=name) for name in ("kl-shampoo", "ngd")},
     **{name: partial(an_agent_learns, name=name) for name in AGENTS},
 }

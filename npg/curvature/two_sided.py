@@ -129,7 +129,8 @@ class TwoSidedCurvature:
 
         Where they are not, or are zero, the factors are as before.
         """
-        return torch.stack([part.update(g) for part, g in zip(self.parts, gradients, strict=True)]).all()
+        finite = [part.update(g) for part, g in zip(self.parts, gradients, strict=True)]
+        return torch.stack([each.to(finite[0].device) for each in finite]).all()
 
     def inverse(self, exact: bool = True) -> None:
         """Work out the powers of the factors as they are now; see the head of this module for ``exact``."""

@@ -25,6 +25,10 @@ def _either(finite: bool | Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(finite.to(new.device), new, old)
 
 
+def _on(device: torch.device, x: float | Tensor) -> float | Tensor:
+    return x.to(device) if isinstance(x, Tensor) else x
+
+
 class GradientOptimizer(ExactResume):
     """An optimizer that steps along a direction which it makes of the gradients in `p.grad`.
 
@@ -234,7 +238,7 @@ class Plan:
         size = torch.stack([n.to(self.device) for n in sizes]).double()
         # A parameter that is not finite before the step is none of its making.
         size = torch.where(torch.isfinite(size), size, 0.0)
-        size = size * torch.where(self._shrinks, abs(1 - decay), 1.0) + lr * change
+        size = size * torch.where(self._shrinks, abs(1 - decay), 1.0) + _on(self.device, lr) * change
         return (torch.isfinite(change) & (size <= self._largest)).all() & self.state_is_finite()
 
     def take(self, finite: bool | Tensor, lr: float | Tensor, decay: float) -> None:
@@ -243,7 +247,8 @@ class Plan:
             live.copy_(_either(finite, new, old))
         changes: list[Tensor] = []
         for direction in self.directions:
-            changes += _either(finite, direction.mul_(lr), direction.new_zeros(()).expand_as(direction)).unbind()
+            change = direction.mul_(_on(direction.device, lr))
+            changes += _either(finite, change, change.new_zeros(()).expand_as(change)).unbind()
         if decay:
             for device in {p.device for p in self._stacked}:
                 taken = torch.as_tensor(finite, dtype=torch.float64, device=device)

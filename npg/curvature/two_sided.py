@@ -81,12 +81,15 @@ class TwoSidedCurvature:
         tensors: the parameters, none of them empty. Only shapes, dtypes and devices are used.
         states: one dict for each tensor. What they hold is taken as the factors, and becomes views of the live ones:
             ``factor``, ``basis`` and ``values``, each of ``_left_<tile>`` and ``_right_<tile>``, and ``unit_<tile>``;
-            of what is no matrix, ``square`` and ``unit``.
-        power: p, in (0, 1].
+            of what is no matrix, ``square`` and ``unit``; and ``power``.
+        power: p, in (0, 1]. It must stay that of the states: the powers in them are of no other.
         average: β, in [0, 1).
         damping: δ > 0, relative to the mean eigenvalue.
         max_axis: a matrix with a longer side is cut into tiles of equal sides, as far as they can be equal, each with
             factors of its own.
+
+    Raises:
+        ValueError: the states are of another power.
     """
 
     def __init__(
@@ -100,6 +103,9 @@ class TwoSidedCurvature:
         max_axis: int = 1024,
     ) -> None:
         self.power, self.damping = power, damping
+        for state in states:
+            if (saved := float(state.setdefault("power", torch.tensor(power, dtype=torch.float64)))) != power:
+                raise ValueError(f"power must stay {saved}, that of the factors; got {power}")
         self.parts: list[_Diagonal | _Matrices] = []
         owners: dict[Dimension, list[Owner]] = defaultdict(list)
         for stack in stacks(tensors):

@@ -346,7 +346,7 @@ def test_options_that_change_on_the_way_count_at_once_and_after_a_resumption():
         optimizer = KLShampoo(model.parameters(), 0.02)
         for t, batch in enumerate(batches(14)):
             if t == 7:
-                optimizer.param_groups[0].update(power=1.0, damping=0.1, average=0.5)
+                optimizer.param_groups[0].update(damping=0.1, average=0.5)
                 if resume:
                     state = optimizer.state_dict()
                     optimizer = KLShampoo(model.parameters(), 0.02)
@@ -354,6 +354,9 @@ def test_options_that_change_on_the_way_count_at_once_and_after_a_resumption():
             train(model, optimizer, [batch])
         optimizer.param_groups[0]["max_axis"] = 3
         with pytest.raises(ValueError, match="max_axis must stay 1024"):
+            optimizer.step()
+        optimizer.param_groups[0].update(max_axis=1024, power=1.0)
+        with pytest.raises(ValueError, match=r"power must stay 0\.5"):
             optimizer.step()
         return weights(model)
 

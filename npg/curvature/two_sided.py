@@ -175,19 +175,26 @@ def _iterate(factor: Tensor, basis: Tensor, shift: Tensor) -> tuple[Tensor, Tens
     return triangle.diagonal(dim1=-2, dim2=-1).abs(), q
 
 
-def _gradient(x: Tensor, unit: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (n, …), of one axis or more each, as they enter the factors.
+class _Gradient(NamedTuple):
+    """Gradients (n, …), of one axis or more each, as they enter the factors."""
 
-    Returns:
-        x over its own unit, zero where it is not finite; that unit over the factors', (n,); what those are to become,
-        (n,), float64; and whether each x[n] is finite.
-    """
+    x: Tensor  #: over its own unit, zero where it is not finite
+    square: Tensor  #: the mean of x², (n,)
+    ratio: Tensor  #: its own unit over that of the factors, (n,)
+    unit: Tensor  #: what that is to become, (n,), float64
+    finite: Tensor  #: whether all are
+
+
+def _gradient(x: Tensor, unit: Tensor, fresh: Tensor) -> _Gradient:
+    """With the unit of the factors, and whether they have seen no gradient yet, (n,)."""
     x, own = normalised(x)
-    finite = torch.isfinite(torch.linalg.vector_norm(x.flatten(1), dim=1))
+    square = x.square().flatten(1).mean(1)
+    finite = torch.isfinite(square)
+    square = torch.where(finite, square, 0.0)
     own = own.flatten().double()
-    unit = torch.where(fresh & (x.flatten(1) != 0).any(1) & finite, own, unit)
+    unit = torch.where(fresh & (square > 0), own, unit)
     ratio = (own / unit).clamp_max(BURST).to(x.dtype)
-    return torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0.0), ratio, unit, finite
+    return _Gradient(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0.0), square, ratio, unit, finite.all())
 
 
 def _kept(total: Tensor, average: float) -> Tensor:
@@ -219,14 +226,12 @@ class _Diagonal:
     def update(self, x: Tensor) -> Tensor:
         flat = self.square.view(len(x), -1)
         fresh = ~(flat > 0).any(1)
-        g, ratio, unit, finite = _gradient(x.reshape(flat.shape), self.unit, fresh)
+        g, mean, ratio, unit, finite = _gradient(x.reshape(flat.shape), self.unit, fresh)
         self.unit.copy_(unit)
-        squares = g.square()
-        mean = squares.mean(1)
         flat.add_(torch.where(fresh, mean, 0.0)[:, None])
         flat.mul_(_kept(mean, self.average)[:, None])
-        flat.add_(squares * ((1 - self.average) * ratio.square())[:, None])
-        return finite.all()
+        flat.add_(g.square() * ((1 - self.average) * ratio.square())[:, None])
+        return finite
 
     def rescale(self) -> None:
         flat = self.square.view(len(self.unit), -1)
@@ -304,8 +309,7 @@ class _Matrices:
         for tiles in self.tiles:
             left, right, unit = tiles.left, tiles.right, tiles.unit
             fresh = unit == 0
-            g, ratio, new_unit, ok = _gradient(self._cut(x, tiles), torch.where(fresh, 1.0, unit), fresh)
-            total = g.square().flatten(1).mean(1)
+            g, total, ratio, new_unit, ok = _gradient(self._cut(x, tiles), torch.where(fresh, 1.0, unit), fresh)
             seen = total > 0
             begins = fresh & seen
             unit.copy_(torch.where(fresh & ~seen, 0.0, new_unit))
@@ -319,7 +323,7 @@ class _Matrices:
             kept = _kept(total, self.average)
             left.factor.mul_((scale * kept)[:, None, None]).baddbmm_(columns, columns.mT)
             right.factor.mul_(kept[:, None, None]).baddbmm_(lines.mT, lines)
-            finite.append(ok.all())
+            finite.append(ok)
         return torch.stack(finite).all()
 
     def rescale(self) -> None:

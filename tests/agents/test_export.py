@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize as TheirVecNormalize
 from agents import MDPO, NPG, TRPO
 from agents.export import DeployedPolicy, ExportError, description, export_agent, load_exported
 from envs import VecNormalize
+from npg import acceleration
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,8 @@ needs_onnx = pytest.mark.skipif(
     any(find_spec(package) is None for package in ("onnx", "onnxscript", "onnxruntime")),
     reason="needs the extra export",
 )
+
+once = pytest.mark.skipif(acceleration.mode.now == "off", reason="long, and the same without acceleration")
 
 IMAGE = spaces.Box(0, 255, (36, 36, 3), np.uint8)
 OBSERVATIONS = {
@@ -82,10 +85,12 @@ def bare(observation, action="box"):
 
 
 def trained(env, observation="box", cls=TRPO, **options):
-    """After two updates, and then moved further, so that actions reach the bounds and tell observations apart."""
+    """After a short update, and then moved further, so that actions reach the bounds and tell observations apart."""
     policy = options.pop("policy", POLICIES.get(observation, "MlpPolicy"))
-    defaults = {"n_steps": 8, "batch_size": 16, "seed": 0, "device": "cpu"}
-    agent = cls(policy, env, **{**defaults, **options}).learn(32)
+    defaults = {"n_steps": 8, "batch_size": 16, "n_critic_updates": 1, "seed": 0, "device": "cpu"}
+    defaults |= {"n_actor_updates": 1} if cls is MDPO else {"cg_max_steps": 2}
+    with acceleration.mode("off"):  # a trace takes longer than this update
+        agent = cls(policy, env, **{**defaults, **options}).learn(16)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in agent.policy.named_parameters():
@@ -124,6 +129,7 @@ def agree(actions, expected):
     assert len(np.unique(expected, axis=0)) > 1  # the observations make a difference
 
 
+@once
 @needs_onnx
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("observation", OBSERVATIONS)
@@ -361,7 +367,7 @@ def test_a_file_says_what_it_is(format, tmp_path):
     end = {"onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}[format]
     about = description(export_agent(agent, tmp_path / f"policy{end}", format))
     assert about["algorithm"] == "TRPO"
-    assert about["timesteps"] == 32
+    assert about["timesteps"] == 16
     assert about["inputs"] == {
         "gear": {"shape": [], "dtype": "int64"},
         "speed": {"shape": [3], "dtype": "float32"},

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from npg import acceleration
+
+once = pytest.mark.skipif(acceleration.mode.now == "off", reason="long, and the same without acceleration")
+
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -12,6 +16,7 @@ def test_there_are_three():
     assert len(NOTEBOOKS) >= 3
 
 
+@once
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")

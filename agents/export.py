@@ -249,7 +249,8 @@ def _draw(family: families.Family, outputs: Tensor) -> Tensor:
     if isinstance(family, families.MultiCategorical):
         return torch.stack([_draw(families.Categorical(), part) for part in outputs.split(family.sizes, -1)], -1)
     if isinstance(family, families.Categorical):  # the largest of logits with Gumbel's noise
-        return (outputs - torch.log(-torch.log(torch.rand_like(outputs)))).argmax(-1)
+        u = torch.rand_like(outputs).clamp(2.0**-126, 1 - 2.0**-24)  # some runtimes return 1 now and then
+        return (outputs - torch.log(-torch.log(u))).argmax(-1)
     if isinstance(family, families.Bernoulli):
         return (torch.rand_like(outputs) < outputs.sigmoid()).to(outputs.dtype)
     mean, log_std = outputs.chunk(2, -1)

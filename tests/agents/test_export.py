@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecNormalize as TheirVecNormalize
 
 from agents import MDPO, NPG, TRPO
 from agents.export import DeployedPolicy, ExportError, description, export_agent, load_exported
-from envs import VecNormalize
+from envs import VecNormalize, make_vec_env
 from npg import acceleration
 
 torch.set_num_threads(1)
@@ -254,6 +254,24 @@ def test_squashed_samples_fill_the_action_space(tmp_path):
     assert ((actions >= low) & (actions <= high)).all()
     assert np.allclose(actions.min(0), low, atol=0.05)
     assert np.allclose(actions.max(0), high, atol=0.05)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_actions_that_are_not_legal_are_never_taken(format, tmp_path):
+    pytest.importorskip("numba")
+    env = make_vec_env("npg/Tetris-v0", 64, seed=0, env_kwargs={"height": 10})
+    agent = TRPO("AfterstatePolicy", env, n_steps=4, device="cpu", seed=0)
+    with torch.no_grad():
+        agent.policy.theta.normal_(generator=torch.Generator().manual_seed(0))
+    observations = env.reset()
+    legal = observations[..., 0] != 0
+    assert not legal.all()
+    mode = load_exported(export_agent(agent, tmp_path / "mode", format), format)
+    agree(mode(observations), agent.predict(observations, deterministic=True)[0])
+    act = load_exported(export_agent(agent, tmp_path / "sample", format, deterministic=False), format)
+    draws = np.stack([act(observations) for _ in range(50)])
+    assert legal[np.arange(64), draws].all()
+    assert len(np.unique(draws[:, 0])) > 1
 
 
 # Policies of one's own, and what is refused --------------------------------------------------------------------------

@@ -52,7 +52,7 @@ FORMATS: dict[str, str] = {"onnx": ".onnx", "torchscript": ".pt", "torch-export"
 """The formats, and the ends of their files' names."""
 
 _ABOUT = "npg.json"
-_CHANGING = (VecTransposeImage, AnyVecNormalize, VecNormalize)
+_CHANGING = (VecTransposeImage, AnyVecNormalize, VecNormalize)  # what these do to observations is known
 _PASSING = (VecMonitor, VecCheckNan, EpisodeWriter)  # wrappers that leave observations and actions as they are
 _SAMPLED = (
     BernoulliDistribution,
@@ -108,14 +108,16 @@ def _steps(env: VecEnv | None, bare: VecEnv | None) -> tuple[VecEnv | None, list
         if type(env) in _CHANGING:
             steps.insert(0, env)
         elif type(env) not in _PASSING:
-            inner = [*_wrappers(env.venv)]
-            if not any(e is bare if bare is not None else type(e) in _CHANGING for e in inner):
+            inner = _wrappers(env)  # itself too, where it is a VecNormalize of one's own
+            if not any(e is bare if bare is not None else isinstance(e, AnyVecNormalize) for e in inner):
                 break  # what is inside of all statistics is the environment
             raise ExportError(
-                f"{type(env).__name__} outside of VecNormalize cannot be exported: put it inside, next to the "
-                "environment"
+                f"{type(env).__name__} cannot be exported: it is not VecNormalize itself, and not inside of it. Put it "
+                "inside, next to the environment"
             )
         env = env.venv
+    if bare is not None and env is not bare:
+        raise ExportError(f"env={bare!r} is not one that the agent's environments are made of: give one of these")
     return env, steps
 
 

@@ -33,7 +33,7 @@ from stable_baselines3.common.logger import Logger
 from agents.callbacks import Evaluator, evaluation_seed
 from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, resolve
 from agents.evaluation import make_env
-from agents.runs import normalized
+from agents.runs import normalized, save_agent
 from agents.training import start
 from npg.runs import folder
 from npg.runs.files import replacing, write_rows
@@ -464,6 +464,7 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
         model.set_logger(Logger(None, []))
         evaluator = _Pruner(config, run_folder, normalized(bare, config, training=False), report)
         model.learn(config.timesteps, callback=[evaluator])
+        save_agent(model, run_folder.last)
         if not evaluator.is_done:
             evaluator.evaluate()
         assert evaluator.last is not None

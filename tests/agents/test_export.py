@@ -333,8 +333,31 @@ def test_samples_of_a_policy_with_a_predict_of_its_own_are_refused(tmp_path):
 
 def test_a_wrapper_between_statistics_and_agent_is_refused():
     agent = trained(VecFrameStack(VecNormalize(bare("box")), 2))
-    with pytest.raises(ExportError, match="VecFrameStack outside of VecNormalize cannot be exported"):
+    with pytest.raises(ExportError, match=r"VecFrameStack cannot be exported: .* not inside of it. Put it inside"):
         DeployedPolicy(agent)
+    with pytest.raises(ExportError, match="VecFrameStack cannot be exported"):
+        DeployedPolicy(agent, agent.get_env().venv.venv)
+
+
+def test_environments_of_something_else_are_refused():
+    with pytest.raises(ExportError, match="is not one that the agent's environments are made of"):
+        DeployedPolicy(trained(VecNormalize(bare("box"))), bare("box"))
+
+
+def test_statistics_of_ones_own_are_refused():
+    class Halved(VecNormalize):
+        """Not what VecNormalize does."""
+
+        def normalize_obs(self, obs):
+            return super().normalize_obs(obs) / 2
+
+    with pytest.raises(ExportError, match="Halved cannot be exported: it is not VecNormalize itself"):
+        DeployedPolicy(trained(Halved(bare("box"))))
+
+
+def test_images_that_are_transposed_inside_are_the_environment():
+    agent = trained(VecMonitor(VecFrameStack(VecTransposeImage(bare("image", "discrete")), 2)), "image")
+    assert DeployedPolicy(agent).observation_space.shape == (6, 36, 36)
 
 
 def test_a_wrapper_inside_the_statistics_is_the_environment():

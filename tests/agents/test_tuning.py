@@ -81,6 +81,7 @@ def test_the_first_trial_is_the_preset_and_the_best_is_one(tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(r["value"]) for r in rows if r["value"]] == [t.value for t in search.finished if t.value is not None]
     for t in search.finished:
+        assert (search.path / "trials" / f"{t.number:04d}-s100" / "last_model.zip").exists()
         run = yaml.safe_load((search.path / "trials" / f"{t.number:04d}-s100" / "config.yaml").read_text())
         assert run["seed"] == 100
         assert run["hyperparameters"]["target_kl"] == pytest.approx(t.params["target_kl"])

@@ -5,6 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dist=$(realpath -m "${1:-$root/dist}")
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONPATH  # a clone on it would count as installed
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -39,7 +40,6 @@ python3 -m venv "$work/fresh"
 
 step "the README's first things, in an empty folder"
 mkdir "$work/empty" && cd "$work/empty"
-unset PYTHONPATH
 "$work/fresh/bin/python" - <<'PY'
 import torch
 from agents import TRPO

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from npg.families import Family
+from npg.families.base import check_outputs
 from npg.geometry import FisherRao, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Model
@@ -97,6 +98,7 @@ class Fisher:
         self.parameters = self.linearization.parameters
         self.process_group = process_group
         outputs = self.linearization.outputs
+        check_outputs(outputs)
         self.events = outputs.numel() // outputs.shape[-1]
         if self.events == 0:
             raise ValueError(f"inputs must hold at least one event, got outputs of shape {tuple(outputs.shape)}")

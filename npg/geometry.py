@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from npg.families import Family, Geometry, LinearMap
+from npg.families.mistakes import is_mistaken, meant
 
 __all__ = ["Euclidean", "FisherRao", "Geometry", "Metric", "geometry_of"]
 
@@ -91,6 +92,6 @@ def geometry_of(given: Family | Metric) -> Geometry:
         return FisherRao(given)
     if isinstance(given, Geometry):
         return given
-    if not callable(given) or isinstance(given, type):
-        raise TypeError(f"family must be a family of npg.families or a geometry of npg.geometry, got {given!r}")
+    if not callable(given) or is_mistaken(given):
+        raise TypeError(f"family must be a family of npg.families or a geometry of npg.geometry, {meant(given)}")
     return _Given(given)

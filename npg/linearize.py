@@ -81,6 +81,11 @@ class Linearization:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() records no derivatives: linearise a model outside of it")
         model = uncompiled(model)
+        if not callable(model):
+            raise TypeError(
+                f"model must be a module, or a function f(parameters, *inputs), got {type(model).__name__}: write "
+                "model, without .parameters()"
+            )
         self.model = model
         self._inputs = _as_tuple(inputs)
         if isinstance(model, nn.Module):

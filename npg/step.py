@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npg.families import Family, OutOfDomainError, in_double
+from npg.families.base import check_outputs
+from npg.families.mistakes import is_mistaken
 from npg.fisher import Fisher
 from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
@@ -148,7 +150,7 @@ def natural_step(
             family gives no metric. Outputs at which a family is not defined or not finite (`OutOfDomainError`) raise
             nothing: that step is refused.
     """
-    _check(trust_region, learning_rate, damping)
+    _check(objective, trust_region, learning_rate, damping)
     geometry = geometry_of(family if metric is None else metric)
     model = uncompiled(model)
     buffers = Buffers(model)
@@ -156,6 +158,7 @@ def natural_step(
         started = perf_counter()
         # 1. Outputs, gradient and curvature: one forward pass serves the objective, its gradient and the Fisher.
         linearization = Linearization(model, inputs, parameters, move_statistics=True)
+        check_outputs(linearization.outputs)
         value, slope, F = _first_order(
             linearization,
             objective,
@@ -234,7 +237,14 @@ UNTRIED = Trial(nan, nan)
 REFUSED = SearchResult(False, 0.0, UNTRIED, 0)
 
 
-def _check(trust_region: TrustRegion | None, learning_rate: float | None, damping: float) -> None:
+def _check(objective: Any, trust_region: Any, learning_rate: float | None, damping: float) -> None:
+    if not callable(objective) or is_mistaken(objective):
+        raise TypeError(
+            f"objective must be a function of the outputs that is to be maximised, got {objective!r}: write "
+            "lambda outputs: -loss(outputs, targets)"
+        )
+    if not (trust_region is None or isinstance(trust_region, TrustRegion)):
+        raise TypeError(f"trust_region must be a TrustRegion, got {trust_region!r}: write TrustRegion(radius)")
     if trust_region is None and learning_rate is None:
         raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
     if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):

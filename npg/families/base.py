@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Family", "Geometry", "LinearMap", "OutOfDomainError", "in_double"]
+__all__ = ["Family", "Geometry", "LinearMap", "OutOfDomainError", "check_outputs", "column_hint", "in_double"]
 
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -18,6 +18,22 @@ class OutOfDomainError(ValueError):
 
     `npg.natural_step` refuses its step for this error, and lets every other one through.
     """
+
+
+def check_outputs(outputs: Tensor) -> None:
+    """Raise ValueError for outputs without an axis of events, (N,): N events of one component or one of N."""
+    if outputs.ndim < 2:
+        n = outputs.numel()
+        raise ValueError(
+            f"the model returns outputs of shape {tuple(outputs.shape)}: that is one event of {n} components, and a "
+            f"mini-batch has its events on the leading axis. Return ({n}, 1) for {n} events, without squeeze(-1); "
+            f"(1, {n}) for one"
+        )
+
+
+def column_hint(outputs: Tensor, targets: Tensor) -> str:
+    """How targets (N,) become those of outputs (N, 1); nothing for other shapes."""
+    return ": use targets.unsqueeze(-1)" if (*targets.shape, 1) == outputs.shape else ""
 
 
 def in_double(function: Callable[..., Tensor], *outputs: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
-from npg.families.base import Family, LinearMap
+from npg.families.base import Family, LinearMap, column_hint
 
 __all__ = ["Bernoulli", "Categorical", "MultiCategorical", "covariance", "relative_entropy"]
 
@@ -42,6 +42,13 @@ def covariance(p: Tensor) -> LinearMap:
     return apply
 
 
+def _index_hint(outputs: Tensor, targets: Tensor) -> str:
+    """How targets of another shape become class indices, where that is plain."""
+    if targets.shape == (*outputs.shape[:-1], 1):
+        return ", by targets.squeeze(-1)"
+    return ", by targets.argmax(-1) of rows with a single 1" if targets.shape == outputs.shape else ""
+
+
 class Categorical(Family):
     """One of C classes; outputs are logits (…, C), targets are class indices (…).
 
@@ -53,7 +60,7 @@ class Categorical(Family):
         if targets.shape != outputs.shape[:-1]:
             raise ValueError(
                 f"targets must have shape {tuple(outputs.shape[:-1])} for outputs of shape {tuple(outputs.shape)}, "
-                f"got {tuple(targets.shape)}: pass class indices, one per event"
+                f"got {tuple(targets.shape)}: pass class indices, one per event{_index_hint(outputs, targets)}"
             )
         if targets.is_floating_point() or targets.is_complex():
             raise ValueError(
@@ -174,6 +181,7 @@ class Bernoulli(Family):
         if targets.shape != outputs.shape:
             raise ValueError(
                 f"targets must have the shape {tuple(outputs.shape)} of outputs, got {tuple(targets.shape)}"
+                f"{column_hint(outputs, targets)}"
             )
         return targets.to(outputs.dtype)
 

@@ -7,7 +7,7 @@ from math import log, pi
 import torch
 from torch import Generator, Tensor
 
-from npg.families.base import Family, LinearMap
+from npg.families.base import Family, LinearMap, column_hint
 
 __all__ = ["DiagonalGaussian", "Gaussian"]
 
@@ -31,7 +31,10 @@ class DiagonalGaussian(Family):
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mean, log_std = self.split(outputs)
         if targets.shape != mean.shape:
-            raise ValueError(f"targets must have the shape {tuple(mean.shape)} of the mean, got {tuple(targets.shape)}")
+            raise ValueError(
+                f"targets must have the shape {tuple(mean.shape)} of the mean, got {tuple(targets.shape)}"
+                f"{column_hint(mean, targets)}"
+            )
         z = (targets - mean) * torch.exp(-log_std)
         return (-0.5 * z * z - log_std - 0.5 * _LOG_2PI).sum(-1)
 
@@ -85,6 +88,7 @@ class Gaussian(Family):
         if targets.shape != outputs.shape:
             raise ValueError(
                 f"targets must have the shape {tuple(outputs.shape)} of outputs, got {tuple(targets.shape)}"
+                f"{column_hint(outputs, targets)}"
             )
         return (-0.5 * ((targets - outputs).square() / self.variance + log(self.variance) + _LOG_2PI)).sum(-1)
 

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from npg.curvature.online import OnlinePreconditioner
 from npg.families import Family
+from npg.families.base import check_outputs
+from npg.families.mistakes import ANY_FAMILY, family_of
 from npg.fisher import Kind
 from npg.model import uncompiled
 from npg.parameters import Parameters
@@ -99,6 +101,21 @@ class ExactResume(Optimizer):
 class ModelOptimizer(ExactResume):
     """An optimizer that linearises the model itself; one parameter group, all that is trainable."""
 
+    def __new__(cls, model: Any = MISSING, family: Any = MISSING, *args: Any, **options: Any) -> Any:
+        """Refuse other optimizers' arguments before Python counts them, whose error would not say what to write."""
+        if model is not MISSING:  # as it is for copy and pickle
+            if not isinstance(model, nn.Module):
+                raise TypeError(
+                    f"{cls.__name__} needs the model itself, whose outputs it differentiates, got model of type "
+                    f"{type(model).__name__}: write {cls.__name__}(model, families.Categorical(), …)"
+                )
+            if family is MISSING:
+                raise TypeError(
+                    f"{cls.__name__} needs a family after the model, which says what its outputs mean: {ANY_FAMILY}"
+                )
+            family_of(family)
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -171,12 +188,7 @@ class ModelOptimizer(ExactResume):
 
     def _log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Log p(targets | outputs) of each event."""
-        if outputs.ndim == 1:
-            raise ValueError(
-                f"the model returns outputs of shape {tuple(outputs.shape)}: that is one event of {len(outputs)} "
-                "components, and a mini-batch has its events on the leading axis. Return "
-                f"({len(outputs)}, 1) for {len(outputs)} events, without squeeze(-1); (1, {len(outputs)}) for one"
-            )
+        check_outputs(outputs)
         return self.family.log_likelihood(outputs, targets)
 
     def _steps(self, params: Iterable[Tensor]) -> int:

@@ -8,7 +8,7 @@ from math import inf
 from typing import Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from npg.curvature.stacks import stacks
@@ -42,6 +42,10 @@ class GradientOptimizer(ExactResume):
     _plan_type: ClassVar[type[Plan]]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params must be parameters, got the model: write {type(self).__name__}(model.parameters(), …)"
+            )
         self._plans: dict[int, list[Plan]] = {}
         self._untold: _Outcome | None = None
         super().__init__(params, defaults)

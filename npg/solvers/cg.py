@@ -14,7 +14,7 @@ from torch import Tensor
 from npg.solvers.solution import (
     CODE,
     RUNNING,
-    LinearOperator,
+    AnyOperator,
     Solution,
     Status,
     check_system,
@@ -23,6 +23,7 @@ from npg.solvers.solution import (
     library,
     norms_in_double,
     power_of_two,
+    product_of,
 )
 
 __all__ = ["conjugate_gradient"]
@@ -55,9 +56,9 @@ class _System:
     """
 
     def __init__(
-        self, A: LinearOperator, b: Tensor, damping: float, preconditioner: Callable[[Tensor], Tensor] | None
+        self, A: AnyOperator, b: Tensor, damping: float, preconditioner: Callable[[Tensor], Tensor] | None
     ) -> None:
-        self.A, self.b, self.damping, self.preconditioner = A, b, damping, preconditioner
+        self.apply, self.b, self.damping, self.preconditioner = product_of(A), b, damping, preconditioner
         self.single = b.ndim == 1
         B = b.unsqueeze(1) if self.single else b
         # One power of two per column brings ‖b‖ near 1: squares neither overflow nor underflow, and no digit changes.
@@ -68,7 +69,7 @@ class _System:
 
     def product(self, v: Tensor) -> Tensor:
         """(A + λI) v."""
-        w = (self.A @ v.squeeze(1)).unsqueeze(1) if self.single else self.A @ v
+        w = self.apply(v.squeeze(1)).unsqueeze(1) if self.single else self.apply(v)
         return w.add(v, alpha=self.damping) if self.damping else w
 
     def precondition(self, r: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class _System:
 
 @torch.no_grad()
 def conjugate_gradient(
-    A: LinearOperator,
+    A: AnyOperator,
     b: Tensor,
     *,
     x0: Tensor | None = None,
@@ -149,7 +150,7 @@ def conjugate_gradient(
        those of Ax₀. Where the true residual is not within the tolerance, the iteration starts again from there.
 
     Args:
-        A: symmetric positive semi-definite; anything with ``A @ v`` for v of the shape of b.
+        A: symmetric positive semi-definite; anything with ``A @ v`` for v of the shape of b, or the function v ↦ Av.
         b: right-hand side(s), (P,) or (P, K).
         x0: where to start, zero by default (a warm start costs one more product, and one where it has converged).
         damping: λ ≥ 0, added to A.
@@ -167,9 +168,15 @@ def conjugate_gradient(
         A `Solution`; its vectors have the dtype of ``b``. No random number is drawn.
 
     Raises:
+        TypeError: if A has no products, or b or a product is no tensor.
         ValueError: if an argument has the wrong shape or is out of its range.
     """
     check_system(b, x0, damping)
+    if not (preconditioner is None or callable(preconditioner)):
+        raise TypeError(
+            f"preconditioner must be a function r ↦ C⁻¹r, got {type(preconditioner).__name__}: for a matrix, "
+            "lambda r: torch.linalg.solve(C, r)"
+        )
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     if not rtol >= 0:

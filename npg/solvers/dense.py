@@ -39,11 +39,17 @@ def dense_solve(
         rcond: the relative threshold of ``"eigh"``; by default P times machine precision of A's dtype.
 
     Raises:
+        TypeError: if A is no matrix and has none.
         ValueError: if an argument has the wrong shape or is out of its range.
     """
     check_system(b, x0, damping)
     if method not in ("cholesky", "eigh"):
         raise ValueError(f"method must be 'cholesky' or 'eigh', got {method!r}")
+    if not isinstance(A, Tensor) and not hasattr(A, "dense"):
+        raise TypeError(
+            f"A must be a matrix, or have a method dense(), got {type(A).__name__}: conjugate_gradient(A, b) needs its "
+            "products alone"
+        )
     matrix = A if isinstance(A, Tensor) else A.dense()
     if matrix.shape != (b.shape[0], b.shape[0]):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from npg.solvers.cg import conjugate_gradient
-from npg.solvers.solution import LinearOperator, Solution, Solver, Status, dot_in_double
+from npg.solvers.solution import AnyOperator, Solution, Solver, Status, dot_in_double, product_of
 
 __all__ = ["solve_in_metric"]
 
@@ -18,15 +18,15 @@ __all__ = ["solve_in_metric"]
 class _Whitened:
     """L A L."""
 
-    A: LinearOperator
+    product: Callable[[Tensor], Tensor]
     root: Callable[[Tensor], Tensor]
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.root(self.A @ self.root(v))
+        return self.root(self.product(self.root(v)))
 
 
 def solve_in_metric(
-    A: LinearOperator,
+    A: AnyOperator,
     b: Tensor,
     *,
     root: Callable[[Tensor], Tensor],
@@ -40,7 +40,7 @@ def solve_in_metric(
     the iterates that the preconditioner C gives them on A + λC.
 
     Args:
-        A: symmetric positive semi-definite.
+        A: symmetric positive semi-definite; with ``A @ v``, or the function v ↦ Av.
         b: right-hand side, (P,).
         root: v ↦ L v, symmetric positive definite.
         solver: a matrix-free solver with its options bound.
@@ -56,7 +56,7 @@ def solve_in_metric(
     """
     if x0 is not None:
         raise ValueError("x0 must be None with root: the solver has other coordinates than those of x. Leave x0 out")
-    solution = solver(_Whitened(A, root), root(b), damping=damping)
+    solution = solver(_Whitened(product_of(A), root), root(b), damping=damping)
     x = root(solution.x)
     extra = damping * (dot_in_double(x, x) - dot_in_double(solution.x, solution.x))
     solution = replace(solution, x=x, curvature=solution.curvature + extra)

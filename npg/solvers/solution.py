@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from math import inf, nan
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "CODE",
     "ORDER",
     "RUNNING",
+    "AnyOperator",
     "LinearOperator",
     "Solution",
     "Solver",
@@ -28,6 +29,7 @@ __all__ = [
     "norms_in_double",
     "not_finite",
     "power_of_two",
+    "product_of",
 ]
 
 
@@ -35,6 +37,10 @@ class LinearOperator(Protocol):
     """What the solvers ask of A: its product with (P,) or (P, K)."""
 
     def __matmul__(self, v: Tensor, /) -> Tensor: ...
+
+
+#: A as the solvers take it: with ``A @ v``, or the function v ↦ Av.
+AnyOperator = LinearOperator | Callable[[Tensor], Tensor]
 
 
 class Status(Enum):
@@ -99,8 +105,50 @@ CODE = {status: code for code, status in enumerate(ORDER)}
 RUNNING = -1
 
 
+def product_of(A: AnyOperator) -> Callable[[Tensor], Tensor]:
+    """V ↦ A v, from an operator with ``A @ v`` or from that function itself; each product is looked at.
+
+    Raises:
+        TypeError: if A is neither, or takes no tensors; and, from the function, if a product is no tensor.
+        ValueError: from the function, if a product has another shape than v.
+    """
+    if isinstance(A, np.ndarray):
+        raise TypeError("A must take tensors, got a NumPy array: give torch.as_tensor(A)")
+    if hasattr(type(A), "__matmul__"):
+        apply: Callable[[Tensor], Tensor] = cast(LinearOperator, A).__matmul__
+    elif callable(A):
+        apply = A
+    else:
+        raise TypeError(
+            f"A must have products A @ v, or be a function v ↦ Av, got {type(A).__name__}: give a matrix, an operator "
+            "such as npg.Fisher, or lambda v: …"
+        )
+
+    def product(v: Tensor) -> Tensor:
+        w = apply(v)
+        if not isinstance(w, Tensor):
+            raise TypeError(
+                f"A must map tensors to tensors, got {type(w).__name__}: convert its result, as in "
+                "lambda v: torch.as_tensor(A @ v.numpy())"
+            )
+        if w.shape != v.shape:
+            raise ValueError(
+                f"A must map vectors of shape {tuple(v.shape)}, that of b, to the same shape, got {tuple(w.shape)}"
+            )
+        return w
+
+    return product
+
+
 def check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
-    """Raise ValueError for what no solver takes."""
+    """Raise ValueError for what no solver takes, and TypeError for what is no tensor."""
+    for name, value in (("b", b), ("x0", x0)):
+        if value is not None and not isinstance(value, Tensor):
+            several = isinstance(value, list | tuple)
+            remedy = "torch.nn.utils.parameters_to_vector(…)" if several else "torch.as_tensor(…)"
+            raise TypeError(
+                f"{name} must be one tensor of shape (P,) or (P, K), got {type(value).__name__}: use {remedy}"
+            )
     if b.ndim not in (1, 2) or not b.is_floating_point():
         raise ValueError(f"b must be a floating-point tensor of shape (P,) or (P, K), got {b.dtype} {tuple(b.shape)}")
     if b.ndim == 2 and b.shape[1] == 0:

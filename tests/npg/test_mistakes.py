@@ -1,0 +1,250 @@
+"""What people write at first: each works, or is refused with what to write instead, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from npg import Fisher, TrustRegion, conjugate_gradient, families, natural_step
+from npg.optim import NGD, DiagonalNGD, KLShampoo, OnlineNGD
+from npg.solvers import dense_solve, solve_in_metric
+
+CATEGORICAL = families.Categorical()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(8, 4), torch.randint(3, (8,))
+
+
+# What the outputs mean ------------------------------------------------------------------------------------------------
+
+MEANT = [
+    (nn.CrossEntropyLoss(), "families.Categorical()"),
+    (nn.CrossEntropyLoss, "families.Categorical()"),
+    (nn.NLLLoss(), "families.Categorical()"),
+    (F.cross_entropy, "families.Categorical()"),
+    (nn.MSELoss(), "families.Gaussian()"),
+    (F.mse_loss, "families.Gaussian()"),
+    (nn.BCEWithLogitsLoss(), "families.Bernoulli()"),
+    (nn.BCELoss(), "families.Bernoulli(), for a model that returns logits"),
+    (nn.GaussianNLLLoss(), "families.DiagonalGaussian()"),
+    (nn.PoissonNLLLoss(), "families.from_torch(lambda o: Independent(Poisson(o.exp()), 1))"),
+    (nn.L1Loss(), "families.Categorical() for class indices"),
+    (families.Categorical, "families.Categorical()"),
+    (families.DiagonalGaussian, "families.DiagonalGaussian()"),
+    (families.MultiCategorical, "families.MultiCategorical(sizes)"),
+    ("categorical", "families.Categorical()"),
+    ("cross_entropy", "families.Categorical()"),
+    ("unheard of", "families.Categorical() for class indices"),
+    (torch.distributions.Categorical, "families.Categorical()"),
+    (torch.distributions.Beta, "families.from_torch(lambda outputs: Beta(…))"),
+    (torch.distributions.Normal(0.0, 1.0), "families.Gaussian() for a known spread"),
+    (torch.zeros(8), "families.Categorical() for class indices"),
+    (None, "families.Categorical() for class indices"),
+]
+
+
+@pytest.mark.parametrize(("given", "remedy"), MEANT, ids=lambda v: getattr(v, "__name__", None) or str(v)[:30])
+def test_what_is_no_family_is_refused_with_the_family_that_is_meant(model, batch, given, remedy):
+    inputs, before = batch[0], copy.deepcopy(model.state_dict())
+    calls = [
+        lambda: NGD(model, given),
+        lambda: NGD(model, given, metric="euclidean"),
+        lambda: DiagonalNGD(model, given, lr=1e-3),
+        lambda: Fisher(model, inputs, given),
+        lambda: natural_step(model, inputs, given, lambda outputs: outputs.mean(), learning_rate=1.0),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"family must be a family of npg\.families.*{re.escape(remedy)}"):
+            call()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_function_that_is_a_metric_is_still_one(model, batch):
+    twice = Fisher(model, batch[0], lambda outputs: lambda u: 2 * u)
+    v = torch.ones(twice.shape[0])
+    once = Fisher(model, batch[0], lambda outputs: lambda u: u.clone())
+    torch.testing.assert_close(twice @ v, 2 * (once @ v))
+
+
+# The arguments of other optimizers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "remedy"),
+    [
+        (lambda model: NGD(model.parameters()), "write NGD(model, families.Categorical(), …)"),
+        (lambda model: NGD(list(model.parameters()), lr=0.1), "write NGD(model, families.Categorical(), …)"),
+        (lambda model: NGD(CATEGORICAL, model), "write NGD(model, families.Categorical(), …)"),
+        (lambda model: NGD(model), "needs a family after the model"),
+        (lambda model: DiagonalNGD(model.parameters(), lr=0.1), "write DiagonalNGD(model, families.Categorical(), …)"),
+        (lambda model: DiagonalNGD(model, lr=0.1), "needs a family after the model"),
+        (lambda model: OnlineNGD(model, lr=0.1), "write OnlineNGD(model.parameters(), …)"),
+        (lambda model: OnlineNGD(model[0], lr=0.1), "write OnlineNGD(model.parameters(), …)"),
+        (lambda model: KLShampoo(model), "write KLShampoo(model.parameters(), …)"),
+        (
+            lambda model: Fisher(model.parameters(), torch.zeros(8, 4), CATEGORICAL),
+            "model, without .parameters()",
+        ),
+    ],
+    ids=range(10),
+)
+def test_parameters_and_models_in_each_other_s_place(model, call, remedy):
+    with pytest.raises(TypeError, match=re.escape(remedy)):
+        call(model)
+
+
+def test_an_optimizer_of_a_model_has_its_signature_and_can_be_copied(model, batch):
+    assert next(iter(inspect.signature(NGD).parameters)) == "model"
+    optimizer = NGD(model, CATEGORICAL, damping=0.1)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.step(*batch).accepted
+
+
+@pytest.mark.parametrize(
+    ("changed", "remedy"),
+    [
+        ({"objective": nn.CrossEntropyLoss()}, "write lambda outputs: -loss(outputs, targets)"),
+        ({"objective": F.cross_entropy}, "write lambda outputs: -loss(outputs, targets)"),
+        ({"objective": torch.tensor(0.5)}, "write lambda outputs: -loss(outputs, targets)"),
+        ({"trust_region": 0.01}, "write TrustRegion(radius)"),
+    ],
+    ids=["loss", "function", "value", "radius"],
+)
+def test_the_arguments_of_a_step(model, batch, changed, remedy):
+    before = copy.deepcopy(model.state_dict())
+    options = {"objective": lambda outputs: outputs.mean(), "trust_region": TrustRegion(0.01)} | changed
+    with pytest.raises(TypeError, match=re.escape(remedy)):
+        natural_step(model, batch[0], CATEGORICAL, **options)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+# Outputs and targets --------------------------------------------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """Logits (N,), and a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 1), nn.BatchNorm1d(1))
+
+    def forward(self, x):
+        return self.layers(x).squeeze(-1)
+
+
+@pytest.mark.parametrize("family", [families.Bernoulli(), families.Gaussian(), CATEGORICAL], ids=repr)
+def test_outputs_without_an_axis_of_events_are_refused(family):
+    model, inputs, targets = Squeezed(), torch.randn(8, 4), torch.zeros(8)
+    before = copy.deepcopy(model.state_dict())
+    calls = [
+        lambda: Fisher(model, inputs, family),
+        lambda: Fisher(model, inputs, lambda outputs: lambda u: u),
+        lambda: natural_step(model, inputs, family, lambda outputs: outputs.mean(), learning_rate=1.0),
+        lambda: NGD(model, family).step(inputs, targets),
+        lambda: DiagonalNGD(model, family, lr=1e-3).step(inputs, targets),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\(8,\): that is one event of 8 components.*\(8, 1\) for 8 events"):
+            call()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "targets", "remedy"),
+    [
+        (CATEGORICAL, 3, torch.zeros(8), "targets.long()"),
+        (CATEGORICAL, 3, torch.zeros(8, 1, dtype=torch.long), "targets.squeeze(-1)"),
+        (CATEGORICAL, 3, torch.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], "targets.argmax(-1)"),
+        (families.MultiCategorical([2, 1]), 3, torch.zeros(8, 2), "targets.long()"),
+        (families.Bernoulli(), 1, torch.zeros(8), "targets.unsqueeze(-1)"),
+        (families.Gaussian(), 1, torch.zeros(8), "targets.unsqueeze(-1)"),
+        (families.DiagonalGaussian(), 2, torch.zeros(8), "targets.unsqueeze(-1)"),
+    ],
+    ids=["float classes", "column of classes", "one-hot", "float indices", "bits", "regression", "mean and spread"],
+)
+def test_targets_of_another_kind_are_refused_with_the_remedy(family, width, targets, remedy):
+    model, inputs = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width)), torch.randn(8, 4)
+    before = copy.deepcopy(model.state_dict())
+    calls = [
+        lambda: NGD(model, family, damping=0.1).step(inputs, targets),
+        lambda: DiagonalNGD(model, family, lr=1e-3).step(inputs, targets),
+        lambda: Fisher(model, inputs, family, kind="empirical", targets=targets),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(remedy)):
+            call()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+# Solvers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def system():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, dtype=torch.float64, generator=generator)
+    b = torch.randn(6, 2, dtype=torch.float64, generator=generator)
+    return root @ root.T + torch.eye(6, dtype=torch.float64), b
+
+
+class Operator:
+    """With ``@`` alone."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def __matmul__(self, v):
+        return self.matrix @ v
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize(
+    "form",
+    [lambda A: lambda v: A @ v, Operator, lambda A: A, lambda A: A.matmul, lambda A: A.to_sparse()],
+    ids=["function", "operator", "matrix", "method", "sparse matrix"],
+)
+def test_conjugate_gradients_take_whatever_has_products(system, form, columns):
+    A, b = system[0], system[1] if columns == 2 else system[1][:, 0]
+    exact = torch.linalg.solve(A, b)
+    for solve in (conjugate_gradient, lambda A, b, **options: conjugate_gradient(A, b, x0=exact + 0.1, **options)):
+        torch.testing.assert_close(solve(form(A), b, rtol=1e-12).x, exact, rtol=1e-9, atol=1e-9)
+    if columns == 1:
+        found = solve_in_metric(form(A), b, root=lambda v: v)
+        torch.testing.assert_close(found.x, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "remedy"),
+    [
+        (lambda A, b: conjugate_gradient(3.0, b), TypeError, "lambda v: …"),
+        (lambda A, b: conjugate_gradient(A.numpy(), b), TypeError, "torch.as_tensor(A)"),
+        (lambda A, b: conjugate_gradient(lambda v: A.numpy() @ v.numpy(), b), TypeError, "lambda v: torch.as_tensor("),
+        (lambda A, b: conjugate_gradient(lambda v: (A @ v)[:, :1], b), ValueError, "shape (6, 2), that of b"),
+        (lambda A, b: conjugate_gradient(A, list(b)), TypeError, "torch.nn.utils.parameters_to_vector(…)"),
+        (lambda A, b: conjugate_gradient(A, b.numpy()), TypeError, "torch.as_tensor(…)"),
+        (lambda A, b: conjugate_gradient(A, b, x0=[0.0]), TypeError, "x0 must be one tensor"),
+        (lambda A, b: conjugate_gradient(A, b, preconditioner=A), TypeError, "lambda r: torch.linalg.solve(C, r)"),
+        (lambda A, b: dense_solve(lambda v: A @ v, b), TypeError, "conjugate_gradient(A, b) needs its products alone"),
+        (lambda A, b: dense_solve(np.eye(6), b), TypeError, "A must be a matrix"),
+    ],
+    ids=range(10),
+)
+def test_what_solvers_do_not_take(system, call, error, remedy):
+    with pytest.raises(error, match=re.escape(remedy)):
+        call(*system)

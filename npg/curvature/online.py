@@ -203,7 +203,9 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
         self.factors = batched(owners, make, states)
         self._views: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(tensors))}
         for i, suffix in (owner for of in owners.values() for owner in of):
-            self._views[i].update({name: states[i][name] for name in (f"{field}_{suffix}" for field in Factors._fields)})
+            self._views[i].update(
+                {name: states[i][name] for name in (f"{field}_{suffix}" for field in Factors._fields)}
+            )
         self.blocks = [
             Block(stack, [_Axis(key, rows(self.factors[key], start, len(stack.indices))) for key, start in axes])
             for stack, axes in zip(found, places, strict=True)

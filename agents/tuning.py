@@ -14,15 +14,12 @@ estimator (Bergstra et al. 2011). A trial whose evaluation is below the median o
 
 from __future__ import annotations
 
-import json
-import math
 import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -31,13 +28,14 @@ from typing import TYPE_CHECKING, Any, cast
 from stable_baselines3.common.logger import Logger
 
 from agents.callbacks import Evaluator, evaluation_seed
-from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, resolve
+from agents.config import RunConfig, hyperparameters_of, resolve
 from agents.evaluation import make_env
 from agents.runs import normalized, save_agent
+from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
 from agents.training import start
 from npg.runs import folder
 from npg.runs.files import replacing, write_rows
-from npg.runs.presets import check_kinds, check_names, mapping, read_yaml, require
+from npg.runs.presets import check_kinds, check_names, read_yaml, require
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -94,87 +92,6 @@ class TuningConfig:
             raise ValueError(f"{path} has no search space: it is not the config.yaml of a search")
         check_names("key", content, [f.name for f in fields(cls)], f"in {path}")
         return cls(**content)
-
-
-# The space ------------------------------------------------------------------------------------------------------------
-
-
-def load_space(algo: str, path: Path | None = None) -> dict[str, Any]:
-    """The search space of an algorithm, out of a YAML file; by default ``agents/presets/search.yaml``.
-
-    Raises:
-        ValueError: if the file is damaged, has no entry for the algorithm, or an entry is no range and no list.
-    """
-    check_names("algorithm", [algo], ALGORITHMS)
-    file = resources.files("agents") / "presets" / "search.yaml" if path is None else path
-    entries = read_yaml(file)
-    check_names("search space", [algo], entries, f"in {file}")
-    space = mapping(f"{file}: {algo}", entries[algo])
-    require(len(space) > 0, f"{file}: {algo}", space, "a mapping of settings")
-    for name, given in space.items():
-        _check_range(name, mapping(f"{file}: {name}", given))
-    return space
-
-
-def _check_range(name: str, given: Mapping[str, Any]) -> None:
-    check_names("word", given, ["low", "high", "log", "step", "choices"], f"in the search space of {name}")
-    if "choices" in given:
-        ok = isinstance(given["choices"], list) and len(given["choices"]) > 0 and len(given) == 1
-        require(ok, f"the search space of {name}", dict(given), "either choices: [a, b, …], or low and high")
-        return
-    low, high = (given.get(end) for end in ("low", "high"))
-    ok = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in (low, high))
-    require(ok and low < high, f"the search space of {name}", dict(given), "low < high, or choices")  # type: ignore[operator]
-    require(not given.get("log") or low > 0, f"low of {name}", low, "above 0, with log")  # type: ignore[operator]
-    require(not (given.get("log") and "step" in given), f"step of {name}", given.get("step"), "left out, with log")
-
-
-def _with(given: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """A range or list that has the preset's value."""
-    if "choices" in given:
-        known = any(type(value) is type(c) and value == c for c in given["choices"])
-        return {"choices": [*given["choices"], *([] if known else [value])]}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return dict(given)
-    if given.get("log") and value <= 0:
-        return dict(given)
-    return {**given, "low": min(given["low"], value), "high": max(given["high"], value)}
-
-
-def _value(config: RunConfig, name: str) -> Any:
-    """What a run has for a setting; KeyError where it has none."""
-    outer, *inner = name.split(".")
-    value = config.hyperparameters[outer] if outer in config.hyperparameters else getattr(config, outer)
-    for key in inner:
-        if not isinstance(value, Mapping):
-            raise KeyError(name)
-        value = value[key]
-    return value
-
-
-def _coded(choices: list[Any]) -> list[Any]:
-    """Optuna takes plain values only: others as their JSON."""
-    return [c if c is None or isinstance(c, bool | int | float | str) else json.dumps(c) for c in choices]
-
-
-def _suggested(trial: Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    for name, given in space.items():
-        if "choices" in given:
-            trial.suggest_categorical(name, _coded(given["choices"]))
-        elif isinstance(given["low"], int) and isinstance(given["high"], int):
-            trial.suggest_int(name, given["low"], given["high"], step=given.get("step", 1), log=given.get("log", False))
-        else:
-            trial.suggest_float(name, given["low"], given["high"], step=given.get("step"), log=given.get("log", False))
-    return _settings(trial.params, space)
-
-
-def _settings(params: Mapping[str, Any], space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Optuna's parameters as settings."""
-    settings = dict(params)
-    for name, value in params.items():
-        if "choices" in space[name]:
-            settings[name] = space[name]["choices"][_coded(space[name]["choices"]).index(value)]
-    return settings
 
 
 def preset_of(config: RunConfig) -> dict[str, Any]:
@@ -238,7 +155,7 @@ class Tuning:
         for name, given in config.space.items():
             example = given["choices"][0] if "choices" in given else given["low"]
             resolve(config.algo, config.env, preset=preset, settings={**settings, name: example}, **config.options)
-        space = {name: _with(given, _value_or(base, name, given)) for name, given in config.space.items()}
+        space = {name: widened(given, value_or(base, name, given)) for name, given in config.space.items()}
         config = replace(config, space=space)
         if path is None:
             stem = f"runs/tune-{config.algo}-{config.env.replace('/', '_').replace(':', '_')}"
@@ -252,10 +169,10 @@ class Tuning:
         known = {}
         for name, given in space.items():
             try:
-                value = _value(base, name)
+                value = value_of(base, name)
             except KeyError:
                 continue
-            known[name] = _coded([value])[0] if "choices" in given else value
+            known[name] = coded([value])[0] if "choices" in given else value
         study.enqueue_trial(known, user_attrs={"preset": True})
         return tuning
 
@@ -380,7 +297,7 @@ class Tuning:
 
     def _train(self, trial: Trial) -> float:
         config, total = self.config, 0.0
-        settings = _suggested(trial, config.space)
+        settings = suggested(trial, config.space)
         for k in range(config.seeds):
             preset, seed = str(self.path / "preset.yaml"), FIRST_SEED + k
             run = resolve(config.algo, config.env, preset=preset, settings=settings, seed=seed, **config.options)
@@ -398,7 +315,7 @@ class Tuning:
             rows.append(row | {k: t.user_attrs.get(k) for k in ("preset", "seconds", "error")} | t.params)
         write_rows(self.path / "trials.csv", rows)
         if (best := self.best) is not None:
-            settings = _settings(best.params, self.config.space)
+            settings = settings_of(best.params, self.config.space)
             preset = str(self.path / "preset.yaml")
             found = resolve(self.config.algo, self.config.env, preset=preset, settings=settings)
             seeds = f"{FIRST_SEED} to {FIRST_SEED + self.config.seeds - 1}" if self.config.seeds > 1 else FIRST_SEED
@@ -420,13 +337,6 @@ class Tuning:
             said = "ended early" if trial.state.name == "PRUNED" else f"refused: {trial.user_attrs['error']}"
         preset = " (the preset)" if "preset" in trial.user_attrs else ""
         print(f"trial {number}{preset}: {said}, {trial.user_attrs['seconds']:.0f} s{so_far}", flush=True)
-
-
-def _value_or(config: RunConfig, name: str, given: Mapping[str, Any]) -> Any:
-    try:
-        return _value(config, name)
-    except KeyError:
-        return given["choices"][0] if "choices" in given else given["low"]
 
 
 class _Pruner(Evaluator):

@@ -23,20 +23,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))  # the pages are of this code, installed or not
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
-OPTIONAL = {"Benchmarks": {"Returns": "benchmarks.md"}, "Optimizers": {"TwoSidedNGD": "two_sided_ngd.md"}}
-"""Pages that are in the navigation where they exist."""
-
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".csv": "text", ".md": "markdown"}
-
-
-def on_config(config: Any) -> Any:
-    for section in config.nav:
-        for title, pages in section.items():
-            for name, page in OPTIONAL.get(title, {}).items():
-                if (DOCS / page).exists():
-                    pages.append({name: page})
-    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -33,6 +33,7 @@ from agents.collect import Collector
 from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.saved import saved_values
+from agents.schedules import schedule, value_at
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.families import Geometry
@@ -52,11 +53,6 @@ _PRECONDITIONERS = {None: None, "diagonal": diagonal_preconditioner, "kfac": kro
 def _policy(name: str, value: Any) -> None:
     if not isinstance(value, str | type):
         raise TypeError(f"{name} must be the name of a policy, or its class, got {value!r}")
-
-
-def _learning_rate(name: str, value: Any) -> None:
-    rate = value(1.0) if callable(value) else value
-    number(name, rate.item() if isinstance(rate, Tensor) else rate, 0)
 
 
 def _seed(name: str, value: Any) -> None:
@@ -86,8 +82,10 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
     env: Any = option(annotation="GymEnv | str", doc="the environment, or its Gymnasium id.")
     learning_rate: float | Schedule = option(
         default=1e-3,
-        check=_learning_rate,
-        doc="of the critic's Adam, or a function of the remaining progress (from 1 to 0).",
+        check=partial(number, low=0),
+        doc="of the critic's Adam; a number, a function of the remaining progress (from 1 to 0), or "
+        '``"linear_1e-3"``, which falls from 0.001 to 0.',
+        scheduled=True,
     )
     n_steps: int = option(default=2048, check=partial(whole, low=1), doc="steps per environment and update.")
     batch_size: int = option(default=128, check=partial(whole, low=1), doc="mini-batch of the critic's Adam.")
@@ -276,6 +274,8 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
             raise ValueError(
                 f"path={str(path)!r} was saved by {saved}, not by {cls.name()}: load it with its own class"
             )
+        scheduled = [name for name in kwargs if name in cls.options and cls.options[name].scheduled]
+        kwargs |= {name: schedule(name, kwargs[name]) for name in scheduled}
         if "algorithm" not in data:
             kwargs = {name: value for name, value in cls.sb3_contrib_options.items() if name not in data} | kwargs
         return super().load(path, *args, **kwargs)
@@ -322,6 +322,11 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
     def n_updates(self) -> int:
         """How many updates there were."""
         return self._n_updates
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go beyond the end, where Stable-Baselines3 would ask schedules for values below zero.
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     @property
     def progress_remaining(self) -> float:
@@ -397,6 +402,17 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
         "the graph's edges. ``\"euclidean\"`` is ½‖Δ‖² of the network's outputs.",
         keyword=True,
     )
+
+    def radius(self, target_kl: float | Schedule) -> float:
+        """``target_kl`` now, of which a hundredth of the progress always remains, for the step of the last update.
+
+        Raises:
+            TypeError: if its schedule returns no number.
+            ValueError: if that is not positive and finite.
+        """
+        delta = value_at(target_kl, max(self.progress_remaining, 0.01))
+        number("target_kl", delta, 0, above=True)
+        return float(delta)
 
     def natural_step(
         self,

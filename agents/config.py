@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -13,12 +15,13 @@ import torch
 
 import agents
 from agents.base import NaturalPolicyAlgorithm
+from agents.schedules import is_named, schedule
 from envs import VecNormalize
 from envs.atari import Game
 from envs.seeding import RUN_SEEDS
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
 
-__all__ = ["ALGORITHMS", "PRESET_KEYS", "RunConfig", "hyperparameters_of", "load_preset", "resolve"]
+__all__ = ["ALGORITHMS", "PRESET_KEYS", "RunConfig", "hyperparameters_of", "load_preset", "resolve", "whole_number"]
 
 ALGORITHMS: dict[str, type[NaturalPolicyAlgorithm]] = {
     name.lower(): algorithm
@@ -148,7 +151,11 @@ def resolve(
     check_names("setting", values, known, f"for {algo}")
 
     given = {key: values.pop(key) for key in list(values) if key not in PRESET_KEYS}
-    hyperparameters = defaults | {key: _like(defaults[key], key, value) for key, value in given.items()}
+    options_of = ALGORITHMS[algo].options
+    named = {key for key, value in given.items() if is_named(value) and options_of[key].scheduled}
+    for key in named:
+        schedule(key, given[key])  # refused here; written as it is
+    hyperparameters = defaults | {k: v if k in named else _like(defaults[k], k, v) for k, v in given.items()}
     if given.get("policy_kwargs") is not None:
         hyperparameters["policy_kwargs"] = mapping("policy_kwargs", given["policy_kwargs"])
     values |= {key: _like(1, key, values[key]) for key in ("timesteps", "n_envs") if key in values}
@@ -156,6 +163,19 @@ def resolve(
     values["normalize"] = _normalize(values.get("normalize"), hyperparameters)
     values |= {key: value for key, value in options.items() if value is not None}
     return RunConfig(algo=algo, env=env, hyperparameters=hyperparameters, **values)
+
+
+def whole_number(text: str) -> int:
+    """A whole number as people write it on a command line: 1000000, 1_000_000 or 1e6.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    for read in (int, float):
+        with suppress(ValueError, OverflowError):
+            if (value := read(text)) == int(value):
+                return int(value)
+    raise ArgumentTypeError(f"must be a whole number, such as 1000000 or 1e6; got {text!r}")
 
 
 def hyperparameters_of(algo: str) -> dict[str, Any]:

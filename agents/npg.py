@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from stable_baselines3.common.type_aliases import Schedule
+
 from agents.base import NaturalStepAlgorithm
 from agents.checks import number, positive_or_none
 from agents.options import option
@@ -28,11 +30,13 @@ class NPG(NaturalStepAlgorithm):
         ValueError: if an argument is out of its range.
     """
 
-    target_kl: float = option(
+    target_kl: float | Schedule = option(
         default=0.01,
         check=partial(number, low=0, above=True),
-        doc="δ of the normalised step, in nats; unused where ``step_size`` is given.",
+        doc="δ of the normalised step, in nats; a number, a function of the remaining progress (from 1 to 0.01), or "
+        '``"linear_0.02"``. Unused where ``step_size`` is given.',
         after="normalize_advantage",
+        scheduled=True,
     )
     step_size: float | None = option(
         default=None,
@@ -45,4 +49,5 @@ class NPG(NaturalStepAlgorithm):
         """One step of length α, or of the length at which the quadratic model of the KL is δ."""
         if self.step_size is not None:
             return self.natural_step(batch, learning_rate=self.step_size)
-        return self.natural_step(batch, trust_region=TrustRegion(radius=self.target_kl, backtrack=False))
+        region = TrustRegion(radius=self.radius(self.target_kl), backtrack=False)
+        return self.natural_step(batch, trust_region=region)

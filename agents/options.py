@@ -9,12 +9,15 @@ options of its base classes and its own. ``help(TRPO)``, ``inspect.signature(TRP
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import textwrap
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+from agents.schedules import schedule, value_at
 
 __all__ = ["HasOptions", "Option", "option"]
 
@@ -32,6 +35,7 @@ class Option:
     after: str | None
     keyword: bool
     annotation: str = ""
+    scheduled: bool = False
 
 
 def option(
@@ -42,6 +46,7 @@ def option(
     after: str | None = None,
     keyword: bool = False,
     annotation: str = "",
+    scheduled: bool = False,
 ) -> Any:
     """Declare an option in the body of a class that `HasOptions`.
 
@@ -52,8 +57,10 @@ def option(
         after: the option behind which it stands in the signature; by default it stands last.
         keyword: whether it can be given by name only.
         annotation: its type for the signature, where the attribute has another one.
+        scheduled: whether it may be a function of the remaining progress, or the name of one (`agents.schedules`);
+            its first value is checked, and the attribute is the function.
     """
-    return Option(default, doc, check, after, keyword, annotation)
+    return Option(default, doc, check, after, keyword, annotation, scheduled)
 
 
 @typing.dataclass_transform(field_specifiers=(option,))
@@ -106,11 +113,18 @@ class HasOptions:
             TypeError: if an argument is unknown, missing, or of the wrong kind.
             ValueError: if a value is out of its range.
         """
+        for name in kwargs.keys() - cls.options.keys():
+            nearest = difflib.get_close_matches(name, cls.options)
+            hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(cls.options)}"
+            raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {hint}")
         bound = cls.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
-            if (check := cls.options[name].check) is not None:
-                check(name, value)
+            if (option := cls.options[name]).scheduled:
+                bound.arguments[name] = schedule(name, value)
+                value = value_at(bound.arguments[name], 1.0)
+            if option.check is not None:
+                option.check(name, value)
         return bound.arguments
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.type_aliases import Schedule
 
 from agents.base import NaturalStepAlgorithm
 from agents.checks import number, one_of, positive_or_none, whole
@@ -27,9 +28,9 @@ class TRPO(NaturalStepAlgorithm):
     policy stays bit for bit what it was.
 
     The arguments up to ``device`` are those of ``sb3_contrib.TRPO`` with the same defaults; those after it are our own.
-    Two mean something else for a Box or MultiBinary space of n components: ``target_kl`` bounds the KL of the whole
-    action, and ``cg_damping`` is added to the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its
-    trust region is that of ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
+    It bounds another KL by default: KL(old ‖ new), the paper's, where ``sb3_contrib`` bounds KL(new ‖ old). For a Box
+    or MultiBinary space of n components ``target_kl`` bounds the KL of the whole action, and ``cg_damping`` is added to
+    the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its trust region is that of ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
 
     Args:
         {options}
@@ -51,8 +52,12 @@ class TRPO(NaturalStepAlgorithm):
         doc="how many lengths are tried.",
         after="line_search_shrinking_factor",
     )
-    target_kl: float = option(
-        default=0.01, check=partial(number, low=0, above=True), doc="δ, in nats.", after="normalize_advantage"
+    target_kl: float | Schedule = option(
+        default=0.01,
+        check=partial(number, low=0, above=True),
+        doc='δ, in nats; a number, a function of the remaining progress (from 1 to 0.01), or ``"linear_0.02"``.',
+        after="normalize_advantage",
+        scheduled=True,
     )
     step_size: float | None = option(
         default=None,
@@ -88,7 +93,7 @@ class TRPO(NaturalStepAlgorithm):
         """One natural step within the radius."""
         self.check_options()
         region = TrustRegion(
-            radius=self.target_kl,
+            radius=self.radius(self.target_kl),
             shrink=self.line_search_shrinking_factor,
             max_trials=self.line_search_max_iter,
             kl_direction=self.kl_direction,

@@ -94,6 +94,27 @@ def test_the_configuration_is_complete(finished):
     assert written["hyperparameters"]["n_steps"] == 32
 
 
+def test_schedules_of_the_command_line_are_kept_as_written_and_go_on(tmp_path):
+    schedules = ["--set", "learning_rate=linear_1e-3", "--set", "target_kl=linear_0.02"]
+    folder = run(["trpo", "CartPole-v1", "--timesteps", "2.56e2", *TINY, *schedules], tmp_path / "run")
+    written = yaml.safe_load((folder.path / "config.yaml").read_text())
+    assert written["timesteps"] == 256
+    assert written["hyperparameters"]["learning_rate"] == "linear_1e-3"
+    assert written["hyperparameters"]["target_kl"] == "linear_0.02"
+    model = TRPO.load(folder.last.model)
+    assert model.target_kl(0.5) == pytest.approx(0.01)
+    continued = resume(folder.path, timesteps=512)
+    assert continued.model.target_kl(0.5) == pytest.approx(0.01)
+    continued.train(progress=False)
+    with (folder.path / "progress.csv").open() as file:
+        rates = [float(row["train/learning_rate"]) for row in csv.DictReader(file) if row["train/learning_rate"]]
+    assert rates == pytest.approx([1e-3 * p for p in (0.75, 0.5, 0.25, 0.0, 0.375, 0.25, 0.125, 0.0)], rel=1e-3)
+
+
+def test_what_is_no_number_of_timesteps_is_refused(capsys):
+    assert "such as 1000000 or 1e6; got '1.5'" in refused(["trpo", "CartPole-v1", "--timesteps", "1.5"], capsys)
+
+
 def test_every_episode_is_recorded_as_stable_baselines3_reads_it(finished):
     pytest.importorskip("pandas")
     episodes = load_results(str(finished.path))

@@ -1,0 +1,172 @@
+"""learning_rate and target_kl as functions of the remaining progress, and by RL Zoo's names."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+
+import pytest
+import torch
+import yaml
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents import MDPO, NPG, TRPO
+from agents.config import RunConfig, resolve, whole_number
+from agents.schedules import schedule, value_at
+from envs import make_vec_env
+
+
+def small(algorithm=TRPO, **options):
+    """128 steps in an update."""
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0, backend="gymnasium")
+    given = {"n_steps": 64, "batch_size": 32, "n_critic_updates": 1, "seed": 0, "device": "cpu"} | options
+    return algorithm("MlpPolicy", env, **given)
+
+
+def parameters_of(model):
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+class Seen(BaseCallback):
+    """The radius and the rate of every update."""
+
+    def __init__(self):
+        super().__init__()
+        self.radii, self.rates = [], []
+
+    def _on_training_start(self):
+        step = self.model.natural_step
+
+        def noted(batch, *, trust_region, **options):
+            self.radii.append(trust_region.radius)
+            self.rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+            return step(batch, trust_region=trust_region, **options)
+
+        self.model.natural_step = noted
+
+    def _on_training_end(self):
+        del self.model.natural_step
+
+    def _on_step(self):
+        return True
+
+
+def test_a_name_is_the_straight_line_to_zero():
+    line = schedule("learning_rate", "linear_1e-3")
+    assert [value_at(line, p) for p in (1.0, 0.5, 0.0)] == pytest.approx([1e-3, 5e-4, 0.0])
+    assert value_at(schedule("learning_rate", 0.5), 0.1) == 0.5
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG])
+@pytest.mark.parametrize("form", ["name", "function"])
+def test_radius_and_rate_follow_the_remaining_progress(algorithm, form):
+    given = {"learning_rate": "linear_1e-3", "target_kl": "linear_0.02"}
+    if form == "function":
+        given = {
+            "learning_rate": lambda p: 1e-3 * p,
+            "target_kl": lambda p: torch.tensor(0.02, dtype=torch.float64) * p,
+        }
+    model, seen = small(algorithm, **given), Seen()
+    model.learn(4 * 128 - 50, callback=seen)  # the last rollout goes beyond the end
+    total = 4 * 128 - 50
+    left = [1 - 128 * k / total for k in (1, 2, 3)]
+    assert seen.radii == pytest.approx([0.02 * p for p in (*left, 0.01)])
+    assert seen.rates == pytest.approx([1e-3 * p for p in (*left, 0.0)])
+
+
+def test_the_rate_of_mdpo_s_critic_follows_it_too():
+    model = small(MDPO, learning_rate="linear_1e-3")
+    model.learn(256)
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0.0
+    assert model.logger.name_to_value["train/learning_rate"] == 0.0
+
+
+@pytest.mark.parametrize("given", ["linear_0.02", lambda p: 0.02 * p], ids=["name", "function"])
+def test_a_model_keeps_its_schedules(given, tmp_path):
+    model = small(target_kl=given, learning_rate=given)
+    model.learn(128)
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=model.env)
+    assert [loaded.target_kl(p) for p in (1.0, 0.5)] == pytest.approx([0.02, 0.01])
+    assert loaded.lr_schedule(0.5) == pytest.approx(0.01)
+    seen = Seen()
+    loaded.learn(128, reset_num_timesteps=False, callback=seen)
+    assert seen.radii == pytest.approx([0.02 * 0.01])  # of 256 steps none is left
+
+
+def test_a_model_is_loaded_with_another_schedule(tmp_path):
+    small().save(tmp_path / "model")
+    model = TRPO.load(tmp_path / "model", target_kl="linear_0.5", learning_rate="linear_0.25")
+    assert (model.radius(model.target_kl), model.lr_schedule(1.0)) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "target_kl"])
+@pytest.mark.parametrize("value", ["linear_", "linear_fast", "linear_-1", "linear_nan", "cosine_1e-3", "1e-3"])
+def test_what_is_no_schedule_is_refused(option, value):
+    with pytest.raises((TypeError, ValueError), match=rf"^{option} must"):
+        small(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["gamma", "cg_damping", "n_steps"])
+def test_other_settings_are_no_schedules(option):
+    with pytest.raises((TypeError, ValueError), match=f"^{option} must"):
+        small(**{option: "linear_0.5"})
+
+
+@pytest.mark.parametrize("later", [0.0, -0.01, float("nan"), float("inf"), None, "0.01"], ids=repr)
+def test_a_radius_that_becomes_unusable_ends_the_training_and_changes_nothing(later):
+    model, seen = small(target_kl=lambda p: 0.01 if p > 0.7 else later), Before()
+    with pytest.raises((TypeError, ValueError), match=r"^target_kl must"):
+        model.learn(128 * 4, callback=seen)
+    assert model.n_updates == 1
+    assert torch.equal(parameters_of(model), seen.parameters)
+
+
+class Before(BaseCallback):
+    """The parameters before the last update."""
+
+    def _on_rollout_end(self):
+        self.parameters = parameters_of(self.model)
+
+    def _on_step(self):
+        return True
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_name_as_it_was_written(tmp_path):
+    settings = {"learning_rate": "linear_1e-3", "target_kl": "linear_0.02"}
+    config = resolve("trpo", "CartPole-v1", settings=settings)
+    assert settings.items() <= config.hyperparameters.items()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    assert RunConfig.read(path) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": "linear_fast"}, "learning_rate must be a number, or linear_ and a number"),
+        ({"target_kl": "cosine_0.1"}, "target_kl must be a number; got 'cosine_0.1'"),
+        ({"gamma": "linear_0.9"}, "gamma must be a number; got 'linear_0.9'"),
+    ],
+)
+def test_what_is_no_schedule_of_a_run_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("trpo", "CartPole-v1", settings=settings)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1000", 1000), ("1e6", 10**6), ("1_000_000", 10**6), ("2.5e3", 2500)])
+def test_whole_numbers_as_people_write_them(text, value):
+    assert whole_number(text) == value
+    assert type(whole_number(text)) is int
+
+
+def test_a_large_whole_number_keeps_its_digits():
+    assert whole_number("9007199254740993") == 2**53 + 1
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "many", "nan", "inf", ""])
+def test_what_is_no_whole_number(text):
+    with pytest.raises(ArgumentTypeError, match="must be a whole number, such as 1000000 or 1e6"):
+        whole_number(text)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
 import inspect
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -93,6 +95,54 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         for name in imported.__all__:
             if not inspect.ismodule(getattr(imported, name)):
                 assert f'id="{module}.{name}"' in page, f"{module}.{name} is not in the reference"
+
+
+# The README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 3
+    assert all(len(block.splitlines()) <= 10 for block in blocks)
+
+
+def rows_of(name: str, **wanted: str) -> list[dict[str, str]]:
+    with (ROOT / "docs" / "results" / f"{name}.csv").open(encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+
+
+def median_of(name: str, column: str, **wanted: str) -> float:
+    return statistics.median(float(row[column]) for row in rows_of(name, **wanted))
+
+
+def test_the_results_of_the_readme_are_those_of_their_files():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = {name: line for line in lines for name in re.findall(r"\(docs/results/(\w+)\.csv\)", line)}
+    products = [
+        median_of("fvp", "gradients_median", problem="mlp-64@2048", product=product)
+        for product in ("ours", "double backward", "curvlinops")
+    ]
+    speeds = [
+        median_of("end_to_end", "steps_per_second", env="HalfCheetah-v5", way=way) for way in ("ours", "sb3-contrib")
+    ]
+    seconds = [median_of("cifar_small", "seconds_to_70", optimizer=name) for name in ("online-ngd", "sgd", "adam")]
+    zoo = median_of("update", "times_faster_median", env="HalfCheetah-v5", update="ours, Zoo's critic")
+    cartpole = rows_of("cartpole", algo="trpo", backend="gymnasium")
+    assert len(cartpole) == 5
+    expected = {
+        "fvp": [f"{x:.2f}" for x in products],
+        "end_to_end": [f"{x:,.0f}" for x in speeds],
+        "cifar_small": [f"{x:.0f}" for x in seconds],
+        "update": [f"{zoo:.1f}"],
+        "cartpole": [cartpole[0]["mean_return"]],
+    }
+    assert {row["mean_return"] for row in cartpole} == {cartpole[0]["mean_return"]}
+    assert shown.keys() == expected.keys()
+    for name, numbers in expected.items():
+        told = re.findall(r"(?<![\w.])\d[\d,.]*(?![\w.])", re.sub(r"\([^)]*\)", "", shown[name]).split("|", 2)[2])
+        assert [n for n in told if n in numbers] == numbers, (name, told)
 
 
 # Docstrings -----------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class HasOptions:
             TypeError: if an argument is unknown, missing, or of the wrong kind.
             ValueError: if a value is out of its range.
         """
-        for name in kwargs.keys() - cls.options.keys():
+        for name in (name for name in kwargs if name not in cls.options):
             nearest = difflib.get_close_matches(name, cls.options)
             hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(cls.options)}"
             raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {hint}")

@@ -48,15 +48,17 @@ def _check_range(name: str, given: Mapping[str, Any]) -> None:
     require(not (given.get("log") and "step" in given), f"step of {name}", given.get("step"), "left out, with log")
 
 
-def widened(given: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """A range or list that has the preset's value."""
+def widened(name: str, given: Mapping[str, Any], value: Any) -> dict[str, Any]:
+    """A range or list that has the preset's value; raises ValueError for a value that no range has."""
     if "choices" in given:
         known = any(type(value) is type(c) and value == c for c in given["choices"])
         return {"choices": [*given["choices"], *([] if known else [value])]}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return dict(given)
-    if given.get("log") and value <= 0:
-        return dict(given)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (given.get("log") and value <= 0):
+        raise ValueError(
+            f"{name} is {value!r} in the preset, which no range has, but the search begins there: give {name} choices "
+            "in the search space, or leave it out and set it"
+        )
     return {**given, "low": min(given["low"], value), "high": max(given["high"], value)}
 
 

@@ -30,7 +30,8 @@ class TRPO(NaturalStepAlgorithm):
     The arguments up to ``device`` are those of ``sb3_contrib.TRPO`` with the same defaults; those after it are our own.
     It bounds another KL by default: KL(old ‖ new), the paper's, where ``sb3_contrib`` bounds KL(new ‖ old). For a Box
     or MultiBinary space of n components ``target_kl`` bounds the KL of the whole action, and ``cg_damping`` is added to
-    the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its trust region is that of ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
+    the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its trust region is that of
+    ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
 
     Args:
         {options}

@@ -155,7 +155,7 @@ class Tuning:
         for name, given in config.space.items():
             example = given["choices"][0] if "choices" in given else given["low"]
             resolve(config.algo, config.env, preset=preset, settings={**settings, name: example}, **config.options)
-        space = {name: widened(given, value_or(base, name, given)) for name, given in config.space.items()}
+        space = {name: widened(name, given, value_or(base, name, given)) for name, given in config.space.items()}
         config = replace(config, space=space)
         if path is None:
             stem = f"runs/tune-{config.algo}-{config.env.replace('/', '_').replace(':', '_')}"

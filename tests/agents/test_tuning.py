@@ -61,6 +61,20 @@ def test_a_search_that_was_stopped_goes_on_as_one_in_a_go(tmp_path, monkeypatch,
 
 
 @needs_optuna
+@pytest.mark.parametrize(
+    ("name", "written"), [("learning_rate", "linear_1e-3"), ("step_size", "null"), ("cg_damping", "0.0")]
+)
+def test_a_range_that_cannot_have_the_preset_is_refused_before_there_is_a_folder(tmp_path, name, written):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(f"default: {{{name}: {written}}}\n")
+    space = {name: {"low": 0.001, "high": 0.1, "log": True}}
+    config = TuningConfig("trpo", "CartPole-v1", trials=1, evaluations=1, options=OPTIONS, space=space)
+    with pytest.raises(ValueError, match=rf"^{name} is .* in the preset, which no range has"):
+        Tuning.create(tmp_path / "s", config, preset=str(preset))
+    assert not (tmp_path / "s").exists()
+
+
+@needs_optuna
 def test_the_first_trial_is_the_preset_and_the_best_is_one(tmp_path):
     search = begun(tmp_path / "s", trials=2)
     search.run()

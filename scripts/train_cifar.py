@@ -13,8 +13,8 @@ from typing import Any
 
 from npg.parallel import World, open_world
 from npg.runs.command_line import MISTAKES, Parser
-from npg.runs.folder import run_of
-from npg.runs.presets import parse_settings
+from npg.runs.folder import begun_only, run_of
+from npg.runs.presets import parse_settings, read_yaml
 from npg.vision import data
 from npg.vision.checkpoint import find_checkpoint, load_checkpoint
 from npg.vision.config import PRESETS, Config, load_config
@@ -111,6 +111,8 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
         return load_config(model, optimizer, preset or DEFAULT_PRESET, options, optimizer_options), None
     if preset is not None:
         raise ValueError("--preset cannot go with --resume: a run keeps what it began with")
+    if begun_only(resume):  # it was ended in its first epoch: begin anew
+        return Config(**read_yaml(resume / "config.yaml")), None
     checkpoint = find_checkpoint(resume)
     saved = load_checkpoint(checkpoint)["config"]
     asked = options | {"optimizer_options": saved["optimizer_options"] | optimizer_options}
@@ -158,7 +160,9 @@ def train(trainer: Trainer, parser: Parser) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = vars(parser.parse(arguments))
-    run_dir = options.pop("run_dir", None)
+    run_dir, resumed = options.pop("run_dir", None), options.get("resume")
+    if run_dir is None and resumed is not None and begun_only(resumed):
+        run_dir = resumed
     with ExitStack() as stack:
         try:
             config, checkpoint = configure(options)

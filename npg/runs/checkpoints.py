@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,45 @@ import torch
 
 from npg.runs.files import replacing
 
-__all__ = ["CheckpointError", "Checkpoints"]
+__all__ = ["FORMAT", "CheckpointError", "Checkpoints", "NewerFormat", "check_archive", "check_format"]
+
+FORMAT = 1
+"""The number of the format that checkpoints are written in; those from before it was counted have none."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another run; the message says what to do."""
+
+
+class NewerFormat(CheckpointError):
+    """A checkpoint is whole, and of a version of this package that is newer than this one."""
+
+
+def check_archive(path: Path) -> None:
+    """Compare every part of a ZIP archive, which is what PyTorch's files are, with the checksum that it has there.
+
+    Raises:
+        CheckpointError: the file is truncated, or a part is not what was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is not what was written")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error})") from error
+
+
+def check_format(path: Path, number: Any) -> None:
+    """Refuse a checkpoint by the number of its format.
+
+    Raises:
+        NewerFormat: the number is larger than `FORMAT`.
+    """
+    if not isinstance(number, int) or number > FORMAT:
+        raise NewerFormat(
+            f"{path} was written by a newer version of npg-toolkit, in format {number}, and this one reads up to "
+            f"{FORMAT}: update the package"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +90,7 @@ class Checkpoints:
         """Write tensors and plain values, whole or not at all, and remove all but the newest `keep`; 0 keeps all."""
         path = self.path(number)
         with replacing(path) as partial:
-            torch.save(dict(state), partial)
+            torch.save({"format": FORMAT, **state}, partial)
         for stale in self.all()[:-keep] if keep else []:
             stale.unlink()
         return path
@@ -63,14 +100,37 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the file is truncated, damaged, or holds anything else.
+            NewerFormat: it is of a newer version of the package.
+            OSError: it cannot be read.
         """
         try:
+            check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds for a damaged file
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise
             raise CheckpointError(f"the checkpoint {path} is truncated or damaged{self.instead_of(path)}") from error
         if not isinstance(state, dict) or "config" not in state:
             raise CheckpointError(f"{path} is not a checkpoint of a run")
+        check_format(path, state.pop("format", 0))
         return state
+
+    def newest(self) -> Path | None:
+        """The newest one that is whole, with a warning for each newer one; None where there is none.
+
+        Raises:
+            NewerFormat: the newest whole one is of a newer version of the package.
+        """
+        for path in reversed(self.all()):
+            try:
+                self.read(path)
+                return path
+            except NewerFormat:
+                raise
+            except (CheckpointError, OSError) as error:
+                reason = str(error).partition("; go on")[0]
+                warnings.warn(f"{reason}: it is passed over for an earlier one", stacklevel=2)
+        return None
 
     def instead_of(self, damaged: Path) -> str:
         """The end of a message: how to go on from the newest of the others, if there is one."""

@@ -12,21 +12,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Table", "read_columns", "read_rows", "replacing", "write_rows"]
+__all__ = ["PARTIAL", "Table", "count_rows", "cut_rows", "read_columns", "read_rows", "replacing", "sync", "write_rows"]
+
+PARTIAL = ".partial"
+"""What ends the name of a file that is being written: after a kill it stays, and nobody reads it."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write a file at, which takes `path`'s place only when the block ends without an exception.
 
-    A reader, or a run that is killed, sees the old file or the new one and nothing between.
+    A reader, or a run that is killed, sees the old file or the new one and nothing between; so does one that reads
+    after a power failure, because the content is on the disk before the name is.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to a file, or which files a folder has, is on the disk; nothing where it is not."""
+    if os.name == "nt" or not path.exists():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -51,6 +68,21 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def count_rows(path: Path, skip: int = 0) -> int:
+    """The whole rows of a table, after `skip` lines of another kind; 0 where there is no file."""
+    return len(_read(path, skip)[1])
+
+
+def cut_rows(path: Path, rows: int, skip: int = 0) -> None:
+    """Keep the first `rows` rows of a table; a file that has no more of them, or is not there, stays as it is."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    if len(lines) > skip + 1 + rows:
+        with replacing(path) as partial:
+            partial.write_bytes(b"".join(lines[: skip + 1 + rows]))
 
 
 class Table:

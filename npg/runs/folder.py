@@ -10,14 +10,27 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
-from npg.runs.files import replacing
+from npg.runs.files import PARTIAL, replacing
 
-__all__ = ["RunFolder", "refuse_existing", "run_of", "versions"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FolderInUse", "RunFolder", "begun_only", "refuse_existing", "run_of", "versions"]
+
+_LOCK = ".lock"
+# What a run writes before there is anything to go on from; and TensorBoard's file, which is empty then.
+_AT_THE_START = {_LOCK, "checkpoints", "config.yaml", "command.txt", "versions.yaml", "versions.txt"}
+
+
+class FolderInUse(FileExistsError):
+    """Another process trains in the run folder."""
 
 
 class RunFolder:
@@ -26,6 +39,8 @@ class RunFolder:
     Args:
         path: of the folder, which need not exist yet.
     """
+
+    _lock: IO[str] | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,13 +51,49 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def make(self) -> None:
-        """Make the folder.
+        """Make the folder, and keep other processes out of it.
 
         Raises:
-            FileExistsError: as `refuse_existing`.
+            FileExistsError: as `refuse_existing`, and `lock`.
         """
         refuse_existing(self.path)
-        self.checkpoints.mkdir(parents=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        try:
+            refuse_existing(self.path)  # by now another process may have been here
+        except FileExistsError:
+            self.unlock()
+            raise
+
+    def lock(self) -> None:
+        """Keep other processes out of the folder, until `unlock` or the end of this process, however it comes.
+
+        What a killed process was writing is removed.
+
+        Raises:
+            FolderInUse: another process trains in the folder.
+        """
+        if self._lock is None and fcntl is not None:
+            file = (self.path / _LOCK).open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise FolderInUse(
+                    f"run folder {self.path} is in use: another process trains in it. Wait for its end, or stop it"
+                ) from error
+            except OSError:  # a file system that has no locks
+                pass
+            self._lock = file
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(f".*{PARTIAL}"):
+                left.unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def begin(self, config: Mapping[str, Any], command: str) -> None:
         """Write the configuration, and append the command that now works in the folder."""
@@ -59,9 +110,15 @@ class RunFolder:
         return path
 
 
+def begun_only(path: Path) -> bool:
+    """Whether a run was ended during its start: it made the folder, and left nothing to go on from."""
+    names = [file.name for file in path.rglob("*")] if (path / _LOCK).is_file() else [""]
+    return all(name in _AT_THE_START or name.endswith(PARTIAL) or name.startswith("events.out") for name in names)
+
+
 def refuse_existing(path: Path) -> None:
-    """Raise FileExistsError if there is anything at `path` but an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raise FileExistsError if there is anything at `path` but an empty folder, or one that is `begun_only`."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not begun_only(path):
         raise FileExistsError(
             f"run folder {path} exists: continue it with --resume {path}, or name another with --run-dir"
         )

@@ -33,15 +33,15 @@ def checkpoints_in(run: Path) -> Checkpoints:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: the file itself, or the newest one of a run folder.
+    """The checkpoint that a path means: the file itself, or the newest whole one of a run folder.
 
     Raises:
         CheckpointError: there is none.
     """
     if path.is_file():
         return path
-    if found := checkpoints_in(path).all():
-        return found[-1]
+    if found := checkpoints_in(path).newest():
+        return found
     raise CheckpointError(
         f"there is no checkpoint at {path}; --resume takes a run folder or a file of its checkpoints/"
     )

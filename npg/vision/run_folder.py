@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from npg.runs import folder
-from npg.runs.checkpoints import CheckpointError
+from npg.runs.checkpoints import CheckpointError, NewerFormat
 from npg.runs.command_line import command
 from npg.runs.files import read_rows, write_rows
 from npg.runs.folder import run_of, versions
@@ -48,8 +48,11 @@ class RunFolder(folder.RunFolder):
         past = None if checkpoint is None else run_of(checkpoint)
         if path.resolve() != past:
             self.make()
+        else:
+            self.lock()
         later = [p for p in self._saved.all() if (self._saved.number(p) or 0) > epoch]
         if whole := [p for p in later if _is_whole(p)]:
+            self.unlock()
             raise ValueError(
                 f"the run has trained to {whole[-1]}. To continue here from epoch {epoch} would lose that: give "
                 "--run-dir NEW, and it continues in a folder of its own"
@@ -83,8 +86,9 @@ class RunFolder(folder.RunFolder):
         self.write_json("summary.json", dict(summary))
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
+        """Close TensorBoard's file, and let other processes into the folder."""
         self._tensorboard.close()
+        self.unlock()
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], evaluated_on: str) -> dict[str, Any]:
@@ -107,6 +111,8 @@ def summarize(rows: Sequence[Mapping[str, Any]], evaluated_on: str) -> dict[str,
 def _is_whole(path: Path) -> bool:
     try:
         load_checkpoint(path)
+    except NewerFormat:
+        return True
     except CheckpointError:
         return False
     return True

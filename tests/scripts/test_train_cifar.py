@@ -3,6 +3,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,10 +102,27 @@ def test_train_then_resume_from_the_first_epoch(
     assert all(torch.equal(v, whole[k]) for k, v in torch.load(again / "checkpoints" / newest.name)["model"].items())
     # A newest checkpoint that is damaged stands in nobody's way.
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert status(script, ["--resume", str(run)]) == 2
-    assert f"--resume {first}" in capsys.readouterr().err
-    assert status(script, ["--resume", str(first)]) == 0
+    with pytest.warns(UserWarning, match=r"epoch_0002.pt is truncated or damaged: it is passed over"):
+        assert status(script, ["--resume", str(run)]) == 0
     assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
+
+
+def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    run, asked = tmp_path / "run", ["wrn-10-1", "sgd", "--seed", "3", "--preset", "report"]
+    killed = "import os; from npg.vision.training import Trainer; Trainer.evaluate = lambda *_: os.kill(os.getpid(), 9)"
+    call = f"import runpy, sys; {killed}; sys.argv = {[str(SCRIPT), *asked, *arguments(folder, run)]}"
+    ended = subprocess.run([sys.executable, "-c", f"{call}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"])
+    assert ended.returncode == -9
+    assert (run / "config.yaml").exists()
+    undisturbed = tmp_path / "undisturbed"
+    assert status(script, [*asked, *arguments(folder, undisturbed)]) == 0
+    expected = torch.load(undisturbed / "checkpoints" / "epoch_0002.pt")["model"]
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for path, command in ((run, ["--resume", str(run)]), (again, [*asked, *arguments(folder, again)])):
+        assert status(script, command) == 0
+        found = torch.load(path / "checkpoints" / "epoch_0002.pt")["model"]
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_a_checkpoint_outside_of_a_run_needs_a_folder(

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npg.runs.checkpoints import CheckpointError, Checkpoints
+from npg.runs.checkpoints import FORMAT, CheckpointError, Checkpoints, NewerFormat
 
 
 def filled(folder: Path) -> Checkpoints:
@@ -81,3 +81,52 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     good = checkpoints.write(1, {"config": {}})
     with pytest.raises(CheckpointError, match=f"truncated or damaged; go on from an earlier one: --resume {good}"):
         checkpoints.read(tmp_path / "none.pt")
+
+
+def test_no_flipped_bit_changes_a_number_in_silence(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
+    torch.manual_seed(0)
+    state = {"config": {"lr": 0.1}, "a": torch.randn(40, 40), "n": 3}
+    path = checkpoints.write(1, state)
+    whole = path.read_bytes()
+    refused = 0
+    for place in torch.randint(8 * len(whole), (200,)).tolist():
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found = checkpoints.read(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert torch.equal(found.pop("a"), state["a"])
+            assert found == {"config": {"lr": 0.1}, "n": 3}
+    assert refused > 100
+
+
+def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
+    first, second = (checkpoints.write(n, {"config": {}, "a": torch.ones(99)}) for n in (1, 2))
+    damaged = bytearray(second.read_bytes())
+    damaged[damaged.index(torch.ones(4).numpy().tobytes()) + 1] ^= 1
+    second.write_bytes(damaged)
+    with pytest.warns(UserWarning, match=r"epoch_2\.pt is truncated or damaged: it is passed over"):
+        assert checkpoints.newest() == first
+    first.unlink()
+    with pytest.warns(UserWarning, match=r"epoch_2\.pt"):
+        assert checkpoints.newest() is None
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
+    checkpoints.write(1, {"config": {}})
+    path = checkpoints.write(2, {"format": FORMAT + 1, "config": {}})
+    for read in (lambda: checkpoints.read(path), checkpoints.newest):
+        with pytest.raises(NewerFormat, match=r"epoch_2\.pt was written by a newer version.*update the package"):
+            read()
+
+
+def test_a_checkpoint_from_before_there_was_a_format_is_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
+    torch.save({"config": {}, "a": torch.ones(3)}, checkpoints.path(4))
+    assert torch.equal(checkpoints.read(checkpoints.path(4))["a"], torch.ones(3))

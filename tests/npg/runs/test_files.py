@@ -1,9 +1,11 @@
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from npg.runs.files import Table, read_columns, read_rows, replacing, write_rows
+from npg.runs.files import Table, count_rows, cut_rows, read_columns, read_rows, replacing, write_rows
 
 
 def test_a_file_is_replaced_as_one(tmp_path: Path) -> None:
@@ -89,3 +91,29 @@ def test_rows_are_replaced_as_one(tmp_path: Path) -> None:
     write_rows(path, [{"c": 1}])
     assert path.read_text().splitlines() == ["c", "1"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    cut_rows(path, 3)
+    assert not path.exists()
+    path.write_text("#{}\na,b\n1,2\n3,4\n5,6\n7")
+    assert count_rows(path, skip=1) == 3
+    cut_rows(path, 3, skip=1)  # a torn row after them
+    assert path.read_text() == "#{}\na,b\n1,2\n3,4\n5,6\n"
+    cut_rows(path, 9, skip=1)
+    assert count_rows(path, skip=1) == 3
+    cut_rows(path, 1, skip=1)
+    assert path.read_text() == "#{}\na,b\n1,2\n"
+    cut_rows(path, 0, skip=1)
+    assert path.read_text() == "#{}\na,b\n"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(stat.S_ISDIR(os.fstat(file).st_mode)), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("name"), replace(*names)))
+    with replacing(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert events == [False, "name", True]

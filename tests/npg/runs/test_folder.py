@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from npg.runs import folder as module
-from npg.runs.folder import RunFolder, refuse_existing, run_of, versions
+from npg.runs.files import PARTIAL
+from npg.runs.folder import FolderInUse, RunFolder, begun_only, refuse_existing, run_of, versions
 
 
 def test_what_a_run_begins_with(tmp_path: Path) -> None:
@@ -25,11 +27,15 @@ def test_what_a_run_begins_with(tmp_path: Path) -> None:
     assert (folder.path / "command.txt").read_text() == "first\nsecond\n"
     path = folder.write_json("s.json", {"b": [1, None]})
     assert json.loads(path.read_text()) == {"b": [1, None]}
-    assert sorted(p.name for p in folder.path.iterdir()) == ["checkpoints", "command.txt", "config.yaml", "s.json"]
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        ".lock",
+        *("checkpoints", "command.txt", "config.yaml", "s.json"),
+    ]
 
 
 def test_an_empty_folder_is_taken_and_anything_else_is_left(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").make()
+    (tmp_path / "new" / "metrics.csv").touch()
     (tmp_path / "empty").mkdir()
     RunFolder(tmp_path / "empty").make()
     (tmp_path / "file").touch()
@@ -93,3 +99,60 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.subprocess, "run", missing)
     found = versions([])
     assert found["git_commit"] is found["git_modified"] is None
+
+
+def test_a_run_that_was_ended_during_its_start_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert not begun_only(path)
+    RunFolder(path).make()
+    RunFolder(path).begin({}, "first")
+    (path / "checkpoints" / f".1.pt.1{PARTIAL}").touch()
+    assert begun_only(path)
+    refuse_existing(path)
+    again = RunFolder(path)
+    again.make()
+    assert list(again.checkpoints.iterdir()) == []
+    for name in ("checkpoints/1.pt", "last_model.zip", "notes.txt"):
+        (path / name).touch()
+        assert not begun_only(path)
+        with pytest.raises(FileExistsError, match="continue it with --resume"):
+            refuse_existing(path)
+        (path / name).unlink()
+    (path / ".lock").unlink()  # a folder that is not ours
+    assert not begun_only(path)
+
+
+TRAIN = """
+import sys, time
+from pathlib import Path
+from npg.runs.folder import RunFolder
+
+folder = RunFolder(Path(sys.argv[1]))
+folder.make()
+(folder.path / "command.txt").touch()
+(folder.path / f".left.{PARTIAL}").touch()
+print("ready", flush=True)
+time.sleep(600)
+""".replace("{PARTIAL}", "1" + PARTIAL)
+
+
+def test_a_second_process_is_kept_out_until_the_first_has_ended(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", TRAIN, str(path)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        assert first.stdout.readline() == "ready\n"
+        try:
+            with pytest.raises(FolderInUse, match=r"run is in use: another process trains in it\. Wait for its end"):
+                RunFolder(path).lock()
+            with pytest.raises(FolderInUse):
+                RunFolder(path).make()
+            assert list(path.glob(f".*{PARTIAL}"))  # of a process that lives
+        finally:
+            first.kill()
+    folder = RunFolder(path)
+    folder.lock()
+    assert not list(path.glob(f".*{PARTIAL}"))
+    with pytest.raises(FolderInUse):
+        RunFolder(path).lock()
+    folder.unlock()
+    RunFolder(path).lock()

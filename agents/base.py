@@ -7,7 +7,7 @@ Collecting is in `agents.collect`, an update in `agents.update`. An algorithm is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Literal, Self
@@ -32,7 +32,7 @@ from agents.checks import flag, kind, not_finite_in, number, one_of, whole
 from agents.collect import Collector
 from agents.networks import Networks
 from agents.options import HasOptions, option
-from agents.saved import saved_values
+from agents.saved import saved_attributes, saved_values
 from agents.schedules import schedule, value_at
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
@@ -258,14 +258,29 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         return [*super()._excluded_save_params(), "process_group", "networks"]
 
     @classmethod
-    def load(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model, as Stable-Baselines3 does.
+    def load(
+        cls,
+        path: Any,
+        *args: Any,
+        custom_objects: dict[str, Any] | None = None,
+        unpickle: Collection[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Load a saved model, as Stable-Baselines3 does, but without running code from the file.
 
         Models saved by ``sb3_contrib.TRPO`` load into `TRPO` and keep their trust region: ``kl_direction="new_old"``
         and ``kl_reduction="mean"``, unless given here.
 
+        Args:
+            path: of the file, or a file that is open.
+            args: env, device, … as Stable-Baselines3 takes them.
+            custom_objects: values for attributes that the file has as pickles, such as a policy class of your own.
+            unpickle: the names of attributes that are unpickled whatever they hold, with a warning: that can run any
+                code. The others are read as data (`agents.saved`).
+            kwargs: other arguments of Stable-Baselines3, and attributes to change.
+
         Raises:
-            ValueError: if the file was saved by another algorithm, or is damaged.
+            ValueError: if the file was saved by another algorithm, is damaged, or has an attribute that is no data.
         """
         data = saved_values(path)
         contrib_trpo = {"cg_max_steps", "line_search_max_iter", "target_kl"} <= set(data)
@@ -278,7 +293,15 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         kwargs |= {name: schedule(name, kwargs[name]) for name in scheduled}
         if "algorithm" not in data:
             kwargs = {name: value for name, value in cls.sb3_contrib_options.items() if name not in data} | kwargs
+        given = custom_objects or {}
+        plain = saved_attributes(path, data, given={*given, *kwargs}, unpickle=unpickle)
+        plain |= {name: kwargs[name] for name in kwargs.keys() & data.keys()}
+        kwargs["custom_objects"] = plain | given
         return super().load(path, *args, **kwargs)
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write the log; ``time/iterations`` counts the updates of all calls of `learn`."""
+        super().dump_logs(self._n_updates + 1 if iteration else 0)
 
     def learn(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from agents.base import NaturalPolicyAlgorithm
 from agents.config import RunConfig
 from agents.evaluation import Evaluation, evaluate
-from agents.runs import EpisodeFile, RunFolder, save_agent
+from agents.runs import EpisodeFile, RunFolder, copy_agent, save_agent
+from agents.state import begin_episodes
 from envs.seeding import Purpose, purpose_seed
 from npg.parallel import World, size
 from npg.runs.signals import StopRequest
@@ -165,7 +166,8 @@ class Evaluator(_Periodic):
         super().__init__(config.eval_freq)
         self._config, self._folder, self._env = config, folder, env
         earlier = folder.evaluations()
-        self._best = max(earlier["mean_return"]) if earlier and len(earlier["mean_return"]) else float("-inf")
+        known = folder.best.model.exists() and earlier and len(earlier["mean_return"])
+        self._best = max(earlier["mean_return"]) if known else float("-inf")
         self.last: Evaluation | None = None
         self.seconds = 0.0
 
@@ -194,13 +196,13 @@ class Evaluator(_Periodic):
             self._env.obs_rms = statistics.obs_rms
         self._trained += _clocks() - self._going
         e = evaluate(self.model, self._env, self._config.eval_episodes, evaluation_seed(self._config))
-        self._folder.add_evaluation(e.summary | dict(zip(CLOCKS, self._trained.round(3).tolist())))
-        self.logger.record("eval/mean_return", e.mean_return)
-        self.logger.record("eval/mean_length", e.mean_length)
-        # Of equals the later: it had more data.
+        # Of equals the later: it had more data. Its file comes before its row, which says that it is there.
         if e.mean_return >= self._best:
             self._best = e.mean_return
             save_agent(self.model, self._folder.best)
+        self._folder.add_evaluation(e.summary | dict(zip(CLOCKS, self._trained.round(3).tolist())))
+        self.logger.record("eval/mean_return", e.mean_return)
+        self.logger.record("eval/mean_length", e.mean_length)
         self.last = e
         self.seconds += e.seconds
         self._going = _clocks()
@@ -212,15 +214,34 @@ def _clocks() -> npt.NDArray[np.float64]:
 
 
 class Saver(_Periodic):
-    """Saves the agent under its number of steps and as the last one."""
+    """Saves the agent under its number of steps and as the last one.
 
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+    Where the state of the environments is hidden, all of them then begin new episodes, from seeds that depend on the
+    step: as they do in a run that goes on from this checkpoint. The episodes that this cuts off are bootstrapped with
+    the value of their last observation, as at the end of every rollout. The processes' savers act at the same steps.
+
+    Args:
+        config: the run's.
+        folder: where to save, in the main process; None elsewhere.
+        world: this process among its peers.
+    """
+
+    model: NaturalPolicyAlgorithm
+
+    def __init__(self, config: RunConfig, folder: RunFolder | None, world: World) -> None:
         super().__init__(config.save_freq)
-        self._folder = folder
+        self._config, self._folder, self._world = config, folder, world
 
     def _act(self) -> None:
-        save_agent(self.model, self._folder.checkpoint(self.model.num_timesteps))
-        save_agent(self.model, self._folder.last)
+        if self._folder is not None:
+            files = self._folder.checkpoint(self.model.num_timesteps)
+            save_agent(self.model, files, self._folder, episodes=self._config.exact_resume == "state")
+            copy_agent(files, self._folder.last)
+        if self._config.exact_resume == "restart":
+            begin_episodes(self.model, self._config, self._world)
+            env = cast(VecEnv, self.model.get_env())
+            self.model._last_obs = cast(Any, env.reset())
+            self.model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
 
 
 class ProgressBar(BaseCallback):

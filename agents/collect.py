@@ -70,9 +70,9 @@ class Collector(OnPolicyAlgorithm):
         assert self._last_episode_starts is not None, "no previous observation"
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
+        callback.on_rollout_start()  # where checkpoints are written: all that is drawn for the rollout comes after
         if self.use_sde:
             self._reset_noise(env.num_envs)
-        callback.on_rollout_start()
         self.networks.follow()
         stepped = env.num_envs * size(self.process_group)
         shape = (env.num_envs, *(self.action_space.shape or ()))

@@ -21,7 +21,16 @@ from envs.atari import Game
 from envs.seeding import RUN_SEEDS
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
 
-__all__ = ["ALGORITHMS", "PRESET_KEYS", "RunConfig", "hyperparameters_of", "load_preset", "resolve", "whole_number"]
+__all__ = [
+    "ALGORITHMS",
+    "EXACT_RESUME",
+    "PRESET_KEYS",
+    "RunConfig",
+    "hyperparameters_of",
+    "load_preset",
+    "resolve",
+    "whole_number",
+]
 
 ALGORITHMS: dict[str, type[NaturalPolicyAlgorithm]] = {
     name.lower(): algorithm
@@ -32,6 +41,14 @@ ALGORITHMS: dict[str, type[NaturalPolicyAlgorithm]] = {
 
 PRESET_KEYS = ("timesteps", "n_envs", "normalize", "policy", "env_kwargs")
 """What a preset may hold beside the arguments of the algorithm's constructor."""
+
+EXACT_RESUME = {
+    "auto": "",
+    "state": "a killed run resumes exactly: its checkpoints hold the state of the environments",
+    "restart": "a killed run resumes exactly: at each checkpoint all environments begin new episodes",
+    "off": "a killed run resumes with new episodes, and not exactly",
+}
+"""The values of `RunConfig.exact_resume`, and what each means."""
 
 # Arguments of a constructor that the run itself fills in, and classes, which no text can name.
 _NOT_SET = {
@@ -60,6 +77,10 @@ class RunConfig:
         eval_episodes: episodes of an evaluation during training.
         n_eval_envs: environments that are evaluated together.
         save_freq: environment steps between two checkpoints.
+        exact_resume: how a run that was killed goes on as if it had not been. ``state``: its checkpoints hold the
+            environments. ``restart``: at each checkpoint all environments begin new episodes, so that there is nothing
+            to hold. ``off``: not at all; it begins new episodes, which the undisturbed run would not have. ``auto``
+            takes ``state`` where that can be, and else ``restart``.
         hyperparameters: the arguments of the algorithm's constructor.
 
     Raises:
@@ -81,6 +102,7 @@ class RunConfig:
     eval_episodes: int = 10
     n_eval_envs: int = None  # type: ignore[assignment]  # one per episode
     save_freq: int = None  # type: ignore[assignment]  # a fifth of the timesteps
+    exact_resume: str = "auto"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,6 +120,9 @@ class RunConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "at least 1")
         require(0 <= self.seed < RUN_SEEDS, "seed", self.seed, "at least 0 and less than 2**28")
+        require(
+            self.exact_resume in EXACT_RESUME, "exact_resume", self.exact_resume, f"one of {', '.join(EXACT_RESUME)}"
+        )
         _device(self.device)
 
     def check_device(self) -> None:

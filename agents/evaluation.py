@@ -168,7 +168,7 @@ def evaluate_saved(
         FloatingPointError: as `evaluate`.
     """
     n_envs = min(episodes, config.n_eval_envs)
-    model, env = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
+    model, env, _ = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
     set_random_seed(seed)
     if model.use_sde and not deterministic:
         model.policy.reset_noise(n_envs)  # the noise that was drawn with the policy knows nothing of the seed
@@ -259,7 +259,7 @@ def film(
         ValueError: if the agent cannot be loaded, as `evaluate_saved`.
         FloatingPointError: as `evaluate`.
     """
-    model, env = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
+    model, env, _ = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
     started = time.perf_counter()
     try:
         _check_parameters(model)

@@ -6,52 +6,63 @@
     versions.yaml           software and machine           monitor.csv     every training episode
     progress.csv            every update                   evaluations.csv every evaluation during training
     events.out.tfevents…    the same for TensorBoard       learning_curve.png
-    last_model.zip          with vecnormalize.pkl and rng.pkl: where `resume` continues
-    best_model.zip          with best_vecnormalize.pkl and best_rng.pkl: the best evaluation during training
-    checkpoints/            model_<steps>_steps.zip, vecnormalize_…, rng_…
+    last_model.zip          where `resume` continues       best_model.zip  the best evaluation during training
+    checkpoints/            model_<steps>_steps.zip
     final_evaluation.json   evaluation_….json              video/
+
+An agent is one file, which takes its name when it is whole: Stable-Baselines3's archive with one more part, the JSON
+text of `agents.state` and how far each record was. Folders from before that was so have pickles beside it, for the
+statistics and the generators; these are read as data, and anything else in them is refused.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import random
+import os
+import shutil
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat, filter_excluded_keys
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env import VecNormalize as AnyVecNormalize
 
 from agents.base import NaturalPolicyAlgorithm
 from agents.config import ALGORITHMS, RunConfig
+from agents.saved import plain_pickle
+from agents.state import set_statistics, state_of
 from envs import VecNormalize
 from npg.runs import folder
-from npg.runs.checkpoints import Checkpoints
-from npg.runs.files import Table, read_columns, replacing
+from npg.runs.checkpoints import FORMAT, CheckpointError, Checkpoints, NewerFormat, check_archive, check_format
+from npg.runs.files import Table, count_rows, cut_rows, read_columns, replacing, sync
 from npg.runs.folder import run_of, versions
+from npg.runs.plain import from_text, to_text
 
-__all__ = ["RunFolder", "SavedAgent", "load_agent", "normalized", "restore_rng", "save_agent"]
+__all__ = ["RunFolder", "SavedAgent", "copy_agent", "load_agent", "normalized", "read_state", "save_agent"]
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "stable-baselines3", "envpool", "mujoco", "ale-py", "npg-toolkit")
 
 
+#: The tables of a run, and how many lines each has before its columns.
+_RECORDS = {"progress.csv": 0, "evaluations.csv": 0, "monitor.csv": 1}
+_STATE = "state.json"
+
+
 class SavedAgent(NamedTuple):
-    """The files of one saved agent."""
+    """The file of one saved agent, and the pickles that older versions wrote beside it."""
 
     model: Path
     statistics: Path
-    """VecNormalize's; there only if the run normalises."""
+    """VecNormalize's, in an old folder."""
     rng: Path
-    """The states of the random number generators."""
+    """The states of the random number generators, in an old folder."""
 
 
 class RunFolder(folder.RunFolder):
@@ -95,6 +106,11 @@ class RunFolder(folder.RunFolder):
         with (self.path / "versions.yaml").open("a", encoding="utf-8") as file:
             yaml.safe_dump(versions(_PACKAGES), file, sort_keys=False, explicit_start=True)
 
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The folder that `path` is, or that it is a checkpoint of; raises as `open`."""
+        return cls.open(path.parent.parent if path.suffix == ".zip" and path.parent.name == "checkpoints" else path)
+
     @property
     def config(self) -> RunConfig:
         """The configuration as it was written."""
@@ -120,7 +136,56 @@ class RunFolder(folder.RunFolder):
         names = (f"vecnormalize_{steps}_steps.pkl", f"rng_{steps}_steps.pkl")
         return SavedAgent(self.agents.path(steps), *(self.checkpoints / name for name in names))
 
+    def newest(self) -> SavedAgent:
+        """The agent to go on from: the last one, or if it is damaged the newest whole checkpoint, with a warning.
+
+        Raises:
+            FileNotFoundError: if the folder has no agent.
+            CheckpointError: if none is whole, or if the last one is of a newer version of the package.
+        """
+        there = [self.last, *(self.checkpoint(self.agents.number(path) or 0) for path in reversed(self.agents.all()))]
+        damaged: list[str] = []
+        for files in there:
+            try:
+                read_state(files)
+            except FileNotFoundError:
+                damaged.append(f"{files.model} is missing")
+            except NewerFormat:
+                raise
+            except CheckpointError as error:
+                damaged.append(str(error))
+            else:
+                if damaged:
+                    warnings.warn(f"{'; '.join(damaged)}. The run goes on from {files.model}", stacklevel=2)
+                return files
+        if len(there) == 1 and not self.last.model.exists():
+            raise FileNotFoundError(f"{self.last.model} is missing: the run saved no agent")
+        raise CheckpointError(f"{'; '.join(damaged)}: no agent of the run is left")
+
     # Records ----------------------------------------------------------------------------------------------------------
+
+    def positions(self) -> dict[str, int]:
+        """How far each record is, which is then on the disk: the rows of a table, the bytes of TensorBoard's files."""
+        boards = self._boards()
+        for path in (*(self.path / name for name in _RECORDS), *boards):
+            sync(path)
+        rows = {name: count_rows(self.path / name, skip) for name, skip in _RECORDS.items()}
+        return rows | {path.name: path.stat().st_size for path in boards}
+
+    def cut(self, positions: Mapping[str, int]) -> None:
+        """Take back from every record what came after `positions`; a warning says where rows are missing."""
+        for name, skip in _RECORDS.items():
+            cut_rows(self.path / name, positions[name], skip)
+            if (found := count_rows(self.path / name, skip)) < positions[name]:
+                warnings.warn(f"{self.path / name} has {found} of {positions[name]} rows", stacklevel=2)
+        for path in self._boards():
+            if path.name not in positions:
+                path.unlink()
+            elif path.stat().st_size > positions[path.name]:
+                os.truncate(path, positions[path.name])
+
+    def _boards(self) -> list[Path]:
+        return sorted(self.path.glob("events.out.tfevents.*"))
 
     def logger(self) -> Logger:
         """Scalars of every update, to progress.csv and TensorBoard; existing ones are continued."""
@@ -191,28 +256,61 @@ class _Progress(KVWriter):
 # Agents ---------------------------------------------------------------------------------------------------------------
 
 
-def save_agent(model: BaseAlgorithm, files: SavedAgent) -> None:
-    """Save model, statistics and generators. Each file is replaced whole, the model's last, or stays as it was."""
-    statistics = model.get_vec_normalize_env()
-    if statistics is not None:
-        with replacing(files.statistics) as partial:
-            statistics.save(str(partial))
-    rng = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002  what Stable-Baselines3 draws from
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    with replacing(files.rng) as partial:
-        partial.write_bytes(pickle.dumps(rng))
+def save_agent(
+    model: BaseAlgorithm, files: SavedAgent, folder: RunFolder | None = None, *, episodes: bool = False
+) -> None:
+    """Save an agent with its state as one file, which is replaced whole, or stays as it was.
+
+    Args:
+        model: the agent.
+        files: where.
+        folder: if given, the run continues from here: the positions of its records are saved.
+        episodes: whether the episodes under way continue too.
+    """
+    state = {"format": FORMAT, **state_of(model, episodes=episodes)}
+    state["records"] = None if folder is None else folder.positions()
     with replacing(files.model) as partial:
         model.save(partial)
+        with zipfile.ZipFile(partial, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(_STATE, to_text(state))
+
+
+def copy_agent(files: SavedAgent, to: SavedAgent) -> None:
+    """Save a saved agent once more."""
+    with replacing(to.model) as partial:
+        shutil.copyfile(files.model, partial)
+
+
+def read_state(files: SavedAgent) -> dict[str, Any] | None:
+    """What a saved agent has beside the model (`agents.state`); None for one of an older version, which had none.
+
+    Raises:
+        FileNotFoundError: if there is no such agent.
+        CheckpointError: if the file is damaged.
+        NewerFormat: if it is of a newer version of the package.
+    """
+    if not files.model.is_file():
+        raise FileNotFoundError(f"{files.model} is missing: the run saved no such agent")
+    check_archive(files.model)
+    with zipfile.ZipFile(files.model) as archive:
+        names = archive.namelist()
+        if "data" not in names:  # what is left of a truncated file may end with an archive that it held
+            raise CheckpointError(f"{files.model} is truncated or damaged (it has no data)")
+        if _STATE not in names:
+            return None
+        try:
+            state = from_text(archive.read(_STATE))
+            number = state["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{files.model} is damaged: its {_STATE} is {error}") from error
+    check_format(files.model, number)
+    return state
 
 
 def load_agent(
     files: SavedAgent, config: RunConfig, make_env: Callable[[], VecEnv], *, training: bool
-) -> tuple[NaturalPolicyAlgorithm, VecEnv]:
-    """A saved agent, and the environments that `make_env` makes with its statistics.
+) -> tuple[NaturalPolicyAlgorithm, VecEnv, dict[str, Any]]:
+    """A saved agent, the environments that `make_env` makes with its statistics, and the rest of its state.
 
     Args:
         files: the agent's.
@@ -225,54 +323,49 @@ def load_agent(
         FileNotFoundError: if a file is missing.
     """
     config.check_device()
-    needed = [files.model, *([files.statistics] if config.normalize is not None else [])]
-    for path in needed:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: the run saved no such agent")
+    try:
+        state = read_state(files)
+    except NewerFormat:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_instead_of(files)}") from error
     env = make_env()
     try:
-        env = normalized(env, config, files.statistics, training=training)
-        return ALGORITHMS[config.algo].load(files.model, env, device=config.device), env
-    except Exception as error:  # unpickling damaged data can raise anything
+        env = normalized(env, config, training=training)
+        model = ALGORITHMS[config.algo].load(files.model, env, device=config.device)
+        state = state or _old_state(files, config)
+        if isinstance(env, VecNormalize):
+            set_statistics(env, state["statistics"])
+        return model, env, state
+    except Exception as error:  # damaged data can raise anything
         env.close()
         remedy = "" if "saved by" in str(error) else _instead_of(files)
         raise ValueError(f"{files.model} cannot be loaded: {error}{remedy}") from error
+
+
+def _old_state(files: SavedAgent, config: RunConfig) -> dict[str, Any]:
+    """The state of an agent of an older version, which lies in pickles beside it; these are read as data alone."""
+    state: dict[str, Any] = {"environments": None, "records": None, "log": []}
+    for name, path in (("generators", files.rng), ("statistics", files.statistics)):
+        if name == "statistics" and config.normalize is None:
+            continue
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: without it the run would not continue as it was")
+        try:
+            state[name] = plain_pickle(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return state
 
 
 def _instead_of(files: SavedAgent) -> str:
     return RunFolder(run_of(files.model) or files.model.parent).agents.instead_of(files.model)
 
 
-def normalized(env: VecEnv, config: RunConfig, statistics: Path | None = None, *, training: bool) -> VecEnv:
-    """`env` with the run's VecNormalize around it, if it has one: new, or with saved statistics.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
+def normalized(env: VecEnv, config: RunConfig, *, training: bool) -> VecEnv:
+    """`env` with the run's VecNormalize around it, if it has one."""
     if config.normalize is None:
         return env
-    if statistics is None:
-        wrapped: AnyVecNormalize = VecNormalize(env, training=training, **config.normalize)
-    else:
-        try:
-            wrapped = VecNormalize.load(str(statistics), env)
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-            raise ValueError(f"{statistics} is damaged ({error})") from error
-    wrapped.training = training
+    wrapped = VecNormalize(env, training=training, **config.normalize)
     wrapped.norm_reward = training and config.normalize["norm_reward"]
     return wrapped
-
-
-def restore_rng(files: SavedAgent) -> None:
-    """Set the generators of Python, NumPy and PyTorch to their saved states."""
-    if not files.rng.is_file():
-        raise FileNotFoundError(f"{files.rng} is missing: without it the run would not continue as it was")
-    try:
-        rng = pickle.loads(files.rng.read_bytes())
-        random.setstate(rng["python"])
-        np.random.set_state(rng["numpy"])  # noqa: NPY002
-        torch.set_rng_state(rng["torch"])
-        if len(rng["cuda"]) == torch.cuda.device_count() > 0:
-            torch.cuda.set_rng_state_all(rng["cuda"])
-    except Exception as error:  # unpickling damaged data can raise anything
-        raise ValueError(f"{files.rng} is damaged ({error}){_instead_of(files)}") from error

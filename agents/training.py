@@ -9,16 +9,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.error import Error as GymnasiumError
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.base import NaturalPolicyAlgorithm
@@ -26,16 +24,17 @@ from agents.callbacks import CommonStatistics, EpisodeRecorder, Evaluator, Progr
 from agents.config import ALGORITHMS, RunConfig
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
-from agents.runs import RunFolder, SavedAgent, load_agent, normalized, restore_rng, save_agent
+from agents.runs import RunFolder, SavedAgent, load_agent, normalized, read_state, save_agent
 from agents.saved import saved_values
-from envs.seeding import IndependentSeeds, Purpose, purpose_seed
+from agents.state import begin_episodes, restore, restore_log
+from envs.state import has_state
 from npg.parallel import World
 from npg.runs import command_line
-from npg.runs.folder import refuse_existing
+from npg.runs.folder import begun_only, refuse_existing
 from npg.runs.presets import check_names
 from npg.runs.signals import StopRequest
 
-__all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "check", "find_agent", "resume", "start"]
+__all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "check", "check_import", "find_agent", "resume", "start"]
 
 FINAL_EPISODES = 20
 MISTAKES = (*command_line.MISTAKES, TypeError, NotImplementedError, AssertionError, ImportError, GymnasiumError)
@@ -73,12 +72,14 @@ class Run:
         folder: its folder; of several processes the main one has it, and None the others.
         model: the agent, with the environments of this process.
         world: this process among its peers.
+        state: of the checkpoint that the run goes on from (`agents.state`); None for a new run.
     """
 
     config: RunConfig
     folder: RunFolder | None
     model: NaturalPolicyAlgorithm
     world: World = _ALONE
+    state: dict[str, Any] | None = None
 
     def train(self, *, progress: bool = True, video: bool = False) -> Outcome:
         """Train to the configured number of steps, or until Ctrl-C; in both cases the agent and its curve are saved.
@@ -88,25 +89,37 @@ class Run:
         """
         if self.folder is None:
             return self._help()
-        model, config, folder = self.model, self.config, self.folder
+        try:
+            return self._lead(self.folder, progress, video)
+        finally:
+            self.folder.unlock()
+
+    def _lead(self, folder: RunFolder, progress: bool, video: bool) -> Outcome:
+        """The training of the main process, which writes everything."""
+        model, config = self.model, self.config
+        in_progress = config.exact_resume == "state"
         model.set_logger(folder.logger())
+        if self.state is not None:
+            restore_log(model, self.state)
+        if not folder.last.model.exists():
+            save_agent(model, folder.last, folder)
         seed = evaluation_seed(config)
         bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
         evaluator = Evaluator(config, folder, normalized(bare, config, training=False))
         recorder, stop = EpisodeRecorder(folder.episodes(config.env), self.world), StopRequest(self.world)
         bar = [ProgressBar(config)] if progress else []
         before = model.num_timesteps
-        if not folder.last.model.exists():
-            save_agent(model, folder.last)
         try:
             with stop:
-                seconds = self._learn(stop, recorder, evaluator, Saver(config, folder), *bar) - evaluator.seconds
-                save_agent(model, folder.last)
+                seconds = self._learn(stop, recorder, evaluator, *bar) - evaluator.seconds
+                whole = in_progress and not stop.requested  # else a rollout was cut off
+                save_agent(model, folder.last, folder, episodes=whole)
                 if not (stop.requested or evaluator.is_done):
                     evaluator.evaluate()
-                if model.num_timesteps > before:
+                if any(name.startswith("train/") for name in model.logger.name_to_value):
                     model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
                     model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
+                save_agent(model, folder.last, folder, episodes=whole)  # now with these rows
         except BaseException:
             with suppress(Exception):  # which would hide the first one
                 learning_curve(folder)
@@ -141,9 +154,15 @@ class Run:
         """Learn up to the configured number of steps; returns the seconds. The processes' callbacks begin alike."""
         before, started = self.model.num_timesteps, time.perf_counter()
         statistics = CommonStatistics(self.model.get_vec_normalize_env(), self.world)
+        saver = Saver(self.config, self.folder, self.world)
+        callbacks = [recorder, statistics, *others, saver, Stop(stop)]
+        if before >= self.config.timesteps:  # only the final evaluation is left
+            for callback in callbacks:
+                callback.init_callback(self.model)
+            return 0.0
         self.model.learn(
             self.config.timesteps - before,
-            callback=[recorder, statistics, *others, Stop(stop)],
+            callback=callbacks,
             reset_num_timesteps=before == 0,
         )
         return time.perf_counter() - started
@@ -199,27 +218,42 @@ def _make(config: RunConfig, world: World) -> tuple[RunConfig, NaturalPolicyAlgo
     env = make_env(part, part.n_envs, config.seed, evaluation=False)
     try:
         policy = config.policy or _policy_for(env.observation_space)
+        exact = _exact_resume(config, env, world)
         model = _build(part, policy, normalized(env, config, training=True))
-        _draw_apart(model, config, world)
+        begin_episodes(model, config, world)
     except BaseException:
         env.close()
         raise
-    return replace(config, policy=policy), model
+    return replace(config, policy=policy, exact_resume=exact), model
 
 
 def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
-    """The folder and the files of a saved agent: the last one of a run's folder, or a model in its ``checkpoints``.
+    """The folder and the files of a saved agent: the newest whole one of a run's folder, or one of its ``checkpoints``.
 
     Raises:
-        FileNotFoundError: if there is no such run.
+        FileNotFoundError: if there is no such run, or it has no agent.
+        CheckpointError: if none of its agents is whole.
     """
-    if path.suffix == ".zip" and path.parent.name == "checkpoints":
-        folder = RunFolder.open(path.parent.parent)
+    folder = RunFolder.of(path)
+    if folder.path != path:
         if (steps := folder.agents.number(path)) is None:
             raise FileNotFoundError(f"{path} is not an agent of a run: their names are model_<steps>_steps.zip")
         return folder, folder.checkpoint(steps)
-    folder = RunFolder.open(path)
-    return folder, folder.last
+    return folder, folder.newest()
+
+
+def check_import(config: RunConfig, env: str | None) -> None:
+    """Refuse to import the module that the environment of a run's configuration names, unless the caller names it too.
+
+    Raises:
+        ValueError: if the environment is ``module:Id``, and `env` is not the same.
+    """
+    module, colon, _ = config.env.rpartition(":")
+    if colon and env != config.env:
+        raise ValueError(
+            f"the run's environment is {config.env}, and to make it would import {module}, which its folder alone "
+            "cannot ask for: name the environment in the command too"
+        )
 
 
 def resume(
@@ -234,16 +268,19 @@ def resume(
 ) -> Run:
     """Continue a run with its parameters, optimiser, statistics, counters and random number generators.
 
-    The episodes under way when it was saved are lost: the state of an environment cannot be saved. The environments
-    begin new ones, from a seed that depends on the number of steps, so as not to repeat those at the beginning. The
-    number of processes may change; those beside the main one begin new random numbers, from such a seed as well.
+    A run that was killed goes on from its last checkpoint as the undisturbed run did, unless its ``exact_resume`` is
+    ``off``, and its records are cut back to there. After an interrupt, which cuts off a rollout, the environments begin
+    new episodes, from a seed that depends on the number of steps, so as not to repeat those at the beginning. The
+    number of processes may change; those beside the main one begin new random numbers, from such a seed as well. A run
+    that was ended before it saved anything begins anew.
 
     Args:
         path: the run's folder, or one of the models in its ``checkpoints``.
         command: for command.txt.
         run_dir: a new folder in which to go on, instead of the run's own; needed for a checkpoint with later ones.
         algo: if given, the algorithm that the run must be of.
-        env: if given, the environment that the run must be of.
+        env: if given, the environment that the run must be of. It is needed if that is ``module:Id``: no code is
+            imported because a file says so.
         world: this process among its peers.
         changes: fields of `RunConfig` that may change on the way: timesteps, device, threads, the frequencies.
 
@@ -253,21 +290,27 @@ def resume(
         ValueError: if a file is damaged or of another algorithm, nothing is left to do, or a checkpoint of a run that
             has trained on should go on in the same folder.
     """
-    folder, files = find_agent(path)
+    anew = begun_only(path)
+    folder, files = (RunFolder.open(path), None) if anew else find_agent(path)
     config = folder.config
     for name, expected, found in (("algorithm", algo, config.algo), ("environment", env, config.env)):
         if expected not in (None, found):
             raise ValueError(f"the {name} of {path} is {found}, not {expected}")
+    check_import(config, env)
     config = replace(config, **{key: value for key, value in changes.items() if value is not None})
+    if files is None:
+        return start(config, run_dir or path, command, world)
 
-    def make() -> NaturalPolicyAlgorithm:
+    def make() -> tuple[RunConfig, NaturalPolicyAlgorithm, dict[str, Any]]:
         if run_dir is not None:
             refuse_existing(run_dir)
         elif why := _newer(folder, files):
             raise ValueError(why)
+        elif world.is_main:
+            folder.lock()
         part = _part(config, world)
         _set_threads(config)
-        model, venv = load_agent(
+        model, venv, state = load_agent(
             files, part, lambda: make_env(part, part.n_envs, config.seed, evaluation=False), training=True
         )
         try:
@@ -278,21 +321,29 @@ def resume(
                     f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
                     "Give more with --timesteps."
                 )
-            venv.seed(_training_seed(config, model))
-            restore_rng(files)
-            _draw_apart(model, config, world)
+            exact = _exact_resume(config, venv, world, resumed=True)
+            if not (restore(model, state) and world.group is None):
+                model._last_obs = None
+                begin_episodes(model, config, world)
         except BaseException:
             venv.close()
             raise
-        return model
+        return replace(config, exact_resume=exact), model, state
 
     def begin() -> RunFolder:
         if run_dir is not None:
             return RunFolder.create(run_dir, config, command)
+        if state["records"] is not None:
+            folder.cut(state["records"])
         folder.begin(config.to_dict(), command)
         return folder
 
-    return _joined(config, world.main_first(make), world, begin)
+    try:
+        config, model, state = world.main_first(make)
+        return _joined(config, model, world, begin, state)
+    except BaseException:
+        folder.unlock()
+        raise
 
 
 def _newer(folder: RunFolder, files: SavedAgent) -> str:
@@ -300,6 +351,7 @@ def _newer(folder: RunFolder, files: SavedAgent) -> str:
     if files.model == folder.last.model:
         return ""
     try:
+        read_state(folder.last)
         steps, latest = (saved_values(agent.model)["num_timesteps"] for agent in (files, folder.last))
     except (ValueError, OSError):  # the last one is lost, or this one is, as loading it will say
         return ""
@@ -323,25 +375,25 @@ def _part(config: RunConfig, world: World) -> RunConfig:
     return replace(config, n_envs=config.n_envs // world.size, device=str(world.device))
 
 
-def _training_seed(config: RunConfig, model: NaturalPolicyAlgorithm) -> int:
-    """The seed of the training environments, another one where training goes on."""
-    steps = model.num_timesteps
-    return purpose_seed(config.seed, Purpose.RESUMED_TRAINING, steps) if steps else config.seed
-
-
-def _draw_apart(model: NaturalPolicyAlgorithm, config: RunConfig, world: World) -> None:
-    """Give a process beside the main one random numbers of its own; environment i of all is environment i of one."""
-    if world.is_main:
-        return
-    begun = _training_seed(config, model)
-    own = np.random.SeedSequence((begun, world.rank)).generate_state(1)
-    set_random_seed(int(own[0]), using_cuda=world.device.type == "cuda")
-    env = cast(IndependentSeeds, cast(VecEnv, model.get_env()).unwrapped)
-    env.seed(begun, first=world.rank * model.n_envs)
+def _exact_resume(config: RunConfig, env: VecEnv, world: World, *, resumed: bool = False) -> str:
+    """How the run's checkpoints are exact, where ``auto`` was asked for, or the processes have become several."""
+    can = world.group is None and has_state(env)
+    if config.exact_resume == "state" and not (can or resumed):
+        raise ValueError(
+            f"exact_resume='state' cannot be with {config.env} here: the state of these environments, or of those of "
+            "several processes, cannot be saved. Take 'restart'"
+        )
+    if config.exact_resume in ("auto", "state"):
+        return "state" if can else "restart"
+    return config.exact_resume
 
 
 def _joined(
-    config: RunConfig, model: NaturalPolicyAlgorithm, world: World, open_folder: Callable[[], RunFolder]
+    config: RunConfig,
+    model: NaturalPolicyAlgorithm,
+    world: World,
+    open_folder: Callable[[], RunFolder],
+    state: dict[str, Any] | None = None,
 ) -> Run:
     """The run, once all processes have its parameters, and the main one its folder."""
     try:
@@ -350,7 +402,7 @@ def _joined(
     except BaseException:
         model.get_env().close()  # type: ignore[union-attr]
         raise
-    return Run(config, folder, model, world)
+    return Run(config, folder, model, world, state)
 
 
 def _build(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgorithm:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.runs import RunFolder
-from agents.training import MISTAKES
+from agents.training import MISTAKES, check_import
 from envs.seeding import Purpose, purpose_seed
 from npg.runs.command_line import Parser
 
@@ -23,6 +23,7 @@ def make_parser() -> Parser:
     parser = Parser("evaluate_agent.py RUN_DIR [options]", DESCRIPTION)
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train_agent.py left")
+    add("--env", metavar="ENV_ID", help="the run's environment; needed if it is MODULE:ID, which is then imported")
     add("--model", choices=("best", "last"), default="best", help="which agent of the run (default: best)")
     add("--episodes", type=int, default=20, metavar="N", help="whole episodes to play (default: 20)")
     add("--seed", type=int, default=0, metavar="S", help="seed of the environments and sampled actions (default: 0)")
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
     try:
         folder = RunFolder.open(args.run_dir)
+        check_import(folder.config, args.env)
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
         files = folder.best if args.model == "best" else folder.last
         mode = "deterministic" if args.deterministic else "stochastic"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from agents.config import ALGORITHMS, RunConfig, resolve, whole_number
+from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve, whole_number
 from agents.evaluation import check_video, table
+from agents.runs import RunFolder
 from agents.seeds import SeedsFolder, parse_seeds, summary_table
-from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, find_agent, resume, start
+from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, resume, start
 from npg.parallel import World, open_world
 from npg.runs.command_line import Parser, command
 from npg.runs.presets import parse_settings
@@ -87,6 +89,13 @@ def make_parser() -> Parser:
         "several seeds",
     )
     add("--save-freq", type=int, metavar="N", help="steps between checkpoints (default: a fifth of all)")
+    add(
+        "--exact-resume",
+        choices=list(EXACT_RESUME),
+        metavar="HOW",
+        help="how a killed run resumes as if undisturbed: state saves the environments, restart begins new episodes at "
+        "each checkpoint, off does neither (default: auto, state where that can be)",
+    )
 
     add = parser.add_argument_group("evaluation and display").add_argument
     add("--eval-freq", type=int, metavar="N", help="steps between evaluations (default: a twentieth of all)")
@@ -103,7 +112,7 @@ def make_parser() -> Parser:
 
 
 def refuse_changes(args: argparse.Namespace) -> None:
-    for name in ("seed", "n_envs", "backend", "preset", "set"):
+    for name in ("seed", "n_envs", "backend", "exact_resume", "preset", "set"):
         if getattr(args, name) not in (None, []):
             raise ValueError(f"--{name.replace('_', '-')} cannot go with --resume: a run keeps what it began with")
 
@@ -112,11 +121,11 @@ def configure(args: argparse.Namespace) -> RunConfig:
     """The run that is asked for, or the one that is resumed as it was."""
     if args.resume is not None:
         refuse_changes(args)
-        config = find_agent(args.resume)[0].config
+        config = RunFolder.of(args.resume).config
         return config if args.device is None else replace(config, device=args.device)
     if args.algo is None or args.env is None:
         raise ValueError("ALGO and ENV_ID are needed, as in: train_agent.py trpo CartPole-v1")
-    options = {name: getattr(args, name) for name in (*MAY_CHANGE, "seed", "n_envs", "backend")}
+    options = {name: getattr(args, name) for name in (*MAY_CHANGE, "seed", "n_envs", "backend", "exact_resume")}
     return resolve(args.algo, args.env, preset=args.preset, settings=parse_settings(args.set), **options)
 
 
@@ -129,6 +138,12 @@ def prepare(args: argparse.Namespace, config: RunConfig, world: World) -> Run:
     return resume(args.resume, command(), args.run_dir, algo=args.algo, env=args.env, world=world, **changes)
 
 
+def continuation(run: Run) -> str:
+    """The command that goes on with a run; one that imports a module has to name it."""
+    named = [run.config.algo, run.config.env] if ":" in run.config.env else []
+    return shlex.join(["python", sys.argv[0], *named, "--resume", str(run.folder.path)])
+
+
 def report(run: Run, outcome: Outcome) -> None:
     if outcome.new_timesteps:
         speed = outcome.new_timesteps / outcome.seconds
@@ -138,7 +153,7 @@ def report(run: Run, outcome: Outcome) -> None:
         )
     if outcome.interrupted:
         print(f"stopped and saved at step {outcome.timesteps:,} of {run.config.timesteps:,}. To continue:")
-        print(f"  python {sys.argv[0]} --resume {run.folder.path}")
+        print(f"  {continuation(run)}")
     else:
         print(f"\n{table(outcome.evaluations)}\n\nrun folder: {run.folder.path}")
 
@@ -146,9 +161,10 @@ def report(run: Run, outcome: Outcome) -> None:
 def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
     config, go_on = run.config, ""
     if run.folder is not None:
-        go_on = f"What was last saved continues with:\n  python {sys.argv[0]} --resume {run.folder.path}"
+        go_on = f"What was last saved continues with:\n  {continuation(run)}"
         processes = f", {run.world.size} processes" if run.world.group is not None else ""
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
+        print(EXACT_RESUME[config.exact_resume], flush=True)
     with parser.training(go_on, FloatingPointError):
         outcome = run.train(progress=not args.no_progress, video=args.video)
     if run.folder is not None:

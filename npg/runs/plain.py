@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +19,7 @@ def is_plain(value: Any) -> bool:
     """Whether `to_text` takes it."""
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.kind in "biufc"
-    if type(value) is dict:
+    if type(value) in (dict, OrderedDict):
         return all(isinstance(key, str) and is_plain(inner) for key, inner in value.items())
     if type(value) in (list, tuple, deque):
         return all(map(is_plain, value))
@@ -27,7 +27,8 @@ def is_plain(value: Any) -> bool:
 
 
 def to_text(value: Any) -> str:
-    """The text of plain data. Arrays keep their bytes and generators their states; a deque becomes a list.
+    """The text of plain data. Arrays keep their bytes and generators their states; a deque becomes a list,
+    and an ordered mapping a mapping.
 
     Raises:
         TypeError: it holds anything else.

@@ -5,12 +5,14 @@ import torch
 
 from agents.callbacks import evaluation_seed
 from agents.config import resolve
-from agents.training import _draw_apart, resume, start
+from agents.state import begin_episodes
+from agents.training import resume, start
 from envs.seeding import Purpose, environment_seeds, purpose_seed
 from npg.parallel import World
 
 SETTINGS = {"n_steps": 16, "n_critic_updates": 1, "policy_kwargs.net_arch": [8], "normalize": True}
 OPTIONS = {"timesteps": 64, "n_envs": 4, "eval_episodes": 1, "backend": "gymnasium", "device": "cpu"}
+OPTIONS |= {"exact_resume": "restart"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +29,14 @@ def test_runs_processes_and_continuations_draw_apart(tmp_path):
     seeds = [run.model.get_env().unwrapped._seeds for run in (first, second)]
     assert seeds == [environment_seeds(seed, 4) for seed in (0, 1)]
 
-    _draw_apart(second.model, second.config, World(torch.device("cpu"), rank=1, size=2))
+    begin_episodes(second.model, second.config, World(torch.device("cpu"), rank=1, size=2))
     assert second.model.get_env().unwrapped._seeds == environment_seeds(1, 8)[4:]
 
     first.train(progress=False)
     continued = resume(tmp_path / "0", timesteps=128)
     key = purpose_seed(0, Purpose.RESUMED_TRAINING, 64)
     assert continued.model.get_env().unwrapped._seeds == environment_seeds(key, 4)
-    _draw_apart(continued.model, continued.config, World(torch.device("cpu"), rank=1, size=2))
+    begin_episodes(continued.model, continued.config, World(torch.device("cpu"), rank=1, size=2))
     assert continued.model.get_env().unwrapped._seeds == environment_seeds(key, 8)[4:]
 
 

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import pickle
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,7 +8,9 @@ import pytest
 
 from agents import TRPO
 from agents.config import resolve
-from agents.runs import RunFolder
+from agents.evaluation import make_env
+from agents.runs import RunFolder, normalized, read_state
+from agents.state import set_statistics
 from agents.training import start
 from envs.seeding import Purpose, environment_seeds, purpose_seed
 
@@ -41,7 +42,8 @@ def evaluate(folder, *arguments):
 def test_the_return_is_that_of_the_bare_environment(folder):
     written = evaluate(folder, "--episodes", 1, "--seed", 5, "--model", "last")
     model = TRPO.load(folder.last.model)
-    statistics = pickle.loads(folder.last.statistics.read_bytes())
+    statistics = normalized(make_env(folder.config, 1, 0, evaluation=True), folder.config, training=False)
+    set_statistics(statistics, read_state(folder.last)["statistics"])
     env = gym.make("Pendulum-v1")
     observation, _ = env.reset(seed=environment_seeds(purpose_seed(5, Purpose.EVALUATION_BY_HAND), 1)[0])
     total, done = 0.0, False
@@ -55,7 +57,7 @@ def test_the_return_is_that_of_the_bare_environment(folder):
 
 
 def test_an_evaluation_changes_no_agent_and_can_be_repeated(folder):
-    agents = {path: path.read_bytes() for path in (*folder.last, *folder.best)}
+    agents = {path: path.read_bytes() for path in (folder.last.model, folder.best.model)}
     first, again = (evaluate(folder, "--episodes", 3, "--seed", 1)["returns"] for _ in range(2))
     assert first == again
     assert evaluate(folder, "--episodes", 3, "--seed", 2)["returns"] != first

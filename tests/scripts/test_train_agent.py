@@ -1,3 +1,4 @@
+import base64
 import csv
 import errno
 import importlib.util
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +20,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import NPG, TRPO
 from agents.callbacks import Saver, evaluation_seed
 from agents.config import RunConfig, resolve
-from agents.evaluation import evaluate_saved
-from agents.runs import RunFolder
+from agents.evaluation import evaluate_saved, make_env
+from agents.runs import RunFolder, normalized, read_state, save_agent
 from agents.seeds import SeedsFolder
+from agents.state import set_statistics
 from agents.training import resume, start
 from npg.parallel import World
 
@@ -215,9 +219,10 @@ def copy(finished, tmp_path):
 
 
 def test_a_run_continues_with_everything_that_was_saved(copy):
-    saved = pickle.loads(copy.last.rng.read_bytes())
+    state = read_state(copy.last)
+    saved = state["generators"]
     continued = resume(copy.path, timesteps=1000)
-    assert torch.equal(torch.get_rng_state(), saved["torch"])
+    assert torch.equal(torch.get_rng_state(), torch.from_numpy(saved["torch"]))
     assert random.getstate() == saved["python"]
     np.testing.assert_array_equal(np.random.get_state()[1], saved["numpy"][1])  # noqa: NPY002
     model = TRPO.load(copy.last.model)
@@ -227,12 +232,12 @@ def test_a_run_continues_with_everything_that_was_saved(copy):
         assert torch.equal(value, continued.model.policy.state_dict()[name])
     old, new = model.policy.optimizer.state_dict(), continued.model.policy.optimizer.state_dict()
     assert new["state"].keys() == old["state"].keys() != set()
-    for key, state in old["state"].items():
-        assert torch.equal(state["exp_avg_sq"], new["state"][key]["exp_avg_sq"])
-    statistics = pickle.loads(copy.last.statistics.read_bytes())
+    for key, moments in old["state"].items():
+        assert torch.equal(moments["exp_avg_sq"], new["state"][key]["exp_avg_sq"])
+    statistics = state["statistics"]["observations"][""]
     running = continued.model.get_vec_normalize_env()
-    np.testing.assert_array_equal(running.obs_rms.mean, statistics.obs_rms.mean)
-    assert running.obs_rms.count == statistics.obs_rms.count > 640
+    np.testing.assert_array_equal(running.obs_rms.mean, statistics["mean"])
+    assert running.obs_rms.count == statistics["count"] > 640
     assert running.training
     assert running.norm_reward
     continued.model.get_env().close()
@@ -418,9 +423,149 @@ def test_a_run_keeps_what_it_began_with(copy, arguments, message, capsys):
     assert contents(copy.path) == before
 
 
-@pytest.mark.parametrize("name", ["last_model.zip", "vecnormalize.pkl", "rng.pkl"])
+@pytest.fixture
+def old(copy):
+    """A folder as it was written when the statistics and the generators were pickles beside the model."""
+    config = copy.config
+    for files in (copy.last, copy.best, *(copy.checkpoint(n) for n in (256, 448))):
+        state = read_state(files)
+        env = normalized(make_env(config, 2, 0, evaluation=False), config, training=True)
+        set_statistics(env, state["statistics"])
+        env.save(str(files.statistics))
+        env.close()
+        rng = state["generators"] | {"torch": torch.from_numpy(state["generators"]["torch"])}
+        del rng["actions"]
+        files.rng.write_bytes(pickle.dumps(rng))
+        with zipfile.ZipFile(files.model) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist() if name != "state.json"}
+        with zipfile.ZipFile(files.model, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+    written = yaml.safe_load((copy.path / "config.yaml").read_text())
+    del written["exact_resume"]
+    (copy.path / "config.yaml").write_text(yaml.safe_dump(written))
+    return copy
+
+
+def test_an_old_folder_goes_on_and_can_be_evaluated(old, finished):
+    seed = evaluation_seed(old.config, final=True)
+    again, expected = (evaluate_saved(folder.last, folder.config, 2, seed) for folder in (old, finished))
+    assert again.returns == expected.returns
+    generators = pickle.loads(old.last.rng.read_bytes())
+    continued = resume(old.path, timesteps=1000)
+    assert torch.equal(torch.get_rng_state(), generators["torch"])
+    assert (
+        continued.model.get_vec_normalize_env().obs_rms.count
+        == read_state(finished.last)["statistics"]["observations"][""]["count"]
+    )
+    continued.train(progress=False)
+    assert old.config.exact_resume == "state"
+    assert read_state(old.last)["environments"] is not None
+    assert list(old.evaluations()["timesteps"]) == [256, 448, 640, 832, 1024]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "a flipped bit"])
+def test_a_damaged_last_agent_is_passed_over_and_nothing_is_lost(copy, finished, damage):
+    path = copy.last.model
+    if damage == "missing":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes({"truncated": content[:-200], "garbage": b"garbage"}.get(damage, content))
+    before = {name: (copy.path / name).read_text() for name in ("progress.csv", "monitor.csv", "evaluations.csv")}
+    with pytest.warns(UserWarning, match=r"last_model\.zip.*The run goes on from .*model_448_steps\.zip"):
+        assert train_agent.main(["--resume", str(copy.path), "--no-progress"]) == 0
+    states = [TRPO.load(folder.last.model).policy.state_dict() for folder in (copy, finished)]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name])
+    for name, text in before.items():  # as many rows as before
+        assert (copy.path / name).read_text().count("\n") == text.count("\n")
+
+
+def test_no_agent_is_left_where_all_are_damaged(copy, capsys):
+    for path in (copy.last.model, *copy.agents.all()):
+        path.write_bytes(path.read_bytes()[:-200])
+    before = contents(copy.path)
+    message = refused(["--resume", copy.path, "--timesteps", "1000"], capsys)
+    assert "model_256_steps.zip is truncated or damaged" in message
+    assert "no agent of the run is left" in message
+    assert contents(copy.path) == before
+
+
+def test_an_agent_of_a_newer_version_is_refused_by_name(copy, capsys, monkeypatch):
+    monkeypatch.setattr("agents.runs.FORMAT", 99)
+    model = TRPO.load(copy.last.model, env=make_env(copy.config, 2, 0, evaluation=False))
+    model.set_logger(Logger(None, []))
+    save_agent(model, copy.last)
+    before = contents(copy.path)
+    message = refused(["--resume", copy.path, "--timesteps", "1000"], capsys)
+    assert "last_model.zip was written by a newer version of npg-toolkit, in format 99" in message
+    assert contents(copy.path) == before
+
+
+def test_a_second_run_is_kept_out_of_the_folder(copy, capsys):
+    first = resume(copy.path, timesteps=1000)
+    before = contents(copy.path)
+    assert "is in use: another process trains in it" in refused(["--resume", copy.path, "--timesteps", "900"], capsys)
+    assert contents(copy.path) == before
+    first.train(progress=False)
+    assert train_agent.main(["--resume", str(copy.path), "--timesteps", "1100", "--no-progress"]) == 0
+
+
+class Code:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("place", ["vecnormalize.pkl", "rng.pkl", "data", "policy.pth", "state.json", "config.yaml"])
+def test_no_file_runs_code(old, place, tmp_path, capsys):
+    ran = tmp_path / "ran"
+    malicious = pickle.dumps(Code(ran))
+    model = old.last.model
+    if place.endswith(".pkl"):
+        (old.path / place).write_bytes(malicious)
+        old.best.statistics.write_bytes(malicious)
+    elif place == "config.yaml":
+        text = f"\nenv_kwargs: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{ran}]]\n"
+        with (old.path / place).open("a") as file:
+            file.write(text)
+    else:
+        with zipfile.ZipFile(model) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        parts[place] = malicious
+        if place == "data":
+            data = json.loads(TRPO_data(model))
+            data["observation_space"] |= {":serialized:": base64.b64encode(malicious).decode()}
+            parts[place] = json.dumps(data)
+        with zipfile.ZipFile(model, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(name, content)
+        old.best.model.write_bytes(model.read_bytes())
+    for path in old.agents.all():
+        path.unlink()
+    message = refused(["--resume", old.path, "--timesteps", "1000"], capsys)
+    assert "error: " in message
+    if place != "rng.pkl":  # which an evaluation does not read
+        with pytest.raises((ValueError, FileNotFoundError)):
+            evaluate_saved(old.best, old.config, 1, 0)
+    assert not ran.exists()
+
+
+def TRPO_data(path):
+    with zipfile.ZipFile(path) as archive:
+        return archive.read("data")
+
+
+@pytest.mark.parametrize("name", ["vecnormalize.pkl", "rng.pkl"])
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
-def test_damaged_files_are_refused_and_left(copy, name, damage, capsys):
+def test_damaged_files_are_refused_and_left(old, name, damage, capsys):
+    copy = old
     path = copy.path / name
     if damage == "missing":
         path.unlink()
@@ -511,7 +656,10 @@ def test_two_processes_stop_as_one_and_go_on(tmp_path):
     assert 'Traceback (most recent call last):\n  File "' + str(SCRIPT) not in stopped.stderr
     assert TRPO.load(RunFolder(path).last.model).num_timesteps == 256
 
-    finished = two_processes(["--resume", str(path)], "not", tmp_path)
+    refused = two_processes(["--resume", str(path)], "not", tmp_path)
+    assert refused.returncode != 0
+    assert "to make it would import fragile, which its folder alone cannot ask for" in refused.stderr
+    finished = two_processes(["trpo", "fragile:Fragile-v0", "--resume", str(path)], "not", tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("last model") == 1
     folder = RunFolder(path)
@@ -525,7 +673,7 @@ def test_two_processes_stop_as_one_and_go_on(tmp_path):
     assert steps == sorted(steps)
     # Each process took 320 steps: more than that are in episodes and statistics only if both are.
     assert 320 < sum(folder.training_episodes()["l"]) <= 640
-    assert 640 <= pickle.loads(folder.last.statistics.read_bytes()).obs_rms.count <= 650
+    assert 640 <= read_state(folder.last)["statistics"]["observations"][""]["count"] <= 650
 
 
 def test_an_error_in_one_process_ends_both_and_is_shown_once(tmp_path):

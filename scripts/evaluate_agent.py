@@ -38,15 +38,13 @@ def make_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
-    try:
+    with parser.training("The run itself is as it was.", FloatingPointError):
         evaluate_run(args, parser)
-    except FloatingPointError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
     return 0
 
 
 def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
-    try:
+    with parser.preparing(*MISTAKES):
         folder = RunFolder.open(args.run_dir)
         check_import(folder.config, args.env)
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
@@ -56,8 +54,6 @@ def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
             check_video(config)
         seed = purpose_seed(args.seed, Purpose.EVALUATION_BY_HAND)  # apart from what the agent was trained on
         evaluation = evaluate_saved(files, config, args.episodes, seed, args.deterministic)
-    except MISTAKES as error:
-        parser.error(str(error))
     name = f"{args.model}_{mode}_seed{args.seed}"
     content = {"model": args.model, "algo": config.algo, "env": config.env} | evaluation.to_dict()
     path = folder.write_json(f"evaluation_{name}_{args.episodes}episodes.json", content)

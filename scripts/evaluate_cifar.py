@@ -27,7 +27,7 @@ def make_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse(arguments)
-    try:
+    with parser.preparing(*MISTAKES):
         model, config = load_model(options.run)
         images = data.load(options.data or config.data, progress=sys.stderr.isatty())
         classes = model.classifier.out_features
@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             normalize = Normalization(config.mean, config.std, world.device)
             test = (torch.from_numpy(part).to(world.device) for part in (images.test_images, images.test_labels))
             loss, top1, top5 = evaluate(model.to(world.device), normalize, *test, world)
-    except MISTAKES as error:
-        parser.error(str(error))
     if world.is_main:
         print(
             f"{config.model} trained by {config.optimizer}, seed {config.seed}: {options.run}\n"

@@ -229,12 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.jobs is not None:
         parser.error("--jobs is for several seeds: give --seeds, such as --seeds 0-9")
     with ExitStack() as stack:
-        try:
+        with parser.preparing(*MISTAKES):
             config = configure(args)
             world = stack.enter_context(open_world(None if config.device == "auto" else config.device))
             run = prepare(args, config, world)
-        except MISTAKES as error:
-            parser.error(str(error))
         return train(args, run, parser)
 
 

@@ -16,7 +16,7 @@ from npg.runs.command_line import MISTAKES, Parser
 from npg.runs.folder import begun_only, run_of
 from npg.runs.presets import parse_settings, read_yaml
 from npg.vision import data
-from npg.vision.checkpoint import find_checkpoint, load_checkpoint
+from npg.vision.checkpoint import config_of, find_checkpoint, load_checkpoint
 from npg.vision.config import PRESETS, Config, load_config
 from npg.vision.models import KNOWN_MODELS
 from npg.vision.optimizers import OPTIMIZERS
@@ -114,7 +114,7 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     if begun_only(resume):  # it was ended in its first epoch: begin anew
         return Config(**read_yaml(resume / "config.yaml")), None
     checkpoint = find_checkpoint(resume)
-    saved = load_checkpoint(checkpoint)["config"]
+    saved = config_of(checkpoint, load_checkpoint(checkpoint)).to_dict()
     asked = options | {"optimizer_options": saved["optimizer_options"] | optimizer_options}
     fixed = Config(**saved).to_dict()
     for key, new in dataclasses.replace(Config(**saved), **asked).to_dict().items():
@@ -164,12 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if run_dir is None and resumed is not None and begun_only(resumed):
         run_dir = resumed
     with ExitStack() as stack:
-        try:
+        with parser.preparing(*MISTAKES):
             config, checkpoint = configure(options)
             world = stack.enter_context(open_world(config.device))
             trainer = prepare(config, run_dir, checkpoint, world)
-        except MISTAKES as error:
-            parser.error(str(error))
         return train(trainer, parser)
 
 

@@ -82,17 +82,35 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     @contextmanager
+    def preparing(self, *mistakes: type[Exception]) -> Iterator[None]:
+        """What bad input raises in this block, `mistakes`, ends the script with one message and status 2.
+
+        Ctrl-C has status 130.
+        """
+        try:
+            yield
+        except mistakes as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            self.exit(130, "ended before it began.\n")
+
+    @contextmanager
     def training(self, go_on: str, *stops: type[Exception]) -> Iterator[None]:
         """What ends a training in this block ends the script with one message, and `go_on`, which says how to continue.
 
-        Errors of the system, such as a disk that is full, and `stops` have status 1; a second Ctrl-C has 130.
+        Errors of the system, such as a disk that is full, and `stops` have status 1; a second Ctrl-C has 130. Any
+        other error, such as one of the environment, keeps its traceback, with `go_on` before it.
         """
         ends: tuple[type[Exception], ...] = (OSError, *stops)
         try:
             yield
         except ends as error:
             if isinstance(error, OSError) and error.errno is None:  # not of the system
+                self._print_message(f"{go_on}\n", sys.stderr)
                 raise
             self.exit(1, f"{self.prog}: error: {error}. {go_on}\n")
         except KeyboardInterrupt:
             self.exit(130, f"ended at once. {go_on}\n")
+        except Exception:
+            self._print_message(f"{go_on}\n", sys.stderr)
+            raise

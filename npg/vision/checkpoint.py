@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checkpoints_in",
+    "config_of",
     "find_checkpoint",
     "load_checkpoint",
     "load_matching",
@@ -25,6 +28,11 @@ __all__ = [
     "restore",
     "state_of",
 ]
+
+#: What a checkpoint must have to go on from, beside its configuration.
+_PARTS = frozenset(
+    {"world_size", "epoch", "seconds", "accuracy", "model", "ema", "data_generator", "averager_step", "processes"}
+)
 
 
 def checkpoints_in(run: Path) -> Checkpoints:
@@ -63,7 +71,9 @@ def load_matching(path: Path, config: Config, world: World) -> dict[str, Any]:
         CheckpointError: it is damaged, of another model, optimizer or number of processes, or of a later epoch.
     """
     state = load_checkpoint(path)
-    saved = state["config"]
+    saved = config_of(path, state).to_dict()
+    if missing := sorted(_PARTS - state.keys()):
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}: it is not as this version writes checkpoints")
     for name in ("model", "optimizer"):
         if saved[name] != getattr(config, name):
             raise CheckpointError(
@@ -82,6 +92,26 @@ def load_matching(path: Path, config: Config, world: World) -> dict[str, Any]:
     return state
 
 
+def config_of(path: Path, state: Mapping[str, Any]) -> Config:
+    """The configuration of the run that a checkpoint is of.
+
+    Raises:
+        CheckpointError: it has fields that this version of the package does not know, or lacks some.
+    """
+    with _expected(path):
+        return Config(**state["config"])
+
+
+@contextmanager
+def _expected(path: Path) -> Iterator[None]:
+    """Say of a checkpoint that is whole, and not as this version writes it, what is missing or unknown."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is not as this version of npg-toolkit writes checkpoints: {what}") from error
+
+
 def load_model(path: Path | str) -> tuple[nn.Module, Config]:
     """The model of a run, on the CPU and in evaluation mode, with the weights that the run evaluates; and its `Config`.
 
@@ -91,12 +121,18 @@ def load_model(path: Path | str) -> tuple[nn.Module, Config]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    state = load_checkpoint(find_checkpoint(Path(path)))
-    config, weights = Config(**state["config"]), state["model"]
-    if state["ema"] is not None:
-        weights = {name.removeprefix("module."): w for name, w in state["ema"].items() if name != "n_averaged"}
-    model = model_from_name(config.model, len(weights["classifier.bias"]), dropout=config.dropout)
-    model.load_state_dict(weights)
+    found = find_checkpoint(Path(path))
+    state = load_checkpoint(found)
+    config = config_of(found, state)
+    with _expected(found):
+        weights = state["model"]
+        if state["ema"] is not None:
+            weights = {name.removeprefix("module."): w for name, w in state["ema"].items() if name != "n_averaged"}
+        model = model_from_name(config.model, len(weights["classifier.bias"]), dropout=config.dropout)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {found} do not fit {config.model}: {error}") from error
     return model.eval(), config
 
 

@@ -54,6 +54,8 @@ CIFAR10_MD5 = {
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+LARGEST_FILE = 2**28
+"""Bytes of a file in an archive; a batch of CIFAR-10 has 31 million."""
 _DECODING = 2
 """Counts the changes of what files are decoded to, so that images in the cache from before are not used."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
@@ -206,10 +208,15 @@ def _read_batch(content: bytes, name: str, source: Path) -> Labelled:
 
 
 def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Path and content of each wanted file in a folder, or in a tar or zip archive; nothing is unpacked."""
+    """Path and content of each wanted file in a folder, or in a tar or zip archive; nothing is unpacked.
+
+    A tar archive has to end as one does: cut at the end of a file, it would hold fewer of them in silence.
+    """
     if source.is_dir():
         for file in source.rglob("*"):
             path = PurePosixPath(file.relative_to(source.parent).as_posix())
+            if wanted(path) and file.is_symlink() and not file.exists():
+                raise DataError(f"{file} is a link to a file that is missing: restore that, or remove the link")
             if wanted(path) and file.is_file():
                 yield path, file.read_bytes()
         return
@@ -218,17 +225,43 @@ def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[
             with zipfile.ZipFile(source) as archive:
                 for info in archive.infolist():
                     if not info.is_dir() and wanted(path := PurePosixPath(info.filename)):
+                        if info.flag_bits & 1:
+                            raise DataError(f"{path} of {source} is encrypted: save the archive without a password")
+                        _check_size(source, path, info.file_size)
                         yield path, archive.read(info)
         else:
             with tarfile.open(source) as tar:
                 for member in tar:
-                    if wanted(path := PurePosixPath(member.name)) and (content := tar.extractfile(member)):
-                        yield path, content.read()
+                    if wanted(path := PurePosixPath(member.name)):
+                        _check_size(source, path, member.size)
+                        if content := _content(tar, member, source):
+                            yield path, content.read()
+                tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+                    raise tarfile.ReadError("it ends without the end mark of a tar archive")
+    except NotImplementedError as error:
+        raise DataError(f"{source} is packed in a way that Python cannot read ({error}): pack it anew") from error
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise DataError(
             f"{source} is truncated, corrupt or no archive ({error or type(error).__name__}): {_LAYOUT}. "
             f"CIFAR-10's archive is at {CIFAR10_URL}"
         ) from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> Any:
+    try:
+        return tar.extractfile(member)
+    except KeyError as error:
+        raise DataError(
+            f"{member.name} of {source} is a link to {member.linkname}, which the archive lacks: pack it with what its "
+            "links mean"
+        ) from error
+
+
+def _check_size(source: Path, path: PurePosixPath, size: int) -> None:
+    """Refuse a member of an archive that would unpack to more memory than any image file or batch here needs."""
+    if size > LARGEST_FILE:
+        raise DataError(f"{path} of {source} would be {size:,} bytes, and more than {LARGEST_FILE:,} are not read")
 
 
 def _is_image(path: PurePosixPath) -> bool:
@@ -246,7 +279,10 @@ def _load_images(source: Path, progress: bool) -> ImageData:
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     digest = hashlib.sha256(f"{_DECODING} {source.resolve()}".encode())
     for file in files:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except FileNotFoundError as error:
+            raise DataError(f"{file} is a link to a file that is missing: restore that, or remove it") from error
         digest.update(f"{file.relative_to(source)} {status.st_size} {status.st_mtime_ns}\n".encode())
     cache = cache_folder() / f"{source.name.split('.')[0]}-{digest.hexdigest()[:16]}.npz"
     if cache.exists():
@@ -277,7 +313,7 @@ def _decode(members: Members, source: Path, progress: bool) -> ImageData:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 pixels = _rgb(image)
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} of {source} cannot be read as an image: {error}") from error
         shape = shape or pixels.shape
         if pixels.shape != shape:

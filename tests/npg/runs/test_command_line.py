@@ -113,3 +113,21 @@ def test_other_errors_keep_their_traceback(error: Exception, parser: Parser) -> 
 def test_the_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--set", "a=[1, 2]"])
     assert shlex.split(command()) == [sys.executable, "train.py", "--set", "a=[1, 2]"]
+
+
+def test_bad_input_and_ctrl_c_before_the_work(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, status, message in ((ValueError("no"), 2, "error: no"), (KeyboardInterrupt(), 130, "ended before it")):
+        with pytest.raises(SystemExit) as end, parser.preparing(ValueError):
+            raise error
+        assert end.value.code == status
+        assert message in capsys.readouterr().err
+    with pytest.raises(KeyError), parser.preparing(ValueError):
+        raise KeyError("a fault of ours")
+
+
+def test_an_error_of_another_kind_keeps_its_traceback_and_says_how_to_go_on(
+    parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ZeroDivisionError), parser.training("Go on so."):
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == "Go on so.\n"

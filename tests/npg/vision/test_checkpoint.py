@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from npg.parallel import World
 from npg.runs.checkpoints import CheckpointError
-from npg.vision.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
+from npg.vision.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint, load_matching, load_model
 from npg.vision.config import Config
 from npg.vision.run_folder import RunFolder
 
@@ -44,3 +45,19 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="is not a checkpoint of a run"):
         load_checkpoint(tmp_path / "list.pt")
+
+
+def test_what_a_whole_checkpoint_lacks_or_has_too_much_is_named(run_dir: Path) -> None:
+    world = World(torch.device("cpu"))
+    folder = RunFolder(run_dir, CONFIG)
+    whole = {"config": CONFIG.to_dict(), "epoch": 1}
+    path = folder.write_checkpoint(1, whole)
+    folder.close()
+    with pytest.raises(CheckpointError, match=r"epoch_0001.pt lacks accuracy, .*world_size: it is not as this version"):
+        load_matching(path, CONFIG, world)
+    with pytest.raises(CheckpointError, match=r"epoch_0001.pt is not as this version.*: it lacks 'model'"):
+        load_model(run_dir)
+    checkpoints_in(run_dir).write(1, whole | {"config": CONFIG.to_dict() | {"rotation": 3}})
+    for read in (lambda: load_matching(path, CONFIG, world), lambda: load_model(path)):
+        with pytest.raises(CheckpointError, match=r"epoch_0001.pt is not as this version.*'rotation'"):
+            read()

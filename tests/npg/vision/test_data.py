@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import io
 import os
@@ -362,3 +363,44 @@ def test_nothing_there_and_no_archive(tmp_path: Path) -> None:
     (tmp_path / "half.tar.xz").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(DataError, match="is truncated, corrupt or no archive"):
         load(tmp_path / "half.tar.xz", progress=False)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_that_is_cut_at_the_end_of_a_file_is_refused(mode: str, tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.tar", tmp_path / "images.tar"
+    write_tar(whole, members(), mode="w")
+    with tarfile.open(whole) as tar:
+        third = tar.getmembers()[-1].offset
+    for content in (whole.read_bytes()[:third], whole.read_bytes()[: third + 100]):
+        path.write_bytes(content if mode == "w" else gzip.compress(content))
+        with pytest.raises(
+            DataError, match=r"images.tar is truncated, corrupt or no archive \(it ends without the end"
+        ):
+            data.load(path, progress=False)
+
+
+def test_odd_archives_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, name = tmp_path / "images.tar", next(iter(members()))
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = tarfile.SYMTYPE, "nowhere.png"
+        tar.addfile(link)
+    with pytest.raises(DataError, match=r"is a link to nowhere.png, which the archive lacks"):
+        data.load(path, progress=False)
+    folder = tmp_path / "folder" / name
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"is a link to a file that is missing"):
+        data.load(tmp_path / "folder", progress=False)
+    bomb = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(5000))
+    monkeypatch.setattr(data, "LARGEST_FILE", 4999)
+    with pytest.raises(DataError, match=r"would be 5,000 bytes, and more than 4,999 are not read"):
+        data.load(bomb, progress=False)
+    content = bytearray(bomb.read_bytes())
+    for signature, offset in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        content[content.index(signature) + offset] |= 1
+    bomb.write_bytes(content)
+    with pytest.raises(DataError, match=r"is encrypted: save the archive without a password"):
+        data.load(bomb, progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from agents.base import NaturalPolicyAlgorithm
 from agents.config import RunConfig
-from agents.evaluation import Evaluation, evaluate
+from agents.evaluation import Evaluation, Stopped, evaluate
 from agents.runs import EpisodeFile, RunFolder, copy_agent, save_agent
 from agents.state import begin_episodes
 from envs.seeding import Purpose, purpose_seed
@@ -162,9 +163,9 @@ class Evaluator(_Periodic):
     evaluations, which no clock went on from.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, env: VecEnv) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, env: VecEnv, stop: StopRequest) -> None:
         super().__init__(config.eval_freq)
-        self._config, self._folder, self._env = config, folder, env
+        self._config, self._folder, self._env, self._stop = config, folder, env, stop
         earlier = folder.evaluations()
         known = folder.best.model.exists() and earlier and len(earlier["mean_return"])
         self._best = max(earlier["mean_return"]) if known else float("-inf")
@@ -181,7 +182,8 @@ class Evaluator(_Periodic):
         self._going = _clocks()
 
     def _act(self) -> None:
-        self.evaluate()
+        with suppress(Stopped):  # the training then stops too
+            self.evaluate()
 
     @property
     def is_done(self) -> bool:
@@ -190,12 +192,13 @@ class Evaluator(_Periodic):
         return bool(earlier) and self.model.num_timesteps in earlier["timesteps"]
 
     def evaluate(self) -> Evaluation:
-        """Evaluate now."""
+        """Evaluate now; raises `Stopped` where the run is told to stop."""
         statistics = self.model.get_vec_normalize_env()
         if statistics is not None and isinstance(self._env, VecNormalize):
             self._env.obs_rms = statistics.obs_rms
         self._trained += _clocks() - self._going
-        e = evaluate(self.model, self._env, self._config.eval_episodes, evaluation_seed(self._config))
+        seed, stop = evaluation_seed(self._config), self._stop
+        e = evaluate(self.model, self._env, self._config.eval_episodes, seed, stop=lambda: stop.number != 0)
         # Of equals the later: it had more data. Its file comes before its row, which says that it is there.
         if e.mean_return >= self._best:
             self._best = e.mean_return

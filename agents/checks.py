@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-__all__ = ["all_finite", "flag", "kind", "not_finite", "not_finite_in", "number", "one_of", "positive_or_none", "whole"]
+from envs.checks import unusable
+
+__all__ = ["all_finite", "flag", "kind", "not_finite_in", "number", "one_of", "positive_or_none", "whole"]
 
 
 def number(name: str, value: Any, low: float, high: float = inf, *, above: bool = False) -> None:
@@ -82,15 +83,8 @@ def one_of(name: str, value: Any, known: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
 
 
-def not_finite(rows: NDArray[Any]) -> list[int]:
-    """The indices of the rows that have an element which is infinite or NaN."""
-    if not np.issubdtype(rows.dtype, np.inexact):
-        return []
-    return np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1)).tolist()
-
-
 def not_finite_in(buffer: RolloutBuffer, newest: Any) -> str | None:
-    """Which rewards or observations of a rollout are not finite, and where; None if all are.
+    """Which rewards or observations of a rollout are not finite or absurdly large, and where; None if none is.
 
     Args:
         buffer: the rollout, as far as it is filled.
@@ -110,11 +104,8 @@ def not_finite_in(buffer: RolloutBuffer, newest: Any) -> str | None:
     if newest is not None:
         places += [(name, buffer.pos, values) for name, values in named(newest)]
     for name, step, values in places:
-        if envs := not_finite(values):
-            return (
-                f"{name} of environment {', '.join(map(str, envs))} is not finite in step {step} of the rollout: "
-                "correct the environment, or wrap it"
-            )
+        if found := unusable(values):
+            return f"{name} {found} in step {step} of the rollout: correct the environment, or wrap it"
     return None
 
 

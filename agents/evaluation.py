@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +21,22 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from agents.checks import not_finite
 from agents.config import RunConfig
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
+from envs.checks import unusable
 
-__all__ = ["Evaluation", "check_video", "evaluate", "evaluate_saved", "film", "make_env", "record_video", "table"]
+__all__ = [
+    "Evaluation",
+    "Stopped",
+    "check_video",
+    "evaluate",
+    "evaluate_saved",
+    "film",
+    "make_env",
+    "record_video",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,10 @@ class _Finite(VecEnvWrapper):
 
     def _check(self, values: Any) -> None:
         for name, rows in values.items() if isinstance(values, dict) else [("observation", values)]:
-            if envs := not_finite(rows):
+            if found := unusable(rows):
                 raise FloatingPointError(
-                    f"{name} of environment {', '.join(map(str, envs))} is not finite in step {self.steps} of an "
-                    "evaluation: correct the environment, or wrap it; if it is normalised, take an earlier agent"
+                    f"{name} {found} in step {self.steps} of an evaluation: correct the environment, or wrap it; if it "
+                    "is normalised, take an earlier agent"
                 )
 
 
@@ -133,19 +143,52 @@ def _check_parameters(model: BaseAlgorithm) -> None:
             raise FloatingPointError(f"the policy's {name} is not finite: take an earlier agent")
 
 
-def evaluate(model: BaseAlgorithm, env: VecEnv, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
+class Stopped(Exception):
+    """An evaluation was told to stop."""
+
+
+def evaluate(
+    model: BaseAlgorithm,
+    env: VecEnv,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation:
     """Let `model` play `episodes` whole episodes, shared evenly among the environments of `env`.
 
+    Args:
+        model: the agent.
+        env: the environments.
+        episodes: how many.
+        seed: of the environments.
+        deterministic: act with the mode of the policy, not with a sample.
+        stop: asked after each step whether to stop.
+
     Raises:
+        Stopped: `stop` said so.
         FloatingPointError: if parameters, observations or rewards are not finite; it names which, and where.
     """
     _check_parameters(model)
     env = _Finite(env)
     env.seed(seed)
     started = time.perf_counter()
+
+    def after_a_step(*_: Any) -> None:
+        if stop is not None and stop():
+            raise Stopped
+
     returns, lengths = cast(
         tuple[list[float], list[int]],
-        evaluate_policy(model, env, episodes, deterministic=deterministic, return_episode_rewards=True, warn=False),
+        evaluate_policy(
+            model,
+            env,
+            episodes,
+            deterministic=deterministic,
+            callback=after_a_step,
+            return_episode_rewards=True,
+            warn=False,
+        ),
     )
     return Evaluation(
         timesteps=model.num_timesteps,

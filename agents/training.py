@@ -23,7 +23,7 @@ from agents.base import NaturalPolicyAlgorithm
 from agents.callbacks import CommonStatistics, EpisodeRecorder, Evaluator, ProgressBar, Saver, Stop, evaluation_seed
 from agents.config import ALGORITHMS, RunConfig
 from agents.curves import learning_curve
-from agents.evaluation import Evaluation, evaluate_saved, make_env, record_video
+from agents.evaluation import Evaluation, Stopped, evaluate_saved, make_env, record_video
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, read_state, save_agent
 from agents.saved import saved_values
 from agents.state import begin_episodes, restore, restore_log
@@ -105,8 +105,9 @@ class Run:
             save_agent(model, folder.last, folder)
         seed = evaluation_seed(config)
         bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
-        evaluator = Evaluator(config, folder, normalized(bare, config, training=False))
-        recorder, stop = EpisodeRecorder(folder.episodes(config.env), self.world), StopRequest(self.world)
+        stop = StopRequest(self.world)
+        evaluator = Evaluator(config, folder, normalized(bare, config, training=False), stop)
+        recorder = EpisodeRecorder(folder.episodes(config.env), self.world)
         bar = [ProgressBar(config)] if progress else []
         before = model.num_timesteps
         try:
@@ -115,7 +116,8 @@ class Run:
                 whole = in_progress and not stop.requested  # else a rollout was cut off
                 save_agent(model, folder.last, folder, episodes=whole)
                 if not (stop.requested or evaluator.is_done):
-                    evaluator.evaluate()
+                    with suppress(Stopped):
+                        evaluator.evaluate()
                 if any(name.startswith("train/") for name in model.logger.name_to_value):
                     model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
                     model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
@@ -160,11 +162,10 @@ class Run:
             for callback in callbacks:
                 callback.init_callback(self.model)
             return 0.0
-        self.model.learn(
-            self.config.timesteps - before,
-            callback=callbacks,
-            reset_num_timesteps=before == 0,
-        )
+        try:
+            self.model.learn(self.config.timesteps - before, callback=callbacks, reset_num_timesteps=before == 0)
+        except SystemExit as end:
+            raise RuntimeError(f"{self.config.env} called sys.exit({end.code!r}) in the middle of an episode") from end
         return time.perf_counter() - started
 
     def _final_evaluations(self, folder: RunFolder, video: bool) -> tuple[tuple[str, Evaluation], ...]:

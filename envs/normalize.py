@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
+from envs.checks import check_values
+
 __all__ = ["VecNormalize"]
 
 
@@ -19,14 +21,32 @@ class VecNormalize(vec_env.VecNormalize):
     Small environments wait for its step. So nothing is computed twice, and only what somebody writes to is copied:
     moments are taken about the present mean, in one pass, and the difference from that mean serves the normalised
     observation too.
+
+    Raises:
+        FloatingPointError: from `step_wait`, before the statistics take it in, for an observation or a reward that is
+            not finite or beyond `envs.checks.LARGEST`; with a Dict of observations, in the same step.
     """
+
+    steps = 0
+    """Of this object's life."""
+
+    def reset(self) -> Any:
+        """Begin episodes: the first observations, normalised."""
+        observations = super().reset()
+        if self.training:
+            check_values(self.old_obs, "a reset under VecNormalize")
+        return observations
 
     def step_wait(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Finish the step: observations, rewards, dones and infos, normalised; terminal observations too."""
+        self.steps += 1
         if self.norm_obs and isinstance(self.obs_rms, dict):
-            return super().step_wait()
+            result = super().step_wait()
+            self._check(self.old_obs, self.old_reward)
+            return result
         raw: Any
         raw, rewards, dones, infos = self.venv.step_wait()
+        self._check(raw, rewards)
         self.old_obs, self.old_reward = raw, rewards
         observations = raw
         if self.norm_obs:
@@ -46,6 +66,12 @@ class VecNormalize(vec_env.VecNormalize):
                     infos[i]["terminal_observation"] = self.normalize_obs(infos[i]["terminal_observation"])
             self.returns[dones] = 0
         return observations, rewards.astype(np.float32), dones, infos
+
+    def _check(self, observations: Any, rewards: NDArray[Any]) -> None:
+        if self.training:
+            where = f"step {self.steps} under VecNormalize"
+            check_values({"reward": rewards}, where)
+            check_values(observations, where)
 
 
 def _update(statistics: RunningMeanStd, difference: NDArray[Any]) -> NDArray[np.float64]:

@@ -25,7 +25,20 @@ Observations = NDArray[Any] | dict[str, NDArray[Any]]
 
 
 class GymnasiumVecEnv(IndependentSeeds, DummyVecEnv):
-    """Gymnasium's environments, one after the other."""
+    """Gymnasium's environments, one after the other.
+
+    Raises:
+        ValueError: from `reset` and `step`, if an observation has another shape than its space: NumPy would stretch it.
+    """
+
+    def _save_obs(self, env_idx: int, obs: Any) -> None:
+        space = self.observation_space
+        if isinstance(space, spaces.Box) and np.shape(obs) != space.shape:
+            raise ValueError(
+                f"environment {env_idx} gave an observation of shape {np.shape(obs)}, and its space has {space.shape}: "
+                "correct its observation_space, or what it returns"
+            )
+        super()._save_obs(env_idx, obs)
 
 
 def float32_space(space: gym.Space[Any]) -> gym.Space[Any]:

@@ -34,7 +34,7 @@ class VecNormalize(vec_env.VecNormalize):
         """Begin episodes: the first observations, normalised."""
         observations = super().reset()
         if self.training:
-            check_values(self.old_obs, "a reset under VecNormalize")
+            check_values(self.old_obs, None, "under VecNormalize", self.steps)
         return observations
 
     def step_wait(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
@@ -69,9 +69,7 @@ class VecNormalize(vec_env.VecNormalize):
 
     def _check(self, observations: Any, rewards: NDArray[Any]) -> None:
         if self.training:
-            where = f"step {self.steps} under VecNormalize"
-            check_values({"reward": rewards}, where)
-            check_values(observations, where)
+            check_values(observations, rewards, "under VecNormalize", self.steps)
 
 
 def _update(statistics: RunningMeanStd, difference: NDArray[Any]) -> NDArray[np.float64]:

@@ -10,11 +10,13 @@ The mathematics takes a process group, or None for a process that is alone; a tr
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
-from time import sleep
+from threading import Event, Thread
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import torch
@@ -151,6 +153,34 @@ class World:
         return values
 
 
+SILENT = 45.0
+"""Seconds after which a process that gave no sign of life is taken for lost; each gives one every two seconds."""
+
+
+def _watch(store: Any, rank: int, world_size: int, ended: Event) -> None:
+    """Give signs of life until the end, and end this process at once if a peer gives none: it would wait for ever."""
+    peers = {r: ("", monotonic()) for r in range(world_size) if r != rank}
+    beats, last = 0, monotonic()
+    with suppress(RuntimeError):  # the store is gone, and torchrun with it
+        while not ended.wait(2.0):
+            beats, now = beats + 1, monotonic()
+            store.set(f"alive {rank}", str(beats))
+            asleep, last = now - last > 10.0, now  # this process itself was stopped: the others have to be heard again
+            for r, (sign, since) in peers.items():
+                new = store.get(f"alive {r}").decode() if store.check([f"alive {r}"]) else ""
+                peers[r] = (new, now) if new != sign or new == "ended" or asleep else (sign, since)
+            if lost := [r for r, (_, since) in peers.items() if now - since > SILENT]:
+                if rank == min({*range(world_size)} - {*lost}):
+                    print(
+                        f"process {', '.join(map(str, lost))} has given no sign of life for {SILENT:.0f} s: it was "
+                        "lost or stopped, and the others end. What was last saved goes on with --resume",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                os._exit(1)
+        store.set(f"alive {rank}", "ended")
+
+
 @contextmanager
 def open_world(device: str | None = None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, on NCCL for CUDA and on Gloo for CPU; or be alone.
@@ -187,7 +217,13 @@ def open_world(device: str | None = None) -> Iterator[World]:
         yield World(chosen)
         return
     store, rank, world_size = next(rendezvous("env://"))
+    # After a restart by torchrun the keys of the attempt before are still there, and would be taken for this one's.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+    ended = Event()
+    watch = Thread(target=_watch, args=(store, rank, world_size, ended), daemon=True)
+    watch.start()
     try:
         yield World(chosen, rank, world_size, dist.group.WORLD)
     except BaseException as error:
@@ -195,6 +231,8 @@ def open_world(device: str | None = None) -> Iterator[World]:
             raise SystemExit(1) from None
         raise
     finally:
+        ended.set()
+        watch.join()
         dist.destroy_process_group()
         # A thread of Gloo's drops the tensors of the last reduction, for which it needs the GIL; if the interpreter has
         # begun to end by then, the process aborts. The group's end would wait for it, but callers still hold the group.

@@ -17,7 +17,7 @@ from agents.runs import RunFolder
 from agents.seeds import SeedsFolder, parse_seeds, summary_table
 from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, resume, start
 from npg.parallel import World, open_world
-from npg.runs.command_line import Parser, command
+from npg.runs.command_line import Parser, command, restarted
 from npg.runs.presets import parse_settings
 
 USAGE = """train_agent.py ALGO ENV_ID [options]
@@ -228,6 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train_seeds(args, folder, parser)
     if args.jobs is not None:
         parser.error("--jobs is for several seeds: give --seeds, such as --seeds 0-9")
+    if restarted(args.run_dir):  # the same command goes on from the last checkpoint
+        args.resume, args.run_dir = args.run_dir, None
+        args.seed = args.n_envs = args.backend = args.exact_resume = args.preset = None
+        args.set = []
     with ExitStack() as stack:
         with parser.preparing(*MISTAKES):
             config = configure(args)

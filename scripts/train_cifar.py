@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from npg.parallel import World, open_world
-from npg.runs.command_line import MISTAKES, Parser
+from npg.runs.command_line import MISTAKES, Parser, restarted
 from npg.runs.folder import begun_only, run_of
 from npg.runs.presets import parse_settings, read_yaml
 from npg.vision import data
@@ -142,13 +142,13 @@ def prepare(config: Config, run_dir: Path | None, checkpoint: Path | None, world
 def train(trainer: Trainer, parser: Parser) -> int:
     folder = trainer.folder
     go_on = folder and f"Whole epochs are kept, and go on with:\n  python {sys.argv[0]} --resume {folder.path}"
-    try:
-        with parser.training(go_on or ""):
+    with parser.training(go_on or ""):
+        try:
             summary = trainer.run()
-    except TrainingStopped as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    except ValueError as error:  # an optimizer met what it cannot do
-        parser.error(str(error))
+        except TrainingStopped as error:
+            parser.exit(1, f"{parser.prog}: error: {error}\n")
+        except ValueError as error:  # an optimizer met what it cannot do
+            parser.error(str(error))
     if folder is not None:
         print(
             f"{summary['evaluated_on']} top-1: best {summary['best_top1']:.2f}, final {summary['final_top1']:.2f}; "
@@ -160,6 +160,8 @@ def train(trainer: Trainer, parser: Parser) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = vars(parser.parse(arguments))
+    if restarted(options.get("run_dir")):  # the same command goes on from the last checkpoint
+        options = {"resume": options["run_dir"]}
     run_dir, resumed = options.pop("run_dir", None), options.get("resume")
     if run_dir is None and resumed is not None and begun_only(resumed):
         run_dir = resumed

@@ -8,11 +8,12 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from npg.runs.presets import check_names
 
-__all__ = ["MISTAKES", "Parser", "command"]
+__all__ = ["MISTAKES", "Parser", "command", "restarted"]
 
 MISTAKES = (ValueError, OSError)
 """What bad input raises before any work: shown as a message, without a traceback."""
@@ -21,6 +22,12 @@ MISTAKES = (ValueError, OSError)
 def command() -> str:
     """The command line that runs, as a shell takes it."""
     return shlex.join([sys.executable, *sys.argv])
+
+
+def restarted(run_dir: Path | None) -> bool:
+    """Whether ``torchrun --max-restarts`` has started this command again, whose run had begun in `run_dir`."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return again and run_dir is not None and (run_dir / "config.yaml").is_file()
 
 
 class Parser(argparse.ArgumentParser):

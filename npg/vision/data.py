@@ -236,8 +236,8 @@ def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[
                         _check_size(source, path, member.size)
                         if content := _content(tar, member, source):
                             yield path, content.read()
-                tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
-                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("it ends without the end mark of a tar archive")
     except NotImplementedError as error:
         raise DataError(f"{source} is packed in a way that Python cannot read ({error}): pack it anew") from error

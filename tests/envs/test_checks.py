@@ -22,8 +22,10 @@ def test_what_is_usable_and_what_is_not(dtype):
         assert unusable(bad) == f"of environment 1 {what}"
     assert unusable(np.array([1e25, 0, np.nan], dtype)) == "of environment 2 is not finite"
     assert unusable(np.array([[255]], np.uint8)) is None
-    with pytest.raises(FloatingPointError, match=r"pixels of environment 0 is not finite in step 3: correct"):
-        check_values({"vector": rows, "pixels": np.full((1, 2, 2), np.nan)}, "step 3")
+    with pytest.raises(FloatingPointError, match=r"pixels of environment 0 is not finite in step 3 of it: correct"):
+        check_values({"vector": rows, "pixels": np.full((1, 2, 2), np.nan)}, None, "of it", 3)
+    with pytest.raises(FloatingPointError, match=r"reward of environment 1 is 1.0e\+19 in size in step 4 of it"):
+        check_values(rows, np.array([0.0, 1e19]), "of it", 4)
 
 
 class Spoiled(gym.Env):

@@ -5,6 +5,8 @@ Run as a script, this file is one of those processes.
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -184,6 +186,57 @@ def test_a_destroyed_group_ends(tmp_path):
     # only then does it join its threads, which abort the process if they outlive the interpreter
     done = subprocess.run([sys.executable, "-c", ALONE, f"file://{tmp_path}/store"], check=False, timeout=240)
     assert done.returncode == 0
+
+
+WATCHED = """
+import os, signal, sys, time
+import torch
+import npg.parallel
+
+npg.parallel.SILENT = 4.0
+with npg.parallel.open_world("cpu") as world:
+    world.sum_(torch.ones(1))
+    if world.rank == 1 and sys.argv[1] == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if world.rank == 1 and sys.argv[1] == "ends early":
+        sys.exit()
+    if sys.argv[1] == "stopped":
+        world.sum_(torch.ones(1))
+    time.sleep(9)
+    print("the end", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["stopped", "ends early"])
+def test_a_process_that_is_stopped_ends_the_others_with_one_message(what):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", WATCHED, what],
+            env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    )
+    try:
+        out, err = first.communicate(timeout=120)
+    finally:
+        second.kill()
+        second.communicate()
+    message = "process 1 has given no sign of life for 4 s: it was lost or stopped"
+    if what == "stopped":
+        assert first.returncode == 1
+        assert err.count(message) == 1
+        assert "Traceback" not in err
+    else:  # a process that has done its part is not missed
+        assert first.returncode == 0, err
+        assert out == "the end\n"
+        assert message not in err
 
 
 if __name__ == "__main__":

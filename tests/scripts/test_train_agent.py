@@ -33,6 +33,7 @@ from agents.seeds import SeedsFolder
 from agents.state import set_statistics
 from agents.training import resume, start
 from npg.parallel import World
+from npg.runs.plain import to_text
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_agent.py"
 SPEC = importlib.util.spec_from_file_location("train_agent", SCRIPT)
@@ -624,6 +625,8 @@ class Fragile(CartPoleEnv):
         if Fragile.steps == 100 and os.environ["RANK"] == "1":
             if os.environ["BREAKS"] == "by a signal":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif os.environ["BREAKS"] == "by a kill" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
             elif os.environ["BREAKS"] == "by an error":
                 raise OSError("the pole broke")
         return super().step(action)
@@ -633,10 +636,11 @@ gymnasium.register("Fragile-v0", entry_point=Fragile, max_episode_steps=50)
 BOTH = ["--timesteps", "600", "--eval-freq", "200", "--save-freq", "200", *TINY, "--set", "normalize=true"]
 
 
-def two_processes(arguments, breaks, folder):
+def two_processes(arguments, breaks, folder, restarts=0):
     """Train in an environment that breaks in the 100th step of the second process."""
     (folder / "fragile.py").write_text(FRAGILE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += [f"--max-restarts={restarts}", str(SCRIPT)]
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [*launch, *arguments, "--no-progress"],
@@ -674,6 +678,23 @@ def test_two_processes_stop_as_one_and_go_on(tmp_path):
     # Each process took 320 steps: more than that are in episodes and statistics only if both are.
     assert 320 < sum(folder.training_episodes()["l"]) <= 640
     assert 640 <= read_state(folder.last)["statistics"]["observations"][""]["count"] <= 650
+
+
+def test_two_processes_that_torchrun_restarts_end_as_the_undisturbed_ones(tmp_path):
+    agents = []
+    for breaks in ("not", "by a kill"):
+        path = tmp_path / breaks
+        arguments = ["trpo", "fragile:Fragile-v0", *BOTH, "--save-freq", "64", "--run-dir", str(path)]
+        done = two_processes(arguments, breaks, tmp_path, restarts=1)
+        assert done.returncode == 0, done.stderr
+        folder = RunFolder(path)
+        agents.append((TRPO.load(folder.last.model), read_state(folder.last)["statistics"], folder.evaluations()))
+        assert len((path / "command.txt").read_text().splitlines()) == (1 if breaks == "not" else 2)
+    (a, statistics, evaluations), (b, *others) = agents
+    for name, value in a.policy.state_dict().items():
+        assert torch.equal(value, b.policy.state_dict()[name])
+    assert to_text(statistics) == to_text(others[0])
+    assert evaluations["mean_return"].tolist() == others[1]["mean_return"].tolist()
 
 
 def test_an_error_in_one_process_ends_both_and_is_shown_once(tmp_path):

@@ -1,0 +1,115 @@
+"""What holds of every step, solver and Fisher whatever they are given: drawn cases, `NPG_CASES` of each property.
+
+With NPG_CASES=25000 these are 100,000 cases; the seeds are hypothesis's own, and a failure prints its case.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import partial
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from npg import Fisher, TrustRegion, families
+from npg.solvers import Status, conjugate_gradient
+from npg.step import natural_step
+
+CASES = settings(
+    max_examples=int(os.environ.get("NPG_CASES", "500")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+FAMILIES = {
+    "categorical": (families.Categorical(), 3),
+    "bernoulli": (families.Bernoulli(), 2),
+    "gaussian": (families.Gaussian(0.5), 2),
+    "diagonal gaussian": (families.DiagonalGaussian(), 4),
+}
+seeds = st.integers(0, 2**31 - 1)
+exponents = st.floats(-3, 2)
+
+
+def problem(seed: int, family: str, weights: float, inputs: float, dtype: torch.dtype):
+    """A small network with BatchNorm, inputs, a family, and the log-likelihood of labels drawn from other outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    of, width = FAMILIES[family]
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, width)).to(dtype)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).mul(10**weights).to(dtype)
+    x = torch.randn(8, 3, generator=generator, dtype=torch.float64).mul(10**inputs).to(dtype)
+    targets = of.sample(torch.randn(8, width, generator=generator, dtype=torch.float64).to(dtype))
+    return model, x, of, lambda outputs: of.log_likelihood(outputs, targets).mean()
+
+
+@CASES
+@given(
+    seed=seeds,
+    family=st.sampled_from(list(FAMILIES)),
+    weights=exponents,
+    inputs=exponents,
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    radius=st.floats(-6, 1),
+    damping=st.sampled_from([0.0, 1e-8, 1e-3, 1.0]),
+)
+def test_a_step_is_finite_within_its_radius_or_not_taken(seed, family, weights, inputs, dtype, radius, damping):
+    torch.manual_seed(seed)
+    model, x, of, objective = problem(seed, family, weights, inputs, dtype)
+    before = copy.deepcopy(model)
+    report = natural_step(model, x, of, objective, trust_region=TrustRegion(radius=10**radius), damping=damping)
+    assert all(torch.isfinite(p).all() for p in model.state_dict().values())
+    if not report.accepted:
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
+        return
+    assert report.kl <= 10**radius
+    if dtype == torch.float64:
+        kl = of.kl(before(x), model.train()(x)).mean()
+        assert float(kl) <= 10**radius * (1 + 1e-6) + 1e-12
+
+
+@CASES
+@given(seed=seeds, family=st.sampled_from(list(FAMILIES)), weights=exponents, inputs=exponents)
+def test_a_fisher_is_symmetric_and_positive(seed, family, weights, inputs):
+    model, x, of, _ = problem(seed, family, weights, inputs, torch.float64)
+    fisher = Fisher(model.eval(), x, of)
+    u, v = torch.randn(2, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    fu, fv = fisher @ u, fisher @ v
+    scale = float(fu.norm() * v.norm() + fv.norm() * u.norm())
+    assert abs(float(u @ fv - v @ fu)) <= 1e-10 * scale
+    assert float(u @ fu) >= -1e-12 * float(u.norm() * fu.norm())
+
+
+@CASES
+@given(seed=seeds, n=st.integers(1, 12), condition=st.floats(0, 12), start=st.sampled_from([None, 0.0, 3.0, 9.0]))
+def test_a_solver_says_converged_only_where_it_has(seed, n, condition, start):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    a = (q * torch.logspace(0, -condition, n, dtype=torch.float64)) @ q.T
+    b = torch.randn(n, generator=generator, dtype=torch.float64)
+    x0 = None if start is None else 10**start * torch.randn(n, generator=generator, dtype=torch.float64)
+    solution = conjugate_gradient(a, b, x0=x0, max_iterations=10 * n, rtol=1e-6)
+    assert torch.isfinite(solution.x).all()
+    if solution.status is Status.CONVERGED:
+        # The residual that it carries along drifts from the true one by rounding errors of the largest iterate.
+        largest = max(float(solution.x.norm()), 0.0 if x0 is None else float(x0.norm()))
+        assert float((b - a @ solution.x).norm()) <= 2e-6 * float(b.norm()) + 1e-12 * largest
+
+
+@CASES
+@given(seed=seeds, value=st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e300]), place=seeds)
+def test_what_is_not_finite_moves_nothing(seed, value, place):
+    model, x, of, objective = problem(seed, "categorical", 0.0, 0.0, torch.float64)
+    spoiled = (x, next(model.parameters()).data)[place % 2]
+    spoiled.view(-1)[place % spoiled.numel()] = value
+    before = copy.deepcopy(model.state_dict())
+    solver = partial(conjugate_gradient, max_iterations=5)
+    report = natural_step(model, x, of, objective, trust_region=TrustRegion(radius=0.01), damping=0.1, solver=solver)
+    if value == 1e300 and report.accepted:
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        return
+    assert not report.accepted
+    assert all(torch.equal(a.nan_to_num(7.0), before[k].nan_to_num(7.0)) for k, a in model.state_dict().items())

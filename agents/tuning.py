@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from stable_baselines3.common.logger import Logger
 
 from agents.callbacks import Evaluator, evaluation_seed
@@ -33,9 +34,11 @@ from agents.evaluation import make_env
 from agents.runs import normalized, save_agent
 from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
 from agents.training import start
+from npg.parallel import World
 from npg.runs import folder
 from npg.runs.files import replacing, write_rows
 from npg.runs.presets import check_kinds, check_names, read_yaml, require
+from npg.runs.signals import StopRequest
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -343,7 +346,7 @@ class _Pruner(Evaluator):
     """Tells the trial of each evaluation, which ends it where it is behind the others."""
 
     def __init__(self, config: RunConfig, run: Any, env: Any, report: Any) -> None:
-        super().__init__(config, run, env)
+        super().__init__(config, run, env, StopRequest(World(torch.device("cpu"))))  # an interrupt ends the trial
         self._report = report
 
     def evaluate(self) -> Any:

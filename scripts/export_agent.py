@@ -58,7 +58,7 @@ def export_run(args: argparse.Namespace) -> Path:
     config = replace(folder.config, device="cpu")
     bare = make_env(config, 1, config.seed, evaluation=True)
     try:
-        agent, _ = load_agent(files, config, lambda: bare, training=False)
+        agent, *_ = load_agent(files, config, lambda: bare, training=False)
         return export_agent(agent, path, args.format, env=bare, deterministic=args.deterministic)
     finally:
         bare.close()

@@ -21,10 +21,13 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.callbacks import EpisodeRecorder, Evaluator, evaluation_seed
 from agents.config import RunConfig
 from agents.evaluation import Evaluation, evaluate, make_env
-from agents.runs import RunFolder, SavedAgent, normalized, save_agent
+from agents.runs import RunFolder, SavedAgent, normalized, read_state, save_agent
+from agents.state import set_statistics
 from agents.training import FINAL_EPISODES
+from envs import VecNormalize
 from npg.parallel import World
 from npg.runs.command_line import command
+from npg.runs.signals import StopRequest
 
 #: n_envs, and the arguments of the constructor where they are not its defaults.
 WIDE: dict[str, Any] = {"log_std_init": -2, "ortho_init": False, "activation_fn": "ReLU", "net_arch": [256, 256]}
@@ -107,8 +110,9 @@ def train(config: RunConfig, run_dir: Path) -> None:
     folder = RunFolder.create(run_dir, config, command())
     model.set_logger(folder.logger())
     bare = make_env(config, config.n_eval_envs, evaluation_seed(config), evaluation=True)
-    evaluator = Evaluator(config, folder, normalized(bare, config, training=False))
-    recorder = EpisodeRecorder(folder.episodes(config.env), World(torch.device("cpu")))
+    alone = World(torch.device("cpu"))
+    evaluator = Evaluator(config, folder, normalized(bare, config, training=False), StopRequest(alone))
+    recorder = EpisodeRecorder(folder.episodes(config.env), alone)
     model.learn(config.timesteps, callback=[recorder, evaluator])
     save_agent(model, folder.last)
     if not evaluator.is_done:
@@ -121,7 +125,9 @@ def train(config: RunConfig, run_dir: Path) -> None:
 def final(config: RunConfig, files: SavedAgent) -> Evaluation:
     seed = evaluation_seed(config, final=True)
     bare = make_env(config, min(FINAL_EPISODES, config.n_eval_envs), seed, evaluation=True)
-    env = normalized(bare, config, files.statistics, training=False)
+    env, state = normalized(bare, config, training=False), read_state(files)
+    if isinstance(env, VecNormalize) and state is not None:
+        set_statistics(env, state["statistics"])
     return evaluate(algorithm(config.algo).load(files.model, device="cpu"), env, FINAL_EPISODES, seed)
 
 

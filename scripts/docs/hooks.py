@@ -123,5 +123,6 @@ def public_names(module: str) -> list[str]:
 
 
 def _names(module: str) -> str:
-    names = [n for n in public_names(module) if not ROOT.joinpath(*module.split("."), f"{n}.py").exists()]
+    folder = ROOT.joinpath(*module.split("."))  # whose modules and packages have pages of their own
+    names = [n for n in public_names(module) if not ((folder / f"{n}.py").exists() or (folder / n).is_dir())]
     return "\n\n".join(f"::: {module}.{name}" for name in sorted(names))

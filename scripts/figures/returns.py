@@ -238,7 +238,9 @@ def met(values: np.ndarray, entry: dict[str, Any]) -> str:
     return "yes" if interquartile_mean(values) >= entry["target"] and values.min() >= worst else "no"
 
 
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return "No runs yet."
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 

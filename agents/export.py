@@ -195,7 +195,9 @@ class DeployedPolicy(nn.Module):
         with _generators_kept(), io.BytesIO() as buffer:  # a copy on the CPU, by what it would be saved as
             agent.save(buffer)
             buffer.seek(0)
-            self.policy = cast(ActorCriticPolicy, type(agent).load(buffer, device="cpu").policy)
+            self.policy = cast(
+                ActorCriticPolicy, type(agent).load(buffer, device="cpu", custom_objects=dict(vars(agent))).policy
+            )
         self.policy.set_training_mode(False)
         self.policy.requires_grad_(False)
         self.deterministic = deterministic

@@ -65,7 +65,7 @@ def test_values_are_bound_by_place_and_by_name_and_kept_as_attributes():
     ("arguments", "options", "error", "message"),
     [
         ((), {}, TypeError, "missing a required argument: 'first'"),
-        ((1,), {"rates": 1}, TypeError, r"unexpected keyword argument 'rates': did you mean rate\?"),
+        ((1,), {"rates": 1}, TypeError, r"unexpected keyword argument 'rates': did you mean rate or steps\?"),
         ((1,), {"xyz": 1}, TypeError, "unexpected keyword argument 'xyz': known are: first, steps, rate"),
         ((1, 2, 3.0), {}, ValueError, "rate must lie in"),
         ((1.5,), {}, TypeError, "first must be a whole number"),

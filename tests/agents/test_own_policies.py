@@ -591,7 +591,7 @@ def test_only_real_observations_are_looked_at(cls, tmp_path):
     model.save(tmp_path / "model")
     calls = Picky.calls
     for env in (None, model.env):
-        loaded = cls.load(tmp_path / "model", env=env)
+        loaded = cls.load(tmp_path / "model", env=env, custom_objects={"policy_kwargs": model.policy_kwargs})
         assert Picky.calls == calls
         for a, b in zip(model.policy.parameters(), loaded.policy.parameters(), strict=True):
             assert torch.equal(a, b)

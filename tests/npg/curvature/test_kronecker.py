@@ -421,10 +421,12 @@ def test_layers_that_are_too_large_have_no_factors(monkeypatch):
     assert {key: type(block) for key, block in blocks.items()} == {(0,): Multiple, (1,): Multiple, (2, 3): Block}
 
 
-def test_one_event_without_an_axis_for_it(assert_close):
+def test_one_event_has_an_axis_too(assert_close):
     model, x = made(NETWORKS["mlp"][0]), torch.randn(5, generator=generator())
-    alone, batch = (KroneckerFisher(Fisher(model, i, FAMILY), probes=None) for i in (x, x.unsqueeze(0)))
-    assert_close(alone.dense(), batch.dense())
+    with pytest.raises(ValueError, match=r"one event of 3 components.*\(1, 3\) for one"):
+        Fisher(model, x, FAMILY)
+    one, twice = (KroneckerFisher(Fisher(model, x.repeat(n, 1), FAMILY), probes=None) for n in (1, 2))
+    assert_close(one.dense(), twice.dense())
 
 
 @pytest.mark.parametrize("corrected", [False, True])

@@ -98,7 +98,7 @@ class Fisher:
         self.parameters = self.linearization.parameters
         self.process_group = process_group
         outputs = self.linearization.outputs
-        check_outputs(outputs)
+        check_outputs(outputs, inputs)
         self.events = outputs.numel() // outputs.shape[-1]
         if self.events == 0:
             raise ValueError(f"inputs must hold at least one event, got outputs of shape {tuple(outputs.shape)}")

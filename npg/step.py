@@ -158,7 +158,7 @@ def natural_step(
         started = perf_counter()
         # 1. Outputs, gradient and curvature: one forward pass serves the objective, its gradient and the Fisher.
         linearization = Linearization(model, inputs, parameters, move_statistics=True)
-        check_outputs(linearization.outputs)
+        check_outputs(linearization.outputs, inputs)
         value, slope, F = _first_order(
             linearization,
             objective,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -20,9 +21,12 @@ class OutOfDomainError(ValueError):
     """
 
 
-def check_outputs(outputs: Tensor) -> None:
-    """Raise ValueError for outputs without an axis of events, (N,): N events of one component or one of N."""
-    if outputs.ndim < 2:
+def check_outputs(outputs: Tensor, inputs: Any = None) -> None:
+    """Raise ValueError for outputs without an axis of events, (N,): N events of one component or one of N.
+
+    A function without inputs, ``inputs=()``, has no mini-batch: its outputs are one event, with or without an axis.
+    """
+    if outputs.ndim < 2 and not (isinstance(inputs, tuple) and not inputs):
         n = outputs.numel()
         raise ValueError(
             f"the model returns outputs of shape {tuple(outputs.shape)}: that is one event of {n} components, and a "

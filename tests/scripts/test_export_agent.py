@@ -1,13 +1,13 @@
 import importlib.util
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from agents import TRPO
 from agents.config import resolve
+from agents.evaluation import make_env
 from agents.export import load_exported
+from agents.runs import load_agent
 from agents.training import start
 
 SPEC = importlib.util.spec_from_file_location("export_agent", Path(__file__).parents[2] / "scripts" / "export_agent.py")
@@ -35,8 +35,10 @@ def test_the_file_of_a_run_acts_as_its_agent(folder, model, tmp_path, capsys):
     path = tmp_path / "policy.pt2"
     assert export_agent.main([*source, "--format", "torch-export", "--out", str(path)]) == 0
     raw = np.random.default_rng(0).uniform(-1, 1, (9, 3)).astype(np.float32)
-    statistics = pickle.loads(files.statistics.read_bytes())
-    expected, _ = TRPO.load(files.model).predict(statistics.normalize_obs(raw), deterministic=True)
+    config = folder.config
+    agent, env, _ = load_agent(files, config, lambda: make_env(config, 1, 0, evaluation=True), training=False)
+    expected, _ = agent.predict(env.normalize_obs(raw), deterministic=True)
+    env.close()
     np.testing.assert_allclose(load_exported(path)(raw), expected, rtol=1e-5, atol=1e-5)
     out = capsys.readouterr().out
     assert f"steps, deterministic actions: {path}" in out

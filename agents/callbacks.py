@@ -171,7 +171,10 @@ class Evaluator(_Periodic):
         self._best = max(earlier["mean_return"]) if known else float("-inf")
         self.last: Evaluation | None = None
         self.seconds = 0.0
-        self._trained, self._going = np.full(2, math.nan), _clocks()  # a run with nothing left to train is evaluated too
+        self._trained, self._going = (
+            np.full(2, math.nan),
+            _clocks(),
+        )
 
     def _on_training_start(self) -> None:
         super()._on_training_start()

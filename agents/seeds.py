@@ -78,7 +78,7 @@ def run_command(
     Args:
         script: train_agent.py.
         run_dir: the run's folder. What a run left that has not saved an agent yet is removed.
-        begin: the arguments of a run that begins.
+        begin: the arguments of a run that begins, algorithm and environment first.
         changes: options that also a run that goes on takes.
         timesteps: of the whole run, where `changes` has more than its beginning.
     """
@@ -86,7 +86,7 @@ def run_command(
         return None
     command = [sys.executable, str(script)]
     if (run_dir / "config.yaml").is_file() and RunFolder(run_dir).last.model.is_file():
-        return [*command, "--resume", str(run_dir), *changes, "--no-progress"]
+        return [*command, *begin[:2], "--resume", str(run_dir), *changes, "--no-progress"]
     shutil.rmtree(run_dir, ignore_errors=True)
     return [*command, *begin, *changes, "--run-dir", str(run_dir), "--no-progress"]
 

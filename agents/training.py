@@ -243,16 +243,16 @@ def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
     return folder, folder.newest()
 
 
-def check_import(config: RunConfig, env: str | None) -> None:
-    """Refuse to import the module that the environment of a run's configuration names, unless the caller names it too.
+def check_import(found: str, given: str | None) -> None:
+    """Refuse to import the module of the environment that a folder names, unless the caller names it too.
 
     Raises:
-        ValueError: if the environment is ``module:Id``, and `env` is not the same.
+        ValueError: if the environment `found` is ``module:Id``, and the `given` one is not the same.
     """
-    module, colon, _ = config.env.rpartition(":")
-    if colon and env != config.env:
+    module, colon, _ = found.rpartition(":")
+    if colon and given != found:
         raise ValueError(
-            f"the run's environment is {config.env}, and to make it would import {module}, which its folder alone "
+            f"the run's environment is {found}, and to make it would import {module}, which its folder alone "
             "cannot ask for: name the environment in the command too"
         )
 
@@ -297,7 +297,7 @@ def resume(
     for name, expected, found in (("algorithm", algo, config.algo), ("environment", env, config.env)):
         if expected not in (None, found):
             raise ValueError(f"the {name} of {path} is {found}, not {expected}")
-    check_import(config, env)
+    check_import(config.env, env)
     config = replace(config, **{key: value for key, value in changes.items() if value is not None})
     if files is None:
         return start(config, run_dir or path, command, world)

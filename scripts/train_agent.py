@@ -15,7 +15,7 @@ from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve, whole_nu
 from agents.evaluation import check_video, table
 from agents.runs import RunFolder
 from agents.seeds import SeedsFolder, parse_seeds, summary_table
-from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, resume, start
+from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, check_import, resume, start
 from npg.parallel import World, open_world
 from npg.runs.command_line import Parser, command, restarted
 from npg.runs.presets import parse_settings
@@ -197,6 +197,7 @@ def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
     for name, given, found in (("algorithm", args.algo, folder.algo), ("environment", args.env, folder.env)):
         if given not in (None, found):
             raise ValueError(f"the {name} of {folder.path} is {found}, not {given}")
+    check_import(folder.env, args.env)
     folder = folder.going_on(seeds, options, args.timesteps)
     folder.write()
     return folder

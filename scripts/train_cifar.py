@@ -27,8 +27,8 @@ EXAMPLES = f"""\
 models:      {", ".join(KNOWN_MODELS[:4])},
              {", ".join(KNOWN_MODELS[4:])},
              and any legal densenet[-basic]-DEPTH[-GROWTH] or wrn-DEPTH-WIDTH
-optimizers:  {", ".join(list(OPTIMIZERS)[:6])},
-             {", ".join(list(OPTIMIZERS)[6:])}
+optimizers:  {", ".join(list(OPTIMIZERS)[:7])},
+             {", ".join(list(OPTIMIZERS)[7:])}
 
 examples:
   python scripts/train_cifar.py densenet-19 online-ngd --preset report

@@ -108,9 +108,10 @@ def programs_are_traced(device: str) -> None:
 
 
 def cg_looks_once_in_eight_iterations(device: str) -> None:
-    fisher = Fisher(mlp().to(device), data(4, device=device)[0], FAMILY)
-    g = torch.randn(fisher.shape[0], dtype=torch.float64).to(device)
-    fisher @ g  # what is done once per linearisation
+    with acceleration.mode("auto"):  # plain forward mode compares the outputs of every product with the recorded ones
+        fisher = Fisher(mlp().to(device), data(4, device=device)[0], FAMILY)
+        g = torch.randn(fisher.shape[0], dtype=torch.float64).to(device)
+        fisher @ g  # what is done once per linearisation
     looks = []
     for iterations in (8, 16, 32):
         reads().clear()
@@ -222,7 +223,8 @@ def test_on_cuda(case: str) -> None:
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What went wrong in each case."""
     file = tmp_path_factory.mktemp("pretend") / "errors.json"
-    done = subprocess.run([sys.executable, __file__, str(file)], capture_output=True, text=True, check=False)
+    # -P: in the folder of this file there is another envs
+    done = subprocess.run([sys.executable, "-P", __file__, str(file)], capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip(f"this PyTorch, {torch.__version__}, has no hook for devices in Python")
     assert done.returncode == 0, done.stderr
@@ -235,6 +237,7 @@ def test_on_the_make_believe_device(errors: dict[str, str], case: str) -> None:
 
 
 def main(file: Path) -> None:
+    sys.path.append(str(Path(__file__).parent))
     try:
         import pretend_device
     except ImportError:

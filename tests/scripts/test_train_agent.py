@@ -774,7 +774,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     assert 0 < trained < 256
 
     monkeypatch.setenv("BREAKS", "no")
-    assert train_agent.main(["--resume", str(path), "--seeds", "3", "--threads", "1"]) == 0
+    assert train_agent.main(["trpo", breakable, "--resume", str(path), "--seeds", "3", "--threads", "1"]) == 0
     assert contents(path / "s0") == before
     found, numbers = statuses(path)
     assert found == {0: "done before", 1: "done", 2: "done", 3: "done"}

@@ -62,7 +62,7 @@ def test_a_run_begins_goes_on_and_is_finished(tmp_path: Path) -> None:
     assert not path.exists()  # it had no agent to go on from
     folder = RunFolder.create(path, CONFIG, "")
     folder.last.model.touch()
-    going_on = ["train_agent.py", "--resume", str(path), "--device=cpu", "--no-progress"]
+    going_on = ["train_agent.py", *begin[:2], "--resume", str(path), "--device=cpu", "--no-progress"]
     assert command() == going_on
     assert not is_finished(path)
     final(folder, 1024)

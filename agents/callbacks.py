@@ -171,10 +171,8 @@ class Evaluator(_Periodic):
         self._best = max(earlier["mean_return"]) if known else float("-inf")
         self.last: Evaluation | None = None
         self.seconds = 0.0
-        self._trained, self._going = (
-            np.full(2, math.nan),
-            _clocks(),
-        )
+        # Unknown until a training starts here; a run with nothing left to train is evaluated without one.
+        self._trained, self._going = np.full(2, math.nan), _clocks()
 
     def _on_training_start(self) -> None:
         super()._on_training_start()

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from stable_baselines3.common.save_util import open_path
 
+from npg.runs.checkpoints import check_parts
+
 __all__ = ["NotPlain", "Record", "plain_pickle", "saved_attributes", "saved_values"]
 
 _POLICIES = "stable_baselines3.common.policies"
@@ -117,10 +119,9 @@ def saved_values(path: Any) -> dict[str, Any]:
     file = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged} is not what was written")
+            check_parts(archive)
             return json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"path={str(path)!r} is not a complete saved model ({str(error) or type(error).__name__}): it may be "
             "truncated; take an earlier checkpoint of the run"

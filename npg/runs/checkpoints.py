@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import warnings
 import zipfile
@@ -15,7 +16,7 @@ import torch
 
 from npg.runs.files import replacing
 
-__all__ = ["FORMAT", "CheckpointError", "Checkpoints", "NewerFormat", "check_archive", "check_format"]
+__all__ = ["FORMAT", "CheckpointError", "Checkpoints", "NewerFormat", "check_archive", "check_format", "check_parts"]
 
 FORMAT = 1
 """The number of the format that checkpoints are written in; those from before it was counted have none."""
@@ -29,6 +30,24 @@ class NewerFormat(CheckpointError):
     """A checkpoint is whole, and of a version of this package that is newer than this one."""
 
 
+def check_parts(archive: zipfile.ZipFile) -> None:
+    """Compare every part of an archive with the checksum that it has there.
+
+    Raises:
+        zipfile.BadZipFile: a part is not what was written, or reads as a folder, whose content nothing checks.
+    """
+    try:
+        damaged = archive.testzip()
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise zipfile.BadZipFile("its list of parts points to before its beginning") from error
+    # PyTorch's reader leaves the memory of such a part as it found it.
+    damaged = damaged or next((part.filename for part in archive.infolist() if part.external_attr & 0x10), None)
+    if damaged:
+        raise zipfile.BadZipFile(f"{damaged} is not what was written")
+
+
 def check_archive(path: Path) -> None:
     """Compare every part of a ZIP archive, which is what PyTorch's files are, with the checksum that it has there.
 
@@ -37,8 +56,7 @@ def check_archive(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged} is not what was written")
+            check_parts(archive)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error})") from error
 

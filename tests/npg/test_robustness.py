@@ -1,6 +1,7 @@
 """What holds of every step, solver and Fisher whatever they are given: drawn cases, `NPG_CASES` of each property.
 
-With NPG_CASES=25000 these are 100,000 cases; the seeds are hypothesis's own, and a failure prints its case.
+Without NPG_CASES the same cases are drawn every time. With NPG_CASES=25000 these are 100,000 new ones, and a failure
+prints its case.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from npg.step import natural_step
 
 CASES = settings(
     max_examples=int(os.environ.get("NPG_CASES", "500")),
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
@@ -78,6 +78,9 @@ def test_a_fisher_is_symmetric_and_positive(seed, family, weights, inputs):
     fisher = Fisher(model.eval(), x, of)
     u, v = torch.randn(2, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     fu, fv = fisher @ u, fisher @ v
+    if not (fu.isfinite().all() and fv.isfinite().all()):  # 1/σ² beyond the numbers of the type
+        assert not fisher.dense().isfinite().all()
+        return
     scale = float(fu.norm() * v.norm() + fv.norm() * u.norm())
     assert abs(float(u @ fv - v @ fu)) <= 1e-10 * scale
     assert float(u @ fu) >= -1e-12 * float(u.norm() * fu.norm())

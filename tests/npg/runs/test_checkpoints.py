@@ -104,6 +104,18 @@ def test_no_flipped_bit_changes_a_number_in_silence(tmp_path: Path) -> None:
     assert refused > 100
 
 
+def test_a_part_that_reads_as_a_folder_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
+    path = checkpoints.write(1, {"config": {}, "a": torch.ones(9)})
+    damaged = bytearray(path.read_bytes())
+    name = damaged.rindex(b"data/0")
+    entry = damaged.rindex(b"PK\x01\x02", 0, name)
+    damaged[entry + 38] |= 0x10  # the attribute of a folder: torch.load would give memory that nobody wrote
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        checkpoints.read(path)
+
+
 def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "epoch_", ".pt")
     first, second = (checkpoints.write(n, {"config": {}, "a": torch.ones(99)}) for n in (1, 2))

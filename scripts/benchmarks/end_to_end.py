@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from interleaved import machine, one_turn, ratio, write_csv
-from return_over_time import ZOO, ZOO_OWN
+from peers import trpo_settings
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.monitor import Monitor
@@ -105,7 +105,7 @@ def ways(task: str, seed: int) -> dict[str, Turn]:
         contrib = {"n_steps": 2 * own["n_steps"], **{key: own[key] for key in known}}
         shipped = VecFrameStack(make_atari_env(task, preset.n_envs // 2, seed), 4)
     else:
-        contrib = CARTPOLE if task.startswith("CartPole") else {**ZOO, **ZOO_OWN.get(task, {})}
+        contrib = CARTPOLE if task.startswith("CartPole") else trpo_settings(task)
         shipped = DummyVecEnv([lambda: Monitor(gym.make(task))] * 2)
         shipped.seed(seed)
     on_ours = {**contrib, "n_steps": max(1, contrib["n_steps"] * shipped.num_envs // preset.n_envs)}

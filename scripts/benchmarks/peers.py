@@ -82,6 +82,11 @@ ZOO: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def trpo_settings(task: str) -> dict[str, Any]:
+    """The arguments of sb3-contrib's TRPO for a task of MuJoCo, on the two environments that RL Zoo gives it."""
+    return {name: value for name, value in ZOO["contrib-trpo"].get(task, TRPO).items() if name != "n_envs"}
+
+
 def config_of(algo: str, task: str, seed: int, timesteps: int, threads: int | None) -> RunConfig:
     """The run: all of them are normalised, with the algorithm's discount."""
     given = {"n_envs": 1, **ZOO[algo][task]}

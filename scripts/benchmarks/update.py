@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from interleaved import machine, measure, ratio, write_csv
-from return_over_time import ZOO, ZOO_OWN
+from peers import trpo_settings
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import explained_variance
@@ -81,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     from sb3_contrib import TRPO as Contrib
 
-    settings = {**ZOO, **ZOO_OWN.get(options.env, {}), "n_steps": 512, "seed": options.seed, "device": "cpu"}
+    settings = {**trpo_settings(options.env), "n_steps": 512, "seed": options.seed, "device": "cpu"}
     venv = VecNormalize(make_vec_env(options.env, 4, options.seed), gamma=settings["gamma"])
     contrib = Contrib("MlpPolicy", venv, **settings)
     agents: dict[str, Any] = {

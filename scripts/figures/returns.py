@@ -6,7 +6,8 @@ r"""Draw the returns of scripts/benchmarks/returns.py, and write the tables of d
 Pictures: ``returns_steps.png`` and ``returns_seconds.png``, evaluations over environment steps and over processor
 seconds of training, interquartile mean of the seeds with its 95 % bootstrap interval; ``returns_bars.png``, the final
 policies beside what shall be reached and what is published; ``returns_profiles.png``, the fraction of all runs whose
-final return is at least so much, where 0 is a random policy's and 1 is what shall be reached.
+final return is at least so much, where 0 is a random policy's and 1 is what shall be reached; ``returns_peers.png``,
+every single run of the tasks that another implementation has too.
 
 Of runs with the same configuration, algorithm, task, seed and number of steps the last row counts. The pictures and
 the first two tables have the preset's runs of the seeds below 100, with as many steps as returns.yaml or the preset
@@ -43,6 +44,7 @@ NAMES = {
     "contrib-trpo": ("TRPO (sb3-contrib)", GREY),
 }
 TUNING = 100  # seeds from here on chose settings, and are not reported
+PEERS = ("contrib-trpo", "trpo")  # the same algorithm, of sb3-contrib and here
 Row = dict[str, str]
 
 
@@ -82,6 +84,12 @@ def returns(rows: Iterable[Row], **where: str) -> np.ndarray:
 def algos_in(rows: Iterable[Row]) -> list[str]:
     found = {row["algo"] for row in rows}
     return [algo for algo in NAMES if algo in found] + sorted(found - NAMES.keys())
+
+
+def peers_tasks(rows: Iterable[Row]) -> list[str]:
+    """The tasks that both TRPOs were run on."""
+    found = {(row["task"], row["algo"]) for row in rows}
+    return [task for task in tasks() if all((task, algo) in found for algo in PEERS)]
 
 
 def named(algo: str) -> tuple[str, str]:
@@ -136,6 +144,28 @@ def draw_curves(points: list[Row], x: str, label: str, path: Path) -> None:
     figure.supxlabel(label, fontsize=11)
     figure.supylabel("evaluation return", fontsize=11)
     figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=5)
+    save(figure, path)
+
+
+def draw_peers(points: list[Row], path: Path) -> None:
+    """A line for each task that a peer has: every run of TRPO, ours and theirs, over seconds and over steps."""
+    drawn = peers_tasks(points)
+    figure, axes = plt.subplots(len(drawn), 2, figsize=(WIDTH, 2.9 * len(drawn)), squeeze=False, sharey="row")
+    for line, task in zip(axes, drawn):
+        for axis, (x, label) in zip(line, (("cpu_seconds", "processor seconds of training"), ("step", "steps"))):
+            for algo in PEERS:
+                name, colour = named(algo)
+                of_algo = [row for row in points if (row["task"], row["algo"]) == (task, algo)]
+                for i, seed in enumerate(sorted({row["seed"] for row in of_algo})):
+                    run = sorted((row for row in of_algo if row["seed"] == seed), key=lambda row: int(row["step"]))
+                    values = [[float(row[key] or "nan") for row in run] for key in (x, "return")]
+                    axis.plot(*values, color=colour, lw=1.2, label=name if i == 0 else None)
+            axis.set_xlabel(label, fontsize=10)
+            axis.set_xlim(left=0)
+            axis.ticklabel_format(axis="x", scilimits=(-3, 4))
+            axis.tick_params(labelsize=9)
+        line[0].set_ylabel(f"return on {task}", fontsize=10)
+        line[1].legend(fontsize=9, loc="lower right")
     save(figure, path)
 
 
@@ -270,6 +300,24 @@ def table_algorithms(rows: list[Row]) -> str:
     return markdown(("task", *(named(algo)[0] for algo in algos)), lines)
 
 
+def table_seconds(rows: list[Row], points: list[Row]) -> str:
+    """How long both TRPOs take to the final return of sb3-contrib's, in processor seconds of training."""
+    head = ("task", "sb3-contrib's final return", "in seconds", "seeds", "ours has it after", "by", "all steps in")
+    lines = []
+    for task in peers_tasks(rows):
+        theirs, mine = ([row for row in rows if (row["task"], row["algo"]) == (task, algo)] for algo in PEERS)
+        goal = float(interquartile_mean(returns(theirs)))
+        first: dict[str, float] = {}
+        for point in sorted(points, key=lambda row: int(row["step"])):
+            if (point["task"], point["algo"]) == (task, PEERS[1]) and float(point["return"]) >= goal:
+                first.setdefault(point["seed"], float(point["cpu_seconds"] or "nan"))
+        took = [f"{np.median([float(row['cpu_seconds'] or 'nan') for row in runs]):.0f} s" for runs in (theirs, mine)]
+        reached = f"{np.median(list(first.values())):.0f} s" if first else "–"
+        by = f"{len(first)} of {len(mine)} seeds"
+        lines.append((task, number(goal), took[0], str(len(theirs)), reached, by, took[1]))
+    return markdown(head, lines)
+
+
 def table_stability(rows: list[Row]) -> str:
     """Runs that go on after they reached what they shall: how deep the evaluations fall again."""
     head = ("task", "", "steps", "reached at the latest", "by", "lowest evaluation after it", "in % of what it shall")
@@ -312,7 +360,7 @@ def table_configurations(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
-def write_tables(page: Path, rows: list[Row]) -> None:
+def write_tables(page: Path, rows: list[Row], points: list[Row]) -> None:
     """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
     Raises:
@@ -321,6 +369,7 @@ def write_tables(page: Path, rows: list[Row]) -> None:
     tables = {
         "returns": lambda: table_returns(reported(rows)),
         "algorithms": lambda: table_algorithms(reported(rows)),
+        "seconds": lambda: table_seconds(reported(rows), points),
         "stability": lambda: table_stability(rows),
         "configurations": lambda: table_configurations(rows),
     }
@@ -347,14 +396,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rows:
         print(f"error: {options.csv} has no row: scripts/benchmarks/returns.py writes it", file=sys.stderr)
         return 2
+    shown = reported(rows)
+    kept = {(row["algo"], row["task"], row["seed"], row["commit"]) for row in shown}
+    every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
+    points = [p for p in reported(every) if (p["algo"], p["task"], p["seed"], p["commit"]) in kept]
     if options.table:
-        write_tables(options.table, rows)
+        write_tables(options.table, rows, points)
         print(options.table)
     if options.out:
-        shown = reported(rows)
-        kept = {(row["algo"], row["task"], row["seed"], row["commit"]) for row in shown}
-        every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
-        points = [p for p in reported(every) if (p["algo"], p["task"], p["seed"], p["commit"]) in kept]
         if not shown or not points:
             print(f"error: {options.csv} has no run of a preset with the reported steps", file=sys.stderr)
             return 2
@@ -362,9 +411,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw_curves(points, "cpu_seconds", "processor seconds of training", options.out / "returns_seconds.png")
         draw_bars(shown, options.out / "returns_bars.png")
         draw_profiles(shown, options.out / "returns_profiles.png")
+        if peers_tasks(points):
+            draw_peers(points, options.out / "returns_peers.png")
         print(options.out)
     if not (options.out or options.table):
-        print(table_returns(reported(rows)))
+        print(table_returns(shown))
     return 0
 
 

@@ -52,12 +52,6 @@ RUNS = {
         "way",
         {"eigenvectors", "Householder", "Cholesky, twice", "Cholesky, p = 1"},
     ),
-    "return_over_time": (
-        "CartPole-v1 --agents ours --seeds 0 --timesteps 2048 --evaluations 1 --episodes 1 --threads 1",
-        "--csv",
-        "agent",
-        {"ours"},
-    ),
 }
 
 

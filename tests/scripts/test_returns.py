@@ -208,7 +208,7 @@ def test_peers_have_the_discount_of_their_normaliser(script: ModuleType) -> None
 
 def line(algo: str, task: str, seed: int, value: float, timesteps: int = 1_000_000, **more: object) -> dict[str, str]:
     about = {"config": "preset", "algo": algo, "task": task, "seed": seed, "timesteps": timesteps, "commit": "c"}
-    reached = {"return_mean": value, "first_step_at_target": "", "lowest_after_target": ""}
+    reached = {"return_mean": value, "cpu_seconds": 40.0 + seed, "first_step_at_target": "", "lowest_after_target": ""}
     return {name: str(entry) for name, entry in (about | reached | more).items()}
 
 
@@ -225,7 +225,7 @@ def table(tmp_path: Path, figures: ModuleType) -> Path:
     rows += [line("trpo", "Reacher-v5", 0, -4.0, timesteps=2_000_000, **more)]
     rows += [line("trpo", "Reacher-v5", 1, -9.0, timesteps=2_000_000)]
     rows += [line("trpo", "Hopper-v5", seed, 1000.0 * seed, config="gamma=0.9") for seed in (1, 2, 3)]
-    points = [
+    points: list[dict[str, str]] = [
         {name: row[name] for name in ("config", "algo", "task", "seed", "timesteps", "commit")}
         | {"step": str(step), "seconds": "1", "cpu_seconds": str(step / 1000), "return": str(step / 300)}
         for row in rows
@@ -245,7 +245,7 @@ def cells(text: str, row: int) -> list[str]:
 
 def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    names = ("returns", "algorithms", "stability", "configurations")
+    names = ("returns", "algorithms", "seconds", "stability", "configurations")
     page.write_text("begin\n" + "\n".join(f"<!-- table: {n} -->\nold\n<!-- end -->\nafter {n}" for n in names))
     assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
     text = page.read_text()
@@ -263,6 +263,8 @@ def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path
     assert reacher[4:8] == ["−6.00", "2", "−4.1 (−5)", "no"]
     assert cells(parts["algorithms"], 0)[2].startswith("1,250 [1,200, 1,300], 2 seeds")
     assert cells(parts["algorithms"], 1)[2] == "–"
+    # The curves of both have 1,667 after 500,000 steps, which are 500 seconds there.
+    assert cells(parts["seconds"], 0) == ["Hopper-v5", "1,250", "40 s", "2", "500 s", "5 of 5 seeds", "42 s"]
     assert cells(parts["stability"], 0) == ["Reacher-v5", "TRPO", "2,000,000", "50,000", "1 of 2 seeds", "−4.50", "91"]
     changed = cells(parts["configurations"], 0)
     assert changed[:3] == ["Hopper-v5", "TRPO", "`gamma=0.9`"]
@@ -296,7 +298,7 @@ def test_scores_are_between_a_random_policy_and_the_target(figures: ModuleType) 
 
 def test_the_pictures(figures: ModuleType, table: Path, tmp_path: Path) -> None:
     assert figures.main(["--csv", str(table), "--out", str(tmp_path / "out")]) == 0
-    for name in ("steps", "seconds", "bars", "profiles"):
+    for name in ("steps", "seconds", "bars", "profiles", "peers"):
         with Image.open(tmp_path / "out" / f"returns_{name}.png") as image:
             assert image.width == 880
             assert len(image.convert("RGB").getcolors(2**20)) > 100

@@ -6,6 +6,7 @@ Collecting is in `agents.collect`, an update in `agents.update`. An algorithm is
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -47,6 +48,8 @@ __all__ = ["NaturalPolicyAlgorithm", "NaturalStepAlgorithm"]
 Preconditioner = Literal["diagonal", "kfac"]
 Metric = Literal["fisher", "euclidean", "wasserstein"] | Geometry
 
+#: A damping that is so many times ten times the usual one is not raised further: what is wrong is not the curvature.
+_MOST_RAISES = 8
 _PRECONDITIONERS = {None: None, "diagonal": diagonal_preconditioner, "kfac": kronecker_preconditioner}
 
 
@@ -175,6 +178,9 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
 
     advantage_variance: Sequence[float] = (0, 0.0)
     """How many batches of advantages there were, and the mean of their variances."""
+
+    refused_steps: int = 0
+    """How many steps of the actor were refused since the last one that was taken."""
 
     sb3_contrib_options: ClassVar[dict[str, Any]] = {}
     """Options with which this algorithm is that of ``sb3_contrib``."""
@@ -403,6 +409,13 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
     cg_damping: float = option(
         default=0.1, check=partial(number, low=0), doc="λ ≥ 0 in (F + λI)s = g.", after="cg_max_steps"
     )
+    max_refusals: int = option(
+        default=3,
+        check=partial(whole, low=0),
+        doc="after so many refused steps in a row λ is raised tenfold, from no less than 0.001, and tenfold again by "
+        "each one more; an accepted step takes that back. A warning says so. 0 never raises it.",
+        keyword=True,
+    )
     fisher_fraction: float = option(
         default=1.0,
         check=partial(number, low=0, high=1, above=True),
@@ -446,7 +459,10 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
         damping: float | None = None,
         solver: Solver | None = None,
     ) -> StepReport:
-        """`npg.natural_step` of the actor on a batch, within a trust region or by a learning rate."""
+        """`npg.natural_step` of the actor on a batch, within a trust region or by a learning rate.
+
+        Its damping is ``cg_damping``, or the one given, raised where the last steps were refused (``max_refusals``).
+        """
         actor = self.networks.actor
         return natural_step(
             actor,
@@ -455,10 +471,25 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
             self.surrogate(batch),
             trust_region=trust_region,
             learning_rate=learning_rate,
-            damping=self.cg_damping if damping is None else damping,
+            damping=self._raised(self.cg_damping if damping is None else damping),
             solver=solver or partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
             curvature_inputs=batch.curvature_inputs,
             preconditioner=_PRECONDITIONERS[self.preconditioner],
             parameters=self.networks.actor_parameters,
             process_group=self.process_group,
         )
+
+    def _raised(self, damping: float) -> float:
+        """λ of this step, after the steps before it."""
+        times = self.refused_steps - self.max_refusals + 1
+        if self.max_refusals == 0 or times < 1:
+            return damping
+        raised = max(damping, 1e-3) * 10.0 ** min(times, _MOST_RAISES)
+        if times <= _MOST_RAISES and (self.process_group is None or self.process_group.rank() == 0):
+            warnings.warn(
+                f"the last {self.refused_steps} steps of the policy were refused: update {self.n_updates + 1} has the "
+                f"damping {raised:.3g} in the place of {damping:.3g}, until one is taken. If none is, look at the "
+                "rewards, or take a smaller target_kl",
+                stacklevel=2,
+            )
+        return raised

@@ -81,6 +81,8 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
     with statistics as fixed:
         # 1. The actor. Where all of it is frozen there is no step, and the critic alone is trained.
         report = agent.actor_step(batch) if networks.actor_parameters else None
+        if report is not None:
+            agent.refused_steps = 0 if report.accepted else agent.refused_steps + 1
 
         # 2. The critic.
         started, loss, critic = perf_counter(), nan, critic_of(agent)
@@ -226,7 +228,8 @@ def restored_on_error(
     """Put back all that an update moves, the policy and these, if an error or an interrupt leaves the block."""
     states = [copy_of_state(owner) for owner in optimizers]
     parameters = [(p, p.detach().clone()) for p in agent.policy.parameters()]
-    buffers, damping, variance = Buffers(agent.policy), agent.critic_damping, agent.advantage_variance
+    buffers, names = Buffers(agent.policy), ("critic_damping", "advantage_variance", "refused_steps")
+    attributes = {name: getattr(agent, name) for name in names}
 
     def restore() -> None:
         for owner, state in zip(optimizers, states):
@@ -234,6 +237,6 @@ def restored_on_error(
         for p, before in parameters:
             p.data.copy_(before)
         buffers.restore()
-        agent.critic_damping, agent.advantage_variance = damping, variance
+        vars(agent).update(attributes)
 
     return undone_on_error(restore)

@@ -152,7 +152,8 @@ def outcome(run: Path) -> dict[str, Any]:
             found |= {f"{name}: {key}": to_text(state[key]) for key in ("statistics", "environments", "observations")}
             found[f"{name}: generators"] = to_text(state["generators"])
             attributes = json.loads(archive.read("data"))
-            names = ("num_timesteps", "_n_updates", "critic_damping", "advantage_variance", "_episode_num")
+            names = ("num_timesteps", "_n_updates", "_episode_num", "critic_damping", "advantage_variance")
+            names += ("refused_steps",)
             found |= {f"{name}: {key}": attributes.get(key) for key in names}
     for name, skip in (("progress.csv", 0), ("evaluations.csv", 0), ("monitor.csv", 1)):
         with (run / name).open(newline="") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "damping": model.critic_damping,
         "updates": model._n_updates,
         "variance": tuple(model.advantage_variance),
+        "refused": model.refused_steps,
     }
 
 
@@ -190,7 +192,7 @@ def test_mdpo_refuses_a_batch_as_a_whole_and_goes_on(value):
     before = state_of(model)
     model.train()
     assert model.logger.name_to_value["train/accepted"] == 0.0
-    assert_same(state_of(model), before | {"updates": 2})
+    assert_same(state_of(model), before | {"updates": 2, "refused": 1})
     refilled(model).train()
     logged = model.logger.name_to_value
     assert logged["train/accepted"] == 1.0
@@ -309,6 +311,81 @@ def test_a_capped_step_shrinks_with_the_advantages_and_a_full_one_does_not():
             norms[step_size, size] = model.logger.name_to_value["train/step_norm"]
     assert norms[None, 1e-3] == pytest.approx(norms[None, 1.0], rel=1e-2)
     assert norms[1e-3, 1e-3] == pytest.approx(1e-3 * norms[1e-3, 1.0], rel=1e-2)
+
+
+# ------------------------------------------------------------------------------------ steps that are refused in a row
+
+
+#: A step that leaves so large a radius after one trial; a shorter one, along the gradient, gains.
+TOO_FAR = {"target_kl": 20.0, "line_search_max_iter": 1, "cg_damping": 1e-7, "n_critic_updates": 0}
+
+
+def trained(model: Any, updates: int, monkeypatch: Any) -> list[Any]:
+    """The reports of the actor's steps in so many updates."""
+    reports = []
+    with monkeypatch.context() as patch:
+        step = base.natural_step
+        patch.setattr(base, "natural_step", lambda *args, **kw: reports.append(step(*args, **kw)) or reports[-1])
+        for _ in range(updates):
+            model.train()
+            refilled(model)
+    return reports
+
+
+@pytest.mark.filterwarnings("ignore:the last")
+def test_refused_steps_in_a_row_raise_the_damping_until_one_is_taken(monkeypatch):
+    model = filled(**TOO_FAR, max_refusals=2)
+    reports = trained(model, 14, monkeypatch)
+    refused = 0
+    for report in reports:
+        raised = 1e-7 if refused < 2 else 1e-3 * 10.0 ** (refused - 1)
+        assert report.damping == pytest.approx(raised, rel=1e-12)
+        refused = 0 if report.accepted else refused + 1
+    assert model.refused_steps == refused
+    accepted = [report.accepted for report in reports]
+    taken = accepted.index(True)
+    assert taken >= 2, "this case is made so that the usual damping takes no step"
+    assert reports[taken + 1].damping == 1e-7
+
+    never = filled(**TOO_FAR, max_refusals=0)
+    assert not any(r.accepted or r.damping != 1e-7 for r in trained(never, 6, monkeypatch))
+
+
+def test_raised_damping_is_told_until_it_is_raised_no_further():
+    model = filled(cg_damping=0.1)
+    for refused, told in ((2, None), (3, "1 in"), (4, "10 in"), (10, "1e+07 in"), (11, None)):
+        model.refused_steps = refused
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            damping = model._raised(0.1)
+        assert damping == pytest.approx(0.1 * 10 ** min(8, max(0, refused - 2)))
+        said = [str(w.message) for w in caught]
+        assert said == [] if told is None else f"last {refused} steps" in said[0] and f"damping {told}" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore:the last")
+def test_refusals_go_on_in_a_saved_agent_and_not_through_an_error(tmp_path, monkeypatch):
+    whole = filled(**TOO_FAR)
+    trained(whole, 3, monkeypatch)
+    assert whole.refused_steps == 3
+    whole.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=whole.env)
+    assert loaded.refused_steps == 3
+    loaded.set_logger(Logger(None, []))
+    loaded._last_obs, loaded._last_episode_starts = whole._last_obs, whole._last_episode_starts
+    loaded.rollout_buffer = copy.deepcopy(whole.rollout_buffer)
+    for model in (whole, loaded):
+        model.train()
+    assert_same(state_of(whole), state_of(loaded))
+    assert whole.refused_steps == 0  # of the raised damping, which both had
+
+    whole.refused_steps = 2
+    before = state_of(whole)
+    refilled(whole)
+    monkeypatch.setattr(AdamCritic, "fit", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        whole.train()
+    assert_same(state_of(whole), before)
 
 
 # ---------------------------------------------------------------------------------------- what is not finite, and where

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ class RunConfig:
             environments. ``restart``: at each checkpoint all environments begin new episodes, so that there is nothing
             to hold. ``off``: not at all; it begins new episodes, which the undisturbed run would not have. ``auto``
             takes ``state`` where that can be, and else ``restart``.
+        env_timeout: seconds that one step or reset of all environments together may take, after which the run ends with
+            an error that names it; 0 is no limit.
         hyperparameters: the arguments of the algorithm's constructor.
 
     Raises:
@@ -103,6 +106,7 @@ class RunConfig:
     n_eval_envs: int = None  # type: ignore[assignment]  # one per episode
     save_freq: int = None  # type: ignore[assignment]  # a fifth of the timesteps
     exact_resume: str = "auto"
+    env_timeout: float = 600.0
     hyperparameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,6 +127,7 @@ class RunConfig:
         require(
             self.exact_resume in EXACT_RESUME, "exact_resume", self.exact_resume, f"one of {', '.join(EXACT_RESUME)}"
         )
+        require(0 <= self.env_timeout < inf, "env_timeout", self.env_timeout, "a number of seconds, or 0 for no limit")
         _device(self.device)
 
     def check_device(self) -> None:

@@ -25,6 +25,7 @@ from agents.config import RunConfig
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
 from envs.checks import unusable
+from envs.watchdog import Watchdog, raising_exits
 
 __all__ = [
     "Evaluation",
@@ -93,17 +94,19 @@ class Evaluation:
         return self.summary | {k: v for k, v in asdict(self).items() if k not in ("timesteps", "seconds")}
 
 
-def make_env(config: RunConfig, n_envs: int, seed: int, *, evaluation: bool) -> VecEnv:
-    """The run's environments, bare."""
-    return make_vec_env(
-        config.env,
-        n_envs,
-        seed,
-        backend=cast(Any, config.backend),  # one of three words, as `make_vec_env` checks
-        n_threads=config.threads,
-        env_kwargs=config.env_kwargs,
-        evaluation=evaluation,
-    )
+def make_env(config: RunConfig, n_envs: int, seed: int, *, evaluation: bool) -> Watchdog:
+    """The run's environments, bare but for the limit of their time."""
+    with raising_exits(config.env):
+        env = make_vec_env(
+            config.env,
+            n_envs,
+            seed,
+            backend=cast(Any, config.backend),  # one of three words, as `make_vec_env` checks
+            n_threads=config.threads,
+            env_kwargs=config.env_kwargs,
+            evaluation=evaluation,
+        )
+    return Watchdog(env, config.env_timeout, config.env)
 
 
 class _Finite(VecEnvWrapper):
@@ -334,4 +337,6 @@ def _rendering_env(config: RunConfig, seed: int) -> VecEnv:
     if spec is not None and ".envs.mujoco." in str(spec.entry_point) and "camera_id" not in env_kwargs:
         # Gymnasium 1.4 lets runners leave the picture. A task without such a camera keeps its own.
         env_kwargs.setdefault("camera_name", "track")
-    return make_vec_env(config.env, 1, seed, backend="gymnasium", env_kwargs=env_kwargs, evaluation=True)
+    with raising_exits(config.env):
+        env = make_vec_env(config.env, 1, seed, backend="gymnasium", env_kwargs=env_kwargs, evaluation=True)
+    return Watchdog(env, config.env_timeout, config.env)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from agents.checks import one_of
 from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead
-from envs import VecNormalize
+from envs import VecNormalize, Watchdog
 from envs.episodes import EpisodeWriter
 from npg import families
 from npg.runs.files import replacing
@@ -53,7 +53,12 @@ FORMATS: dict[str, str] = {"onnx": ".onnx", "torchscript": ".pt", "torch-export"
 
 _ABOUT = "npg.json"
 _CHANGING = (VecTransposeImage, AnyVecNormalize, VecNormalize)  # what these do to observations is known
-_PASSING = (VecMonitor, VecCheckNan, EpisodeWriter)  # wrappers that leave observations and actions as they are
+_PASSING = (
+    VecMonitor,
+    VecCheckNan,
+    EpisodeWriter,
+    Watchdog,
+)  # these leave observations and actions as they are
 _SAMPLED = (
     BernoulliDistribution,
     CategoricalDistribution,

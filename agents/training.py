@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gymnasium import spaces
@@ -17,7 +17,7 @@ from gymnasium.error import Error as GymnasiumError
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
 
 from agents.base import NaturalPolicyAlgorithm
 from agents.callbacks import CommonStatistics, EpisodeRecorder, Evaluator, ProgressBar, Saver, Stop, evaluation_seed
@@ -28,6 +28,7 @@ from agents.runs import RunFolder, SavedAgent, load_agent, normalized, read_stat
 from agents.saved import saved_values
 from agents.state import begin_episodes, restore, restore_log
 from envs.state import has_state
+from envs.watchdog import Watchdog
 from npg.parallel import World
 from npg.runs import command_line
 from npg.runs.folder import begun_only, refuse_existing
@@ -109,10 +110,11 @@ class Run:
         evaluator = Evaluator(config, folder, normalized(bare, config, training=False), stop)
         recorder = EpisodeRecorder(folder.episodes(config.env), self.world)
         bar = [ProgressBar(config)] if progress else []
-        before = model.num_timesteps
+        before, learned = model.num_timesteps, False
         try:
             with stop:
                 seconds = self._learn(stop, recorder, evaluator, *bar) - evaluator.seconds
+                learned = True
                 whole = in_progress and not stop.requested  # else a rollout was cut off
                 save_agent(model, folder.last, folder, episodes=whole)
                 if not (stop.requested or evaluator.is_done):
@@ -122,8 +124,11 @@ class Run:
                     model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
                     model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
                 save_agent(model, folder.last, folder, episodes=whole)  # now with these rows
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):  # which would hide the first one
+                if not learned and self._failed(bare):
+                    save_agent(model, folder.last, folder)
+                    error.add_note(f"the agent of step {model.num_timesteps:,} is saved, and goes on with new episodes")
                 learning_curve(folder)
             raise
         finally:
@@ -142,6 +147,14 @@ class Run:
             evaluation_seconds=evaluator.seconds,
             evaluations=finals,
         )
+
+    def _failed(self, *others: Watchdog) -> bool:
+        """Whether it is the environments that ended a training which is alone; the agent is then whole.
+
+        Several processes keep their last checkpoint: all of them go on from it as if nothing had happened.
+        """
+        own = unwrap_vec_wrapper(cast(VecEnv, self.model.get_env()), Watchdog)
+        return self.world.group is None and any(env is not None and env.failed for env in (own, *others))
 
     def _help(self) -> Outcome:
         """The training of a process beside the main one: it steps its environments and adds up, and writes nothing."""
@@ -162,10 +175,7 @@ class Run:
             for callback in callbacks:
                 callback.init_callback(self.model)
             return 0.0
-        try:
-            self.model.learn(self.config.timesteps - before, callback=callbacks, reset_num_timesteps=before == 0)
-        except SystemExit as end:
-            raise RuntimeError(f"{self.config.env} called sys.exit({end.code!r}) in the middle of an episode") from end
+        self.model.learn(self.config.timesteps - before, callback=callbacks, reset_num_timesteps=before == 0)
         return time.perf_counter() - started
 
     def _final_evaluations(self, folder: RunFolder, video: bool) -> tuple[tuple[str, Evaluation], ...]:

@@ -3,5 +3,6 @@
 from envs import registration  # noqa: F401
 from envs.make import UnknownEnvironment, make_vec_env
 from envs.normalize import VecNormalize
+from envs.watchdog import Watchdog
 
-__all__ = ["UnknownEnvironment", "VecNormalize", "make_vec_env"]
+__all__ = ["UnknownEnvironment", "VecNormalize", "Watchdog", "make_vec_env"]

@@ -34,7 +34,7 @@ examples:
 """
 
 #: What may differ from before when a run is resumed.
-MAY_CHANGE = ("timesteps", "device", "threads", "eval_freq", "eval_episodes", "n_eval_envs", "save_freq")
+MAY_CHANGE = ("timesteps", "device", "threads", "eval_freq", "eval_episodes", "n_eval_envs", "save_freq", "env_timeout")
 
 
 def make_parser() -> Parser:
@@ -72,6 +72,12 @@ def make_parser() -> Parser:
         help="what runs the environments: envpool, gymnasium, or auto: the fastest that means the same (default: auto)",
     )
     add("--threads", type=int, metavar="N", help="threads of PyTorch and of EnvPool (default: their own)")
+    add(
+        "--env-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end a run whose environments take longer for one step or reset, together; 0 for no limit (default: 600)",
+    )
     add(
         "--jobs",
         type=int,

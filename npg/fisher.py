@@ -54,7 +54,7 @@ class Fisher:
         family: the predictive distribution of the outputs, or a geometry of them (`npg.geometry`).
         kind: ``"exact"`` (the expectation over labels in closed form), ``"sampled"`` (labels drawn from the model,
             once, so that all products are with one matrix) or ``"empirical"`` (the labels of the data).
-        targets: the labels, for ``"empirical"``.
+        targets: the labels, for ``"empirical"``, in the form that ``family.log_likelihood`` takes.
         samples: how many labels to draw per event, for ``"sampled"``.
         generator: the source of randomness of ``"sampled"``.
         metric: another metric on the outputs than the family's Fisher information, in its place: a geometry, or any
@@ -75,7 +75,7 @@ class Fisher:
         family: Family | Metric,
         *,
         kind: Kind = "exact",
-        targets: Tensor | None = None,
+        targets: Any = None,
         samples: int = 1,
         generator: Generator | None = None,
         metric: Metric | None = None,

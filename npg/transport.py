@@ -29,7 +29,7 @@ from npg.families import (
     Gaussian,
     Geometry,
     LinearMap,
-    MultiCategorical,
+    Product,
     covariance,
 )
 from npg.geometry import Euclidean, FisherRao, geometry_of
@@ -71,7 +71,7 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
     of a potential, mₑ = wₑ θₑ (φᵢ − φⱼ), with L(p)φ = ṗ for the weighted Laplacian
     L(p) = Σₑ wₑ θₑ(p) (eᵢ − eⱼ)(eᵢ − eⱼ)ᵀ, and costs ṗᵀL(p)⁺ṗ. With the logits' dp = S dη, S = diag(p) − ppᵀ:
 
-        Categorical        M = S L(p)⁺ S             and blockwise for MultiCategorical
+        Categorical        M = S L(p)⁺ S
 
     On the complete graph of C classes with w = 1, L = ½diag(1 + Cp) − ½(p1ᵀ + 1pᵀ), and for a change that sums to zero
     L⁺ = 2(diag(a) − aaᵀ/Σa) with a = 1/(1 + Cp): O(C) per product, as for Fisher. Any other graph costs O(C³) per
@@ -85,10 +85,12 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
 
         Bernoulli          M = 2p²(1 − p)²
 
+    Independent parts, of a Product or a MultiCategorical: the metrics are blocks, and the squared distances add up.
+
     Li & Montúfar normalise pᵢ by the node's share of all conductances; on a regular graph that is a constant factor.
 
     Args:
-        family: Gaussian, DiagonalGaussian, Categorical, MultiCategorical or Bernoulli.
+        family: Gaussian, DiagonalGaussian, Categorical, Bernoulli, or a MultiCategorical or Product of such.
         graph: for Categorical, the conductances (C, C) ≥ 0, symmetric with zero diagonal: the larger w, the nearer are
             the two classes (length w^−½). The complete graph with w = 1 by default.
 
@@ -113,8 +115,8 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
         return _DiagonalGaussian()
     if isinstance(family, Categorical):
         return _CompleteGraph()
-    if isinstance(family, MultiCategorical):
-        return _CompleteGraphs(family.sizes)
+    if isinstance(family, Product):
+        return _Product([wasserstein(part) for part in family.parts], family.sizes)
     if isinstance(family, Bernoulli):
         return _Bernoulli()
     raise TypeError(
@@ -169,19 +171,26 @@ class _CompleteGraph(_Graph):
         return lambda u: change(potential(change(u)))
 
 
-class _CompleteGraphs(Geometry):
-    """One graph for each of several independent classes."""
+class _Product(Geometry):
+    """Of independent parts, side by side: their squared distances add up."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = list(sizes)
+    def __init__(self, parts: Sequence[Geometry], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = list(parts), list(sizes)
 
-    def __call__(self, outputs: Tensor) -> LinearMap:
-        maps = [_CompleteGraph()(part) for part in outputs.split(self.sizes, -1)]
+    def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
         return lambda u: torch.cat([m(part) for m, part in zip(maps, u.split(self.sizes, -1), strict=True)], -1)
 
+    def __call__(self, outputs: Tensor) -> LinearMap:
+        pairs = zip(self.parts, outputs.split(self.sizes, -1), strict=True)
+        return self._blockwise([part(o) for part, o in pairs])
+
+    def factor(self, outputs: Tensor) -> LinearMap:
+        pairs = zip(self.parts, outputs.split(self.sizes, -1), strict=True)
+        return self._blockwise([part.factor(o) for part, o in pairs])
+
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        pairs = zip(old.split(self.sizes, -1), new.split(self.sizes, -1), strict=True)
-        return torch.stack([_CompleteGraph().divergence(a, b) for a, b in pairs]).sum(0)
+        pairs = zip(self.parts, old.split(self.sizes, -1), new.split(self.sizes, -1), strict=True)
+        return torch.stack([part.divergence(a, b) for part, a, b in pairs]).sum(0)
 
 
 class _WeightedGraph(_Graph):

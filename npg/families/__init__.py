@@ -13,6 +13,7 @@ from npg.families.adapter import from_torch
 from npg.families.base import Family, Geometry, LinearMap, OutOfDomainError, in_double
 from npg.families.discrete import Bernoulli, Categorical, MultiCategorical, covariance, relative_entropy
 from npg.families.normal import DiagonalGaussian, Gaussian
+from npg.families.product import Product
 
 __all__ = [
     "Bernoulli",
@@ -24,6 +25,7 @@ __all__ = [
     "LinearMap",
     "MultiCategorical",
     "OutOfDomainError",
+    "Product",
     "covariance",
     "from_torch",
     "in_double",

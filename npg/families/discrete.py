@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
 from npg.families.base import Family, LinearMap, column_hint
+from npg.families.product import Product
 
 __all__ = ["Bernoulli", "Categorical", "MultiCategorical", "covariance", "relative_entropy"]
 
@@ -115,7 +116,7 @@ class Categorical(Family):
         return apply
 
 
-class MultiCategorical(Family):
+class MultiCategorical(Product):
     """Several independent categorical variables; outputs are their logits side by side, targets are indices (…, K).
 
     Args:
@@ -125,52 +126,21 @@ class MultiCategorical(Family):
     def __init__(self, sizes: Sequence[int]) -> None:
         if not sizes or any(size < 1 for size in sizes):
             raise ValueError(f"sizes must name at least one variable with at least one class each, got {sizes!r}")
-        self.sizes = [int(size) for size in sizes]
-        self._categorical = Categorical()
+        super().__init__([Categorical()] * len(sizes), [int(size) for size in sizes])
 
     def __repr__(self) -> str:
         return f"MultiCategorical({self.sizes})"
 
-    def _split(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        if outputs.shape[-1] != sum(self.sizes):
-            raise ValueError(
-                f"outputs must have {sum(self.sizes)} = sum({self.sizes}) logits on the last axis, "
-                f"got {outputs.shape[-1]}"
-            )
-        return outputs.split(self.sizes, -1)
-
-    def _pairs(self, outputs: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _apart(self, outputs: Tensor, targets: Tensor) -> Sequence[Tensor]:
         if targets.shape != (*outputs.shape[:-1], len(self.sizes)):
             raise ValueError(
                 f"targets must have shape {(*outputs.shape[:-1], len(self.sizes))} for outputs of shape "
                 f"{tuple(outputs.shape)}, got {tuple(targets.shape)}: pass one class index per variable"
             )
-        return list(zip(self._split(outputs), targets.unbind(-1)))
+        return targets.unbind(-1)
 
-    def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        pairs = self._pairs(outputs, targets)
-        return torch.stack([self._categorical.log_likelihood(o, t) for o, t in pairs]).sum(0)
-
-    def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        return torch.stack([self._categorical.kl(a, b) for a, b in zip(self._split(old), self._split(new))]).sum(0)
-
-    def entropy(self, outputs: Tensor) -> Tensor:
-        return torch.stack([self._categorical.entropy(o) for o in self._split(outputs)]).sum(0)
-
-    def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
-        return torch.stack([self._categorical.sample(o, generator) for o in self._split(outputs)], -1)
-
-    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.cat([self._categorical.score(o, t) for o, t in self._pairs(outputs, targets)], -1)
-
-    def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
-        return lambda u: torch.cat([m(part) for m, part in zip(maps, self._split(u))], -1)
-
-    def metric(self, outputs: Tensor) -> LinearMap:
-        return self._blockwise([self._categorical.metric(o) for o in self._split(outputs)])
-
-    def metric_factor(self, outputs: Tensor) -> LinearMap:
-        return self._blockwise([self._categorical.metric_factor(o) for o in self._split(outputs)])
+    def _together(self, targets: list[Tensor]) -> Tensor:
+        return torch.stack(targets, -1)
 
 
 class Bernoulli(Family):

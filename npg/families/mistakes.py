@@ -26,6 +26,7 @@ _MEANT = {
     **dict.fromkeys(("diagonalgaussian", "gaussiannll"), _SPREAD),
     "normal": f"{_GAUSSIAN} for a known spread, or {_SPREAD}",
     "multicategorical": "families.MultiCategorical(sizes)",
+    "product": "families.Product(parts, sizes)",
     "poissonnll": "families.from_torch(lambda o: Independent(Poisson(o.exp()), 1)), for outputs log rate",
 }
 ANY_FAMILY = (

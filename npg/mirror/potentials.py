@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from math import inf
 
 import torch
@@ -17,7 +17,7 @@ from npg.families import (
     Family,
     Gaussian,
     LinearMap,
-    MultiCategorical,
+    Product,
     relative_entropy,
 )
 
@@ -190,19 +190,21 @@ def log_partition(family: Family) -> LogPartition:
     family              natural parameters θ            G(θ)                             mean parameters μ
     ==================  ==============================  ===============================  =========================
     Categorical         logits, up to a constant        log Σ e^θ                        p
-    MultiCategorical    logits                          a sum of these                   p of each variable
+    Product             those of the parts              a sum of theirs                  those of the parts
     Bernoulli           logits                          Σ log(1 + e^θ)                   p
     Gaussian            m/σ²                            ½σ²‖θ‖²                          m
     DiagonalGaussian    [m/σ², −1/(2σ²)]                Σ −θ₁²/(4θ₂) − ½ log(−2θ₂)       [m, m² + σ²]
     ==================  ==============================  ===============================  =========================
 
+    A MultiCategorical is a product of Categoricals.
+
     Raises:
-        TypeError: if the family is none of these.
+        TypeError: if the family is none of these, nor a product of them.
     """
     if isinstance(family, Categorical):
         return _LogSumExp(family)
-    if isinstance(family, MultiCategorical):
-        return _SumOfLogSumExps(family)
+    if isinstance(family, Product):
+        return _SumOfLogPartitions(family)
     if isinstance(family, Bernoulli):
         return _Softplus(family)
     if isinstance(family, Gaussian):
@@ -210,7 +212,7 @@ def log_partition(family: Family) -> LogPartition:
     if isinstance(family, DiagonalGaussian):
         return _DiagonalGaussianLogPartition(family)
     raise TypeError(
-        f"family must be a Categorical, MultiCategorical, Bernoulli, Gaussian or DiagonalGaussian, got {family!r}: "
+        f"family must be a Categorical, Bernoulli, Gaussian or DiagonalGaussian, or a product of them, got {family!r}: "
         "for another exponential family, subclass LogPartition"
     )
 
@@ -241,36 +243,54 @@ class _LogSumExp(LogPartition):
         return lambda u: p * u
 
 
-class _SumOfLogSumExps(LogPartition):
-    def __init__(self, family: MultiCategorical) -> None:
-        self.family = family
-        self.sizes: Sequence[int] = family.sizes
-        self._part = _LogSumExp(Categorical())
+class _SumOfLogPartitions(LogPartition):
+    """Of independent parts, whose parameters stand side by side."""
 
-    def _each(self, function: Function, x: Tensor) -> list[Tensor]:
-        if x.shape[-1] != sum(self.sizes):
-            raise ValueError(f"{self!r} needs {sum(self.sizes)} components on the last axis, got {x.shape[-1]}")
-        return [function(part) for part in x.split(list(self.sizes), -1)]
+    def __init__(self, family: Product) -> None:
+        self.family = family
+        self._parts, self._sizes = [log_partition(part) for part in family.parts], family.sizes
+
+    def _each(self, x: Tensor) -> Iterator[tuple[LogPartition, Tensor]]:
+        if x.shape[-1] != sum(self._sizes):
+            raise ValueError(f"{self!r} needs {sum(self._sizes)} components on the last axis, got {x.shape[-1]}")
+        return zip(self._parts, x.split(self._sizes, -1))
+
+    def natural(self, outputs: Tensor) -> Tensor:
+        return torch.cat([part.natural(o) for part, o in self._each(outputs)], -1)
+
+    def outputs(self, natural: Tensor) -> Tensor:
+        return torch.cat([part.outputs(theta) for part, theta in self._each(natural)], -1)
+
+    def _outputs(self, natural: Tensor) -> Tensor:
+        return torch.cat([part._outputs(theta) for part, theta in self._each(natural)], -1)
+
+    def check(self, theta: Tensor) -> None:
+        _check_finite(theta, "theta", self)
+        for part, own in self._each(theta):
+            part.check(own)
 
     def check_dual(self, mu: Tensor) -> None:
-        for part in self._each(lambda x: x, mu):
-            _check_simplex(part, "mu", self)
+        _check_finite(mu, "mu", self)
+        for part, own in self._each(mu):
+            part.check_dual(own)
 
     def _value(self, theta: Tensor) -> Tensor:
-        return torch.stack(self._each(self._part._value, theta)).sum(0)
+        return torch.stack([part._value(own) for part, own in self._each(theta)]).sum(0)
 
     def _gradient(self, theta: Tensor) -> Tensor:
-        return torch.cat(self._each(self._part._gradient, theta), -1)
+        return torch.cat([part._gradient(own) for part, own in self._each(theta)], -1)
 
     def _inverse_gradient(self, mu: Tensor) -> Tensor:
-        return torch.cat(self._each(self._part._inverse_gradient, mu), -1)
+        return torch.cat([part._inverse_gradient(own) for part, own in self._each(mu)], -1)
 
     def _hessian(self, theta: Tensor) -> LinearMap:
-        return self.family.metric(theta)
+        return self._blockwise([part._hessian(own) for part, own in self._each(theta)])
 
     def _metric(self, theta: Tensor) -> LinearMap:
-        p = self._gradient(theta.detach())
-        return lambda u: p * u
+        return self._blockwise([part._metric(own) for part, own in self._each(theta)])
+
+    def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
+        return lambda u: torch.cat([m(own) for m, (_, own) in zip(maps, self._each(u))], -1)
 
 
 class _Softplus(LogPartition):

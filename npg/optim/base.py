@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from npg.curvature.online import OnlinePreconditioner
-from npg.families import Family
+from npg.families import Family, Product
 from npg.families.base import check_outputs
 from npg.families.mistakes import ANY_FAMILY, family_of
 from npg.fisher import Kind
@@ -177,16 +178,18 @@ class ModelOptimizer(ExactResume):
                 f"{type(self).__name__} differentiates the model itself, without loss.backward() or a closure: "
                 "call step(inputs, targets)"
             )
-        if not isinstance(targets, Tensor) or targets.ndim == 0:
-            kind = "a tensor without axes" if isinstance(targets, Tensor) else type(targets).__name__
-            raise ValueError(f"targets must be a tensor whose leading axis is that of the mini-batch, got {kind}")
+        # of a families.Product they are a tuple, with those of each part
+        for part in (pytree.tree_leaves(targets) if isinstance(self.family, Product) else None) or [targets]:
+            if not isinstance(part, Tensor) or part.ndim == 0:
+                kind = "a tensor without axes" if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"targets must be a tensor whose leading axis is that of the mini-batch, got {kind}")
         return True
 
     def _make_state(self, params: list[Tensor]) -> None:
         """Make every entry of the state that steps would make, with what it has before the first of them."""
         raise NotImplementedError
 
-    def _log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
         """Log p(targets | outputs) of each event."""
         check_outputs(outputs)
         return self.family.log_likelihood(outputs, targets)

@@ -96,7 +96,7 @@ class DiagonalNGD(ModelOptimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, inputs: Any = MISSING, targets: Tensor = MISSING, *, closure: None = MISSING
+        self, inputs: Any = MISSING, targets: Any = MISSING, *, closure: None = MISSING
     ) -> Tensor:
         """Take one step on a mini-batch; returns its mean negative log-likelihood before the step, ().
 
@@ -106,7 +106,7 @@ class DiagonalNGD(ModelOptimizer):
 
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments.
-            targets: in the shape that ``family.log_likelihood`` takes.
+            targets: in the form that ``family.log_likelihood`` takes.
             closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for.
 
         Raises:
@@ -119,7 +119,7 @@ class DiagonalNGD(ModelOptimizer):
         with buffers.restored_on_error():
             return self._step(inputs, targets, params, buffers)
 
-    def _step(self, inputs: Any, targets: Tensor, params: list[Tensor], buffers: Buffers) -> Tensor:
+    def _step(self, inputs: Any, targets: Any, params: list[Tensor], buffers: Buffers) -> Tensor:
         group = self.param_groups[0]
         linearization = Linearization(self.model, inputs, move_statistics=True)
         fisher = Fisher(

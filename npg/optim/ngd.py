@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
+from torch.utils import _pytree as pytree
 
 from npg.curvature.base import Curvature, State
 from npg.curvature.kronecker import KroneckerFisher
@@ -187,13 +188,13 @@ class NGD(ModelOptimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, inputs: Any = MISSING, targets: Tensor = MISSING, *, closure: None = MISSING
+        self, inputs: Any = MISSING, targets: Any = MISSING, *, closure: None = MISSING
     ) -> StepReport:
         """Take one step on a mini-batch; a step that is refused leaves everything as it was but the damping.
 
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments.
-            targets: in the shape that ``family.log_likelihood`` takes.
+            targets: in the form that ``family.log_likelihood`` takes.
             closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for,
                 and returns None.
 
@@ -215,8 +216,9 @@ class NGD(ModelOptimizer):
         if kept is not None and self.preconditioner is None:
             solver = kept.solve
             fraction = fraction if kept.due else 1.0  # no F is looked at, so that none is linearised for itself
-        rows = ceil(fraction * len(targets))
-        curvature_inputs = first_rows(inputs, rows, len(targets)) if rows < len(targets) else None
+        events = len(pytree.tree_leaves(targets)[0])
+        rows = ceil(fraction * events)
+        curvature_inputs = first_rows(inputs, rows, events) if rows < events else None
         if (factors := self._online_factors()) is not None:
             solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=solver)
         if self.warm_start:
@@ -236,7 +238,7 @@ class NGD(ModelOptimizer):
             fisher=partial(
                 Fisher,
                 kind=self.fisher,
-                targets=targets[:rows] if self.fisher == "empirical" else None,
+                targets=pytree.tree_map(lambda y: y[:rows], targets) if self.fisher == "empirical" else None,
                 generator=self.generator,
             ),
             curvature_inputs=curvature_inputs,

@@ -127,6 +127,14 @@ def _families() -> dict[str, SimpleNamespace]:
             4,
             lambda o: torch.block_diag(_categorical(o[:1]), _categorical(o[1:])),
         ),
+        "product": entry(
+            families.Product(
+                [families.Categorical(), families.Product([families.Bernoulli(), families.Gaussian(0.7)], [1, 1])],
+                [2, 2],
+            ),
+            4,
+            lambda o: torch.block_diag(_categorical(o[:2]), _bernoulli(o[2:3]), torch.eye(1) / 0.7),
+        ),
         "diagonal_gaussian": entry(families.DiagonalGaussian(), 4, _normal),
         "gaussian": entry(families.Gaussian(variance=0.7), 4, lambda o: torch.eye(len(o)) / 0.7),
         "poisson": entry(families.from_torch(lambda o: Independent(Poisson(o.exp()), 1)), 4, _poisson),

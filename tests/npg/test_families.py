@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as D
+from torch.utils._pytree import tree_leaves
 
 from npg import families
 
@@ -178,11 +179,103 @@ def test_sampling_frequencies():
 def test_a_generator_decides_the_sample_and_the_global_stream_stays(case):
     outputs = outputs_of(case, 50)
     state = torch.get_rng_state()
-    a, b = (case.family.sample(outputs, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(a, b)
+    a, b = (tree_leaves(case.family.sample(outputs, torch.Generator().manual_seed(3))) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
     generator = torch.Generator().manual_seed(3)
-    assert not torch.equal(case.family.sample(outputs, generator), case.family.sample(outputs, generator))
+    a, b = (tree_leaves(case.family.sample(outputs, generator)) for _ in range(2))
+    assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- independent parts
+
+
+def test_a_multi_categorical_is_the_product_of_its_variables():
+    """To the last bit: of one kind of part, the sums are the same."""
+    multi, parts = families.MultiCategorical([2, 1, 4]), families.Product([families.Categorical()] * 3, [2, 1, 4])
+    a, b, u = torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(0))
+    y = multi.sample(a, torch.Generator().manual_seed(1))
+    assert all(map(torch.equal, parts.sample(a, torch.Generator().manual_seed(1)), y.unbind(-1)))
+    assert torch.equal(multi.log_likelihood(a, y), parts.log_likelihood(a, y.unbind(-1)))
+    assert torch.equal(multi.score(a, y), parts.score(a, y.unbind(-1)))
+    assert torch.equal(multi.kl(a, b), parts.kl(a, b))
+    assert torch.equal(multi.entropy(a), parts.entropy(a))
+    assert torch.equal(multi.metric(a)(u), parts.metric(a)(u))
+    assert torch.equal(multi.metric_factor(a)(u), parts.metric_factor(a)(u))
+
+
+def test_a_diagonal_gaussian_is_the_product_of_its_components(assert_close):
+    """[m₁, m₂, m₃, s₁, s₂, s₃] are the outputs of the whole, and [m₁, s₁, m₂, s₂, m₃, s₃] those of the parts."""
+    whole, parts = families.DiagonalGaussian(), families.Product([families.DiagonalGaussian()] * 3, [2, 2, 2])
+    order = [0, 3, 1, 4, 2, 5]
+    a, b, u = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(6, 3)
+    assert_close(parts.log_likelihood(a[:, order], y.split(1, -1)), whole.log_likelihood(a, y))
+    assert_close(parts.score(a[:, order], y.split(1, -1)), whole.score(a, y)[:, order])
+    assert_close(parts.kl(a[:, order], b[:, order]), whole.kl(a, b))
+    assert_close(parts.entropy(a[:, order]), whole.entropy(a))
+    for name in ("metric", "metric_factor"):
+        assert_close(getattr(parts, name)(a[:, order])(u[:, order]), getattr(whole, name)(a)(u)[:, order])
+
+
+def test_a_product_of_every_family_in_two_levels(every_family, dense_metric, assert_close):
+    """Sums and blocks of the parts', each taken by itself; the parts are nested by twos."""
+    cases = [case for name, case in every_family.items() if name != "product"]
+    pairs = [cases[i : i + 2] for i in range(0, len(cases), 2)]
+    whole = families.Product(
+        [families.Product([case.family for case in pair], [4] * len(pair)) for pair in pairs],
+        [4 * len(pair) for pair in pairs],
+    )
+    a, b = torch.randn(2, 3, 4 * len(cases), generator=torch.Generator().manual_seed(0)) * 0.7
+    y = whole.sample(a, torch.Generator().manual_seed(1))
+    assert [len(part) for part in y] == [len(pair) for pair in pairs]
+    split = list(zip(cases, a.split(4, -1), b.split(4, -1), tree_leaves(y), strict=True))
+    assert_close(whole.log_likelihood(a, y), sum(c.family.log_likelihood(o, t) for c, o, _, t in split))
+    assert_close(whole.kl(a, b), sum(c.family.kl(o, p) for c, o, p, _ in split))
+    assert_close(whole.score(a, y), torch.cat([c.family.score(o, t) for c, o, _, t in split], -1))
+    for event in range(3):
+        dense = torch.block_diag(*(dense_metric(c, o[event]) for c, o, *_ in split))
+        units = torch.eye(len(dense))
+        assert_close(whole.metric(a[event])(units), dense)
+        factor = whole.metric_factor(a[event])(units)
+        assert_close(factor.T @ factor, dense)
+
+
+def test_what_a_product_cannot_be_made_of_is_refused():
+    one, gauss = families.Categorical(), families.DiagonalGaussian()
+    for parts, sizes, error, match in (
+        ([], [], ValueError, "at least one part"),
+        ([one, gauss], [3], ValueError, "got 2 parts and 1 sizes"),
+        ([one], [0], ValueError, r"at least 1, got 0 for Categorical\(\)"),
+        ([one], [2.0], ValueError, "whole numbers of outputs, at least 1, got 2.0"),
+        ([one], [True], ValueError, "got True"),
+        ([one, families.Product([one], [3])], [3, 4], ValueError, r"has 4 for Product.*takes 3 outputs: write that"),
+        ([families.MultiCategorical([2, 2])], [3], ValueError, r"has 3 for MultiCategorical.*takes 4 outputs"),
+        ([torch.nn.MSELoss()], [3], TypeError, r"families.Gaussian\(\)"),
+        (one, [3], TypeError, r"must be lists.*write Product\(\["),
+    ):
+        with pytest.raises(error, match=match):
+            families.Product(parts, sizes)
+    product = families.Product([one, gauss], [3, 4])
+    outputs = torch.zeros(5, 7)
+    indices, reals = torch.zeros(5, dtype=torch.long), torch.zeros(5, 2)
+    for bad, targets, match in (
+        (outputs, torch.zeros(5, 3), "targets must be a tuple of 2, those of each part of .*, got a Tensor"),
+        (outputs, (indices,), "targets must be a tuple of 2.*, got 1"),
+        (outputs, (reals, indices), r"targets must have shape \(5,\)"),
+        (outputs, (indices, reals[:1]), r"targets must have the shape \(5, 2\) of the mean, got \(1, 2\)"),
+        (torch.zeros(5, 8), (indices, reals), r"outputs must have 7 = sum\(\[3, 4\]\) components"),
+    ):
+        for method in (product.log_likelihood, product.score):
+            with pytest.raises(ValueError, match=match):
+                method(bad, targets)
+
+
+def test_outputs_out_of_the_domain_of_one_part_are_so_for_the_product():
+    poisson = families.from_torch(lambda o: D.Independent(D.Poisson(o.exp()), 1))
+    product = families.Product([families.Categorical(), poisson], [2, 1])
+    with pytest.raises(families.OutOfDomainError, match="is not defined at these outputs"):
+        product.metric(torch.tensor([[0.0, 0.0, 800.0]]))
 
 
 # ------------------------------------------------------------------------------------------------------ hard outputs
@@ -324,6 +417,8 @@ def test_names():
     assert repr(families.Categorical()) == "Categorical()"
     assert repr(families.MultiCategorical([2, 3])) == "MultiCategorical([2, 3])"
     assert repr(families.Gaussian(2.0)) == "Gaussian(variance=2.0)"
+    product = families.Product([families.Categorical(), families.Gaussian(2.0)], [3, 1])
+    assert repr(product) == "Product([Categorical(), Gaussian(variance=2.0)], [3, 1])"
 
 
 def test_large_logits_keep_their_digits_on_both_sides():

@@ -41,6 +41,9 @@ GEOMETRIES = {
     "transport chain": wasserstein(families.Categorical(), CHAIN + CHAIN.T),
     "transport bits": wasserstein(families.Bernoulli()),
     "transport classes": wasserstein(families.MultiCategorical([1, 3])),
+    "transport product": wasserstein(
+        families.Product([families.DiagonalGaussian(), families.MultiCategorical([2])], [2, 2])
+    ),
     "own": geometry_of(Weighted()),
 }
 

@@ -26,6 +26,13 @@ from npg.mirror import (
 FAMILIES = {
     "categorical": (families.Categorical(), 5),
     "multicategorical": (families.MultiCategorical([2, 3]), 5),
+    "product": (
+        families.Product(
+            [families.Product([families.Bernoulli(), families.Gaussian(0.3)], [1, 2]), families.DiagonalGaussian()],
+            [3, 2],
+        ),
+        5,
+    ),
     "bernoulli": (families.Bernoulli(), 4),
     "gaussian": (families.Gaussian(variance=0.3), 4),
     "diagonal_gaussian": (families.DiagonalGaussian(), 4),
@@ -411,3 +418,25 @@ def test_the_divergence_of_near_points_keeps_its_digits(name, size):
     d = new - old
     quadratic = 0.5 * (d * potential.hessian(old)(d)).sum()
     assert float(potential.divergence(new, old)) == pytest.approx(float(quadratic), rel=10 * size + 1e-7)
+
+
+def test_the_log_partition_of_a_product_is_that_of_its_parts():
+    parts, sizes = [families.Categorical(), families.DiagonalGaussian(), families.Gaussian(0.5)], [3, 2, 2]
+    whole, each = log_partition(families.Product(parts, sizes)), [log_partition(part) for part in parts]
+    outputs = 0.5 * torch.randn(5, 7, generator=generator(0))
+    theta = whole.natural(outputs)
+    own = [part.natural(o) for part, o in zip(each, outputs.split(sizes, -1))]
+    torch.testing.assert_close(theta, torch.cat(own, -1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(whole.value(theta), sum(p.value(t) for p, t in zip(each, own)), rtol=1e-12, atol=0)
+    mu = whole.gradient(theta)
+    torch.testing.assert_close(mu, torch.cat([p.gradient(t) for p, t in zip(each, own)], -1), rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"second half of theta.*log_partition\(DiagonalGaussian"):
+        whole.value(-theta)
+    with pytest.raises(ValueError, match=r"mu must lie in the .*log_partition\(Categorical"):
+        whole.inverse_gradient(torch.cat([mu[:, :3] * 2, mu[:, 3:]], -1))
+    with pytest.raises(ValueError, match="needs 7 components on the last axis, got 6"):
+        whole.value(theta[:, :6])
+    other = families.from_torch(lambda o: torch.distributions.Independent(torch.distributions.Poisson(o.exp()), 1))
+    product = families.Product([families.Categorical(), other], [3, 1])
+    with pytest.raises(TypeError, match="or a product of them, got from_torch"):
+        log_partition(product)

@@ -48,6 +48,7 @@ MEANT = [
     (families.Categorical, "families.Categorical()"),
     (families.DiagonalGaussian, "families.DiagonalGaussian()"),
     (families.MultiCategorical, "families.MultiCategorical(sizes)"),
+    (families.Product, "families.Product(parts, sizes)"),
     ("categorical", "families.Categorical()"),
     ("cross_entropy", "families.Categorical()"),
     ("unheard of", "families.Categorical() for class indices"),

@@ -308,6 +308,14 @@ CASES = {
     "complete graph": (families.Categorical(), None, 4),
     "chain": (families.Categorical(), chain(4), 4),
     "multicategorical": (families.MultiCategorical([2, 3]), None, 5),
+    "product": (
+        families.Product(
+            [families.Categorical(), families.Product([families.Gaussian(0.2), families.Bernoulli()], [2, 1])],
+            [3, 3],
+        ),
+        None,
+        6,
+    ),
 }
 
 
@@ -523,3 +531,25 @@ def test_other_bad_arguments():
         wasserstein(families.from_torch(lambda o: Poisson(o.exp()[..., 0])))
     with pytest.raises(ValueError, match="graph has 3 nodes, but the outputs have 4 classes"):
         wasserstein(families.Categorical(), chain(3))(torch.zeros(2, 4))
+
+
+def test_the_geometry_of_a_product_is_that_of_its_parts():
+    """Of a sum of squares the least is the sum of the least: W₂² of independent parts adds up."""
+    parts, sizes = [families.DiagonalGaussian(), families.Categorical(), families.Bernoulli()], [4, 3, 2]
+    product = wasserstein(families.Product(parts, sizes))
+    old, new = randn(6, 9, seed=70), randn(6, 9, seed=71)
+    each = [(wasserstein(part), *pair) for part, *pair in zip(parts, old.split(sizes, -1), new.split(sizes, -1))]
+    expected = torch.stack([part.divergence(a, b) for part, a, b in each]).sum(0)
+    torch.testing.assert_close(product.divergence(old, new), expected, rtol=1e-12, atol=0)
+    blocks = torch.block_diag(*(dense(part, a[0]) for part, a, _ in each))
+    torch.testing.assert_close(dense(product, old[0]), blocks, rtol=1e-12, atol=1e-15)
+    factor = product.factor(old[0])(torch.eye(9, dtype=torch.float64))
+    torch.testing.assert_close(factor.T @ factor, blocks, rtol=1e-10, atol=1e-12)
+
+
+def test_a_product_with_a_part_of_no_known_geometry_is_refused():
+    other = families.from_torch(lambda o: torch.distributions.Independent(torch.distributions.Poisson(o.exp()), 1))
+    with pytest.raises(TypeError, match="no Wasserstein metric is known for from_torch"):
+        wasserstein(families.Product([families.Categorical(), other], [3, 1]))
+    with pytest.raises(ValueError, match="graph connects the classes of a Categorical, and Product"):
+        wasserstein(families.Product([families.Categorical()], [4]), chain(4))

@@ -42,10 +42,13 @@ def inside(model: nn.Module, block: Block, key: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_exact_for_a_deep_linear_network(corrected, assert_close):
+@pytest.mark.parametrize(
+    "family", [families.Gaussian(0.5), families.Product([families.Gaussian(0.5), families.Gaussian(3.0)], [1, 1])]
+)
+def test_exact_for_a_deep_linear_network(corrected, family, assert_close):
     """Gradients of a linear network do not depend on its inputs (Bernacchia, Lengyel and Hennequin 2018)."""
     model = made(lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 2)))
-    fisher = Fisher(model, torch.randn(20, 3, generator=generator()), families.Gaussian(0.5))
+    fisher = Fisher(model, torch.randn(20, 3, generator=generator()), family)
     approximation = KroneckerFisher(fisher, probes=None, corrected=corrected)
     exact = fisher.dense()
     expected = torch.zeros_like(exact)

@@ -569,3 +569,42 @@ def test_a_step_to_parameters_that_are_not_finite_is_refused(options, lr):
     assert not report.step.any()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][k], v) for p, s in state.items() for k, v in s.items())
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_targets_of_a_product_are_a_tuple(kind):
+    """A class, and a real number with its spread: the step is that of the dense Fisher of the first rows."""
+    family = families.Product([families.Categorical(), families.DiagonalGaussian()], [2, 2])
+    model, twin = classifier(), classifier()
+    (x, classes), *_ = batches(1)
+    y = (classes % 2, torch.randn(40, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    NGD(model, family, damping=0.1, solver="dense", fisher=kind, curvature_fraction=0.25).step(x, y)
+    first = tuple(part[:10] for part in y) if kind == "empirical" else None
+    f = Fisher(twin, x[:10], family, kind=kind, targets=first).dense()
+    loss = (
+        functional.cross_entropy(twin(x)[:, :2], y[0])
+        - torch.distributions.Normal(twin(x)[:, 2:3], twin(x)[:, 3:].exp()).log_prob(y[1]).mean()
+    )
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(twin.parameters()))])
+    lr = NGD(twin, family, damping=0.1).param_groups[0]["lr"]
+    want = vector(twin) - lr * torch.linalg.solve(f + 0.1 * torch.eye(len(g)).double(), g)
+    torch.testing.assert_close(vector(model), want, rtol=0, atol=1e-10)
+
+
+def test_targets_of_a_product_that_are_no_tensors_are_refused():
+    family = families.Product([families.Categorical(), families.Gaussian()], [3, 1])
+    model, (x, y) = classifier(), batches(1)[0]
+    before = vector(model)
+    for targets, match in (
+        ((), "got tuple"),
+        ((y, 1.0), "got float"),
+        ((y, torch.zeros(())), "got a tensor without axes"),
+        (y, "targets must be a tuple of 2"),
+        ((y % 3,), "targets must be a tuple of 2.*got 1"),
+        ((y % 3, torch.zeros(39, 1)), r"must have the shape \(40, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            NGD(model, family, damping=0.1).step(x, targets)
+    with pytest.raises(ValueError, match="got tuple"):
+        NGD(model, families.Categorical(), damping=0.1).step(x, (y,))
+    assert torch.equal(vector(model), before)

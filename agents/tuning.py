@@ -36,6 +36,7 @@ from agents.search_space import coded, load_space, settings_of, suggested, value
 from agents.training import start
 from npg.parallel import World
 from npg.runs import folder
+from npg.runs.command_line import steady_console
 from npg.runs.files import replacing, write_rows
 from npg.runs.presets import check_kinds, check_names, read_yaml, require
 from npg.runs.signals import StopRequest
@@ -390,6 +391,7 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
 def _work(path: Path, tickets: Any) -> None:
     """A process of the search: trials as long as there are tickets. The one that began the search ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    steady_console()
     tuning = Tuning(path)
     tuning.config = replace(tuning.config, options={"threads": 1, **tuning.config.options})
     while True:

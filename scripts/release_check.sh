@@ -23,7 +23,7 @@ wheel=$(echo "$dist"/npg_toolkit-*.whl)
 "$work/build/bin/python" - "$wheel" <<'PY'
 import sys, zipfile
 names = zipfile.ZipFile(sys.argv[1]).namelist()
-needed = ["npg/py.typed", "npg/vision/presets/tuned.yaml", "agents/presets/trpo.yaml", "agents/presets/search.yaml"]
+needed = ["npg/py.typed", "npg/vision/presets/tuned.yaml", "agents/presets/trpo.yaml", "agents/presets/search.yaml", "agents/cli/train_agent.py"]
 missing = [name for name in needed if name not in names]
 strangers = [n for n in names if n.split("/")[0] not in ("npg", "agents", "envs") and ".dist-info/" not in n]
 assert not missing and not strangers, (missing, strangers)
@@ -55,11 +55,35 @@ assert conjugate_gradient(Fisher(model, x, families.Categorical()), gradient, da
 assert NGD(model, families.Categorical(), lr=1.0, damping=1e-2).step(x, y).accepted
 TRPO("MlpPolicy", make_vec_env("CartPole-v1", n_envs=4, seed=0), n_steps=64).learn(512)
 PY
-# The commands of the wheel where it has them, else the clone's.
-train="$work/fresh/bin/npg-train-agent"
-[ -x "$train" ] || train="$work/fresh/bin/python $root/scripts/train_agent.py"
-$train trpo CartPole-v1 --timesteps 10000 --no-progress --run-dir run
-test -s run/last_model.zip && test -s run/learning_curve.png
+
+step "the commands, in the same folder"
+export PATH="$work/fresh/bin:$PATH"
+for command in "$work"/fresh/bin/npg-*; do
+    "$command" --version | grep -q "^npg-toolkit $version, "
+    "$command" --help | head -n 1
+done
+# A console without the signs of the tables, and a reader that leaves, end nothing.
+PYTHONIOENCODING=ascii npg-train-agent trpo CartPole-v1 --timesteps 10000 --no-progress --run-dir run | head -n 1
+test -s run/last_model.zip && test -s run/final_evaluation.json && test -s run/learning_curve.png
+npg-train-agent --resume run --timesteps 12000 --no-progress
+npg-evaluate-agent run --episodes 5
+npg-export-agent run --format torchscript
+npg-train-agent npg CartPole-v1 --timesteps 4000 --seeds 0-1 --no-progress --run-dir seeds
+python - <<'PY'
+import numpy, pathlib
+from PIL import Image
+numbers = numpy.random.default_rng(0)
+for part, count in (("train", 64), ("test", 16)):
+    for name in ("cat", "dog"):
+        folder = pathlib.Path("images", part, name)
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(numbers.integers(0, 256, (32, 32, 3), dtype=numpy.uint8)).save(folder / f"{i:02}.png")
+PY
+npg-train-cifar densenet-basic-10-4 online-ngd --preset report --data images --epochs 1 --batch-size 32 --validation-size 16 \
+    --device cpu --run-dir cifar
+npg-evaluate-cifar cifar --device cpu
+test -z "$(find . -name '*.py')" # nothing of a clone was needed
 
 step "passed"
 ls -l "$dist"

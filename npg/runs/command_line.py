@@ -1,9 +1,13 @@
-"""What the scripts share: a parser that names the nearest options, and errors of one line."""
+"""What the commands share: a parser that names the nearest options, errors of one line, a console that cannot fail."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib.metadata
+import io
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from npg.runs.presets import check_names
 
-__all__ = ["MISTAKES", "Parser", "command", "restarted"]
+__all__ = ["MISTAKES", "Parser", "again", "command", "restarted", "steady_console"]
 
 MISTAKES = (ValueError, OSError)
 """What bad input raises before any work: shown as a message, without a traceback."""
@@ -21,13 +27,88 @@ MISTAKES = (ValueError, OSError)
 
 def command() -> str:
     """The command line that runs, as a shell takes it."""
-    return shlex.join([sys.executable, *sys.argv])
+    return shlex.join([sys.executable, *sys.argv] if _is_script() else sys.argv)
+
+
+def again(*arguments: object, command: str | None = None) -> str:
+    """A command line that starts this command again, or another one, such as ``"train_agent"``, in the same way."""
+    path = Path(sys.argv[0])
+    if _is_script():
+        words = ["python", path.with_name(f"{command}.py") if command else path]
+    else:
+        words = [f"npg-{command.replace('_', '-')}" if command else path.name.removesuffix(".exe")]
+    return shlex.join(map(str, [*words, *arguments]))
+
+
+def _is_script() -> bool:
+    return sys.argv[0].endswith(".py")
+
+
+def version() -> str:
+    """The version of the package, and of what decides most how it runs."""
+    try:
+        ours = importlib.metadata.version("npg-toolkit")
+    except importlib.metadata.PackageNotFoundError:
+        ours = "(not installed)"
+    return f"npg-toolkit {ours}, PyTorch {torch.__version__}, Python {platform.python_version()}"
 
 
 def restarted(run_dir: Path | None) -> bool:
     """Whether ``torchrun --max-restarts`` has started this command again, whose run had begun in `run_dir`."""
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return again and run_dir is not None and (run_dir / "config.yaml").is_file()
+
+
+# The console ----------------------------------------------------------------------------------------------------------
+
+#: A reader that is gone: a pipe, on Windows too, and a terminal.
+_GONE = (errno.EPIPE, errno.EINVAL, errno.EIO)
+
+
+class _Console(io.RawIOBase):
+    """A stream's bytes, which are dropped from the moment that nobody is there to read them."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw, self._gone = raw, False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return len(data) if self._gone else self._raw.write(data)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            self._gone = True
+            return len(data)
+
+
+def steady_console() -> None:
+    """Let nothing that this process prints end it.
+
+    What the console's encoding lacks is shown as ``?``. When the reader is gone (``| head``, or a terminal that was
+    closed), the process goes on and prints to nobody: a training of hours is worth more than its lines. Other errors,
+    such as a disk that is full, are raised as ever.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif type(stream) is io.TextIOWrapper:
+            raw: Any = getattr(stream.buffer, "raw", stream.buffer)  # itself where Python does not buffer (-u)
+            errors = "replace" if name == "stdout" else stream.errors
+            buffer = io.BufferedWriter(_Console(raw))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, errors, line_buffering=True))
+
+
+# The parser -----------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,9 +128,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             usage=usage, description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False, **others
         )
+        self.add_argument("--version", action="version", version=version(), help="show the versions, and exit")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """`parse_args`, but an unknown option's error names the nearest known ones."""
+        """`parse_args`, but an unknown option's error names the nearest known ones.
+
+        Args:
+            arguments: None for those of this process, whose console is then a `steady_console`.
+        """
+        if arguments is None:
+            steady_console()
         namespace, unknown = self.parse_known_args(arguments)
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         try:

@@ -1,6 +1,5 @@
 """Where a step's seconds and bytes go, measured without stopping the device."""
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -10,6 +9,11 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from npg.parallel import mean_
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["Mark", "Stopwatch", "peak_memory"]
 
@@ -87,8 +91,13 @@ def _seconds(origin: Mark, mark: Mark) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the CUDA device in the epoch, or the largest resident set on the CPU."""
+    """Bytes: the most that was allocated on the CUDA device in the epoch, or the largest resident set on the CPU.
+
+    0 where the system does not say (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

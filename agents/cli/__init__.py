@@ -1,0 +1,1 @@
+"""The commands of the installed package for agents; `scripts/` has the same for a clone."""

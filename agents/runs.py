@@ -23,7 +23,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -187,9 +187,10 @@ class RunFolder(folder.RunFolder):
     def _boards(self) -> list[Path]:
         return sorted(self.path.glob("events.out.tfevents.*"))
 
-    def logger(self) -> Logger:
-        """Scalars of every update, to progress.csv and TensorBoard; existing ones are continued."""
-        return Logger(str(self.path), [_Progress(self.path / "progress.csv"), TensorBoardOutputFormat(str(self.path))])
+    def logger(self, others: Iterable[KVWriter] = ()) -> Logger:
+        """Scalars of every update, to progress.csv, TensorBoard and `others`; existing ones are continued."""
+        own = [_Progress(self.path / "progress.csv"), TensorBoardOutputFormat(str(self.path))]
+        return Logger(str(self.path), [*own, *others])
 
     def episodes(self, env_id: str) -> EpisodeFile:
         """monitor.csv, to append to."""

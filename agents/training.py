@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from agents.evaluation import Evaluation, Stopped, evaluate_saved, make_env, rec
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, read_state, save_agent
 from agents.saved import saved_values
 from agents.state import begin_episodes, restore, restore_log
+from agents.trackers import TRACKERS, check_trackers
 from envs.state import has_state
 from envs.watchdog import Watchdog
 from npg.parallel import World
@@ -82,24 +84,33 @@ class Run:
     world: World = _ALONE
     state: dict[str, Any] | None = None
 
-    def train(self, *, progress: bool = True, video: bool = False) -> Outcome:
+    def train(
+        self, *, progress: bool = True, video: bool = False, trackers: Mapping[str, str] = MappingProxyType({})
+    ) -> Outcome:
         """Train to the configured number of steps, or until Ctrl-C; in both cases the agent and its curve are saved.
+
+        Args:
+            progress: show a progress bar.
+            video: record an episode of the best agent at the end.
+            trackers: out of `agents.trackers.TRACKERS`, each with its project or experiment.
 
         Raises:
             FloatingPointError: if the critic's loss is not finite; what was saved last stays.
+            TrackerError: if a tracker cannot begin.
         """
         if self.folder is None:
             return self._help()
         try:
-            return self._lead(self.folder, progress, video)
+            return self._lead(self.folder, progress, video, trackers)
         finally:
             self.folder.unlock()
 
-    def _lead(self, folder: RunFolder, progress: bool, video: bool) -> Outcome:
+    def _lead(self, folder: RunFolder, progress: bool, video: bool, trackers: Mapping[str, str]) -> Outcome:
         """The training of the main process, which writes everything."""
         model, config = self.model, self.config
         in_progress = config.exact_resume == "state"
-        model.set_logger(folder.logger())
+        check_trackers(trackers)
+        model.set_logger(folder.logger(TRACKERS[name](folder.path, to, config) for name, to in trackers.items()))
         if self.state is not None:
             restore_log(model, self.state)
         if not folder.last.model.exists():

@@ -14,6 +14,7 @@ from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve, whole_nu
 from agents.evaluation import check_video, table
 from agents.runs import RunFolder
 from agents.seeds import SeedsFolder, parse_seeds, summary_table
+from agents.trackers import TRACKERS, TrackerError, check_trackers
 from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, check_import, resume, start
 from npg.parallel import World, open_world
 from npg.runs.command_line import Parser, again, command, restarted
@@ -113,6 +114,8 @@ def make_parser() -> Parser:
     add("--n-eval-envs", type=int, metavar="N", help="environments evaluated together (default: one per episode)")
     add("--video", action="store_true", help="record an episode of the best agent at the end")
     add("--no-progress", action="store_true", help="show no progress bar")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    add("--mlflow", metavar="EXPERIMENT", help="log to MLflow too")
     return parser
 
 
@@ -134,7 +137,12 @@ def configure(args: argparse.Namespace) -> RunConfig:
     return resolve(args.algo, args.env, preset=args.preset, settings=parse_settings(args.set), **options)
 
 
+def trackers(args: argparse.Namespace) -> dict[str, str]:
+    return {name: getattr(args, name) for name in TRACKERS if getattr(args, name) is not None}
+
+
 def prepare(args: argparse.Namespace, config: RunConfig, world: World) -> Run:
+    check_trackers(trackers(args))
     if args.video:
         check_video(config)
     if args.resume is None:
@@ -170,8 +178,8 @@ def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
         processes = f", {run.world.size} processes" if run.world.group is not None else ""
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
         print(EXACT_RESUME[config.exact_resume], flush=True)
-    with parser.training(go_on, FloatingPointError):
-        outcome = run.train(progress=not args.no_progress, video=args.video)
+    with parser.training(go_on, FloatingPointError, TrackerError):
+        outcome = run.train(progress=not args.no_progress, video=args.video, trackers=trackers(args))
     if run.folder is not None:
         report(run, run.folder, outcome)
     return 130 if outcome.interrupted else 0
@@ -185,6 +193,7 @@ def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
         raise ValueError("--seed cannot go with --seeds: give one of the two")
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
+    check_trackers(trackers(args))
     seeds = () if args.seeds is None else parse_seeds(args.seeds)
     options = parser.options_of(args, ("seeds", "jobs", "threads", "run_dir", "resume", "no_progress"))
     if args.resume is None:

@@ -65,7 +65,7 @@ done
 # A console without the signs of the tables, and a reader that leaves, end nothing.
 PYTHONIOENCODING=ascii npg-train-agent trpo CartPole-v1 --timesteps 10000 --no-progress --run-dir run | head -n 1
 test -s run/last_model.zip && test -s run/final_evaluation.json && test -s run/learning_curve.png
-npg-train-agent --resume run --timesteps 12000 --no-progress
+npg-train-agent --resume run --timesteps 20000 --no-progress
 npg-evaluate-agent run --episodes 5
 npg-export-agent run --format torchscript
 npg-train-agent npg CartPole-v1 --timesteps 4000 --seeds 0-1 --no-progress --run-dir seeds

@@ -36,6 +36,7 @@ from agents.options import HasOptions, option
 from agents.saved import saved_attributes, saved_values
 from agents.schedules import schedule, value_at
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
+from npg.constraint import Constraint
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.families import Geometry
 from npg.parallel import size
@@ -366,6 +367,10 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
     def actor_step(self, batch: Batch) -> ActorReport:
         """Move the actor's parameters."""
 
+    def learn_more(self, observations: Any) -> dict[str, float]:
+        """What the algorithm learns of a rollout beside actor and critic; what the log shall have of it, by name."""
+        return {}
+
     def surrogate(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         """The objective of the actor's step: outputs ↦ the mean over events of what to maximise."""
         return surrogate(self.networks.actor.family, batch)
@@ -458,6 +463,7 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
         learning_rate: float | None = None,
         damping: float | None = None,
         solver: Solver | None = None,
+        constraint: Constraint | None = None,
     ) -> StepReport:
         """`npg.natural_step` of the actor on a batch, within a trust region or by a learning rate.
 
@@ -475,6 +481,7 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
             solver=solver or partial(conjugate_gradient, max_iterations=self.cg_max_steps, rtol=1e-5),
             curvature_inputs=batch.curvature_inputs,
             preconditioner=_PRECONDITIONERS[self.preconditioner],
+            constraint=constraint,
             parameters=self.networks.actor_parameters,
             process_group=self.process_group,
         )

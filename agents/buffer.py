@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common import buffers
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
-__all__ = ["RolloutBuffer", "random_part", "rows"]
+__all__ = ["RolloutBuffer", "advantages_of", "random_part", "rows"]
 
 
 def rows(observations: Any, index: Any) -> Any:
@@ -28,6 +28,32 @@ def random_part(observations: Any, fraction: float) -> Any:
     first = next(iter(observations.values())) if isinstance(observations, dict) else observations
     order = torch.randperm(len(first), device=first.device)
     return rows(observations, order[: max(1, round(fraction * len(first)))])
+
+
+def advantages_of(
+    rewards: NDArray[np.float32],
+    values: NDArray[np.float32],
+    final: NDArray[np.float32],
+    alive: NDArray[np.float32],
+    gamma: float,
+    gae_lambda: float,
+) -> NDArray[np.float32]:
+    """Generalised advantage estimation, Â_t = δ_t + γλ Â_{t+1} within an episode.
+
+    Args:
+        rewards: (steps, n).
+        values: of the observations that were acted on, (steps, n).
+        final: of those after the last step, (1, n).
+        alive: 1 where the episode goes on after the step, and 0 where it ends with it, (steps, n).
+        gamma: γ.
+        gae_lambda: λ.
+    """
+    delta = rewards + gamma * np.concatenate([values[1:], final]) * alive - values
+    decay = gamma * gae_lambda * alive
+    advantages, advantage = np.zeros_like(rewards), np.zeros(rewards.shape[1], np.float32)
+    for step in reversed(range(len(rewards))):
+        advantages[step] = advantage = delta[step] + decay[step] * advantage
+    return advantages
 
 
 class RolloutBuffer(buffers.RolloutBuffer):
@@ -49,15 +75,17 @@ class RolloutBuffer(buffers.RolloutBuffer):
         self.full = self.pos == self.buffer_size
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: NDArray[Any]) -> None:
-        """Generalised advantage estimation, Â_t = δ_t + γλ Â_{t+1} within an episode, and the returns Â + V."""
+        """`advantages_of` the steps, and the returns Â + V."""
         final = last_values.detach().cpu().numpy().reshape(1, -1)
-        alive = 1.0 - np.concatenate([self.episode_starts[1:], dones.astype(np.float32).reshape(1, -1)])
-        delta = self.rewards + self.gamma * np.concatenate([self.values[1:], final]) * alive - self.values
-        decay = self.gamma * self.gae_lambda * alive
-        advantage = np.zeros(self.n_envs, np.float32)
-        for step in reversed(range(self.buffer_size)):
-            self.advantages[step] = advantage = delta[step] + decay[step] * advantage
+        self.advantages = advantages_of(
+            self.rewards, self.values, final, self.alive(dones), self.gamma, self.gae_lambda
+        )
         self.returns = self.advantages + self.values
+
+    def alive(self, dones: NDArray[Any]) -> NDArray[np.float32]:
+        """1 where the episode goes on after a step, (steps, n); ``dones`` are those of the last step, (n,)."""
+        ends = np.concatenate([self.episode_starts[1:], dones.astype(np.float32).reshape(1, -1)])
+        return np.float32(1) - ends
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
         """Shuffled mini-batches; or, without a size, everything once and in the order of its steps."""

@@ -22,7 +22,7 @@ from agents.buffer import RolloutBuffer, rows
 from agents.networks import Networks
 from npg.parallel import mean_, size
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "cut_off"]
 
 #: Buffers that only store what they are given, to which values and log-likelihoods can be given afterwards.
 _STORES = (RolloutBuffer, buffers.RolloutBuffer, buffers.DictRolloutBuffer)
@@ -100,7 +100,7 @@ class Collector(OnPolicyAlgorithm):
             cut: list[_Cut] = []
             if dones.any():
                 self._update_info_buffer(infos, dones)
-                cut = _cut_off(infos, dones, n_steps)
+                cut = cut_off(infos, dones, n_steps)
             observations: Any = self._last_obs
             starts = self._last_episode_starts
             if len(said) == 1:
@@ -236,7 +236,7 @@ def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.nd
     return record
 
 
-def _cut_off(infos: list[dict[str, Any]], dones: np.ndarray, step: int) -> list[_Cut]:
+def cut_off(infos: list[dict[str, Any]], dones: np.ndarray, step: int) -> list[_Cut]:
     """The environments whose episode was cut off by its time limit in this step."""
     return [
         (step, index, infos[index]["terminal_observation"])

@@ -17,28 +17,14 @@ from agents.update import Batch
 from npg.step import StepReport
 from npg.trust_region import KLDirection, TrustRegion
 
-__all__ = ["TRPO"]
+__all__ = ["TRPO", "TrustRegionAlgorithm"]
 
 
-class TRPO(NaturalStepAlgorithm):
-    """Trust region policy optimization (Schulman et al. 2015): the natural step within a KL radius.
-
-    ``max_θ E[(π_θ/π_old) A]  subject to  E[KL(π_old ‖ π_θ)] ≤ δ``, solved by one step s ∝ (F + λI)⁻¹g, scaled to the
-    radius and shortened until the true KL and the true surrogate agree. A step that never does is refused, and the
-    policy stays bit for bit what it was.
-
-    The arguments up to ``device`` are those of ``sb3_contrib.TRPO`` with the same defaults; those after it are our own.
-    It bounds another KL by default: KL(old ‖ new), the paper's, where ``sb3_contrib`` bounds KL(new ‖ old). For a Box
-    or MultiBinary space of n components ``target_kl`` bounds the KL of the whole action, and ``cg_damping`` is added to
-    the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its trust region is that of
-    ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
+class TrustRegionAlgorithm(NaturalStepAlgorithm):
+    """An algorithm whose steps are searched for within a KL radius: what TRPO and CPO share.
 
     Args:
         {options}
-
-    Raises:
-        TypeError: if an argument is not of its kind; a float is no whole number.
-        ValueError: if an argument is out of its range.
     """
 
     line_search_shrinking_factor: float = option(
@@ -60,14 +46,6 @@ class TRPO(NaturalStepAlgorithm):
         after="normalize_advantage",
         scheduled=True,
     )
-    step_size: float | None = option(
-        default=None,
-        check=positive_or_none,
-        doc="the largest multiple of the natural gradient, α > 0; None for no limit but the radius. A step within the "
-        "radius is then no longer than the one of mirror descent, max gᵀd − dᵀFd/2α: where there is little to gain, "
-        'it is short. Give ``advantage_deviation="running"`` with it.',
-        keyword=True,
-    )
     kl_direction: KLDirection = option(
         default="old_new",
         check=partial(one_of, known=("old_new", "new_old")),
@@ -83,15 +61,13 @@ class TRPO(NaturalStepAlgorithm):
         keyword=True,
     )
 
-    sb3_contrib_options: ClassVar[dict[str, Any]] = {"kl_direction": "new_old", "kl_reduction": "mean"}
-
     def check_options(self) -> None:
         """Refuse a line search that would not shorten the step."""
         if self.line_search_shrinking_factor == 1:
             raise ValueError("line_search_shrinking_factor must be smaller than 1, got 1: the step would stay as it is")
 
-    def actor_step(self, batch: Batch) -> StepReport:
-        """One natural step within the radius."""
+    def step_in_region(self, batch: Batch, **options: Any) -> StepReport:
+        """`natural_step` within the radius of this moment, with further ``options`` of it."""
         self.check_options()
         region = TrustRegion(
             radius=self.radius(self.target_kl),
@@ -106,6 +82,42 @@ class TRPO(NaturalStepAlgorithm):
         return self.natural_step(
             batch,
             trust_region=replace(region, radius=n * region.radius),
-            learning_rate=self.step_size,
             damping=n * self.cg_damping,
+            **options,
         )
+
+
+class TRPO(TrustRegionAlgorithm):
+    """Trust region policy optimization (Schulman et al. 2015): the natural step within a KL radius.
+
+    ``max_θ E[(π_θ/π_old) A]  subject to  E[KL(π_old ‖ π_θ)] ≤ δ``, solved by one step s ∝ (F + λI)⁻¹g, scaled to the
+    radius and shortened until the true KL and the true surrogate agree. A step that never does is refused, and the
+    policy stays bit for bit what it was.
+
+    The arguments up to ``device`` are those of ``sb3_contrib.TRPO`` with the same defaults; those after it are our own.
+    It bounds another KL by default: KL(old ‖ new), the paper's, where ``sb3_contrib`` bounds KL(new ‖ old). For a Box
+    or MultiBinary space of n components ``target_kl`` bounds the KL of the whole action, and ``cg_damping`` is added to
+    the Fisher of it, where ``sb3_contrib`` divides both KL and Fisher by n. Its trust region is that of
+    ``kl_direction="new_old", kl_reduction="mean"``, and models that it saved keep it (`load`).
+
+    Args:
+        {options}
+
+    Raises:
+        TypeError: if an argument is not of its kind; a float is no whole number.
+        ValueError: if an argument is out of its range.
+    """
+
+    step_size: float | None = option(
+        default=None,
+        check=positive_or_none,
+        doc="the largest multiple of the natural gradient, α > 0; None for no limit but the radius. A step within the "
+        "radius is then no longer than the one of mirror descent, max gᵀd − dᵀFd/2α: where there is little to gain, "
+        'it is short. Give ``advantage_deviation="running"`` with it.',
+        keyword=True,
+    )
+    sb3_contrib_options: ClassVar[dict[str, Any]] = {"kl_direction": "new_old", "kl_reduction": "mean"}
+
+    def actor_step(self, batch: Batch) -> StepReport:
+        """One natural step within the radius."""
+        return self.step_in_region(batch, learning_rate=self.step_size)

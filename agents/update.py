@@ -6,7 +6,7 @@ What an algorithm adds is one method, ``actor_step(batch)``: how the policy move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import isfinite, nan
 from time import perf_counter
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from agents.buffer import random_part, rows
 from agents.critic import AdamCritic, NaturalCritic, fixed_statistics_of_the_actor, training_mode
+from agents.heads import CriticHead
 from npg.families import Family
 from npg.geometry import FisherRao
 from npg.model import Buffers, undone_on_error
@@ -27,7 +28,7 @@ from npg.parallel import average_, equal, moments, size
 if TYPE_CHECKING:
     from agents.base import NaturalPolicyAlgorithm
 
-__all__ = ["ActorReport", "Batch", "critic_of", "restored_on_error", "surrogate", "update"]
+__all__ = ["ActorReport", "Batch", "critic_for", "critic_of", "restored_on_error", "surrogate", "update"]
 
 
 class Batch(NamedTuple):
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
         actions: in the form that the actor's family takes.
         old_log_likelihood: log p(action) under the policy that acted, (N,).
         advantages: (N,), normalised if so configured.
+        rows: which of the rollout's they are.
     """
 
     inputs: Any
@@ -46,6 +48,7 @@ class Batch(NamedTuple):
     actions: Tensor
     old_log_likelihood: Tensor
     advantages: Tensor
+    rows: slice | Tensor = slice(None)
 
 
 class ActorReport(Protocol):
@@ -89,6 +92,7 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
         if networks.critic_parameters:
             with training_mode(policy, but=fixed):
                 loss = critic.fit(rollout.observations, rollout.returns)
+        others = agent.learn_more(rollout.observations)
     if isinstance(critic, NaturalCritic):
         agent.critic_damping = critic.damping
     if networks.critic_parameters and agent.n_critic_updates and not isfinite(loss):
@@ -110,6 +114,8 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
     record("train/entropy_loss", -agent.entropy)
     if hasattr(policy, "log_std"):
         record("train/std", torch.exp(policy.log_std).mean().item())
+    for name, value in others.items():
+        record(name, value)
     record("time/collect_seconds", agent.collect_seconds)
     record("time/critic_seconds", critic_seconds)
 
@@ -128,6 +134,7 @@ def batch_of(agent: NaturalPolicyAlgorithm, rollout: Any) -> Batch:
         actions=actor.targets(rollout.actions[part]),
         old_log_likelihood=rollout.old_log_prob[part],
         advantages=advantages,
+        rows=part,
     )
 
 
@@ -159,22 +166,33 @@ def surrogate(family: Family, batch: Batch) -> Callable[[Tensor], Tensor]:
 def critic_of(agent: NaturalPolicyAlgorithm) -> AdamCritic | NaturalCritic:
     """How the agent fits its critic."""
     networks = agent.networks
+    return critic_for(agent, networks.critic, networks.critic_parameters, agent.policy.optimizer, agent.critic_damping)
+
+
+def critic_for(
+    agent: NaturalPolicyAlgorithm,
+    head: CriticHead,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    damping: float,
+) -> AdamCritic | NaturalCritic:
+    """How the agent fits a critic, be it of the returns or of something else, by its options."""
     if agent.critic == "adam":
         return AdamCritic(
-            networks.critic,
-            networks.critic_parameters,
-            agent.policy.optimizer,
+            head,
+            parameters,
+            optimizer,
             epochs=agent.n_critic_updates,
             batch_size=agent.batch_size,
             process_group=agent.process_group,
         )
     return NaturalCritic(
-        networks.critic,
-        networks.critic_parameters,
+        head,
+        parameters,
         steps=agent.n_critic_updates,
         products=agent.cg_max_steps,
         fisher_fraction=agent.fisher_fraction,
-        damping=agent.critic_damping,
+        damping=damping,
         process_group=agent.process_group,
     )
 

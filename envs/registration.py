@@ -1,8 +1,10 @@
-"""Registers the tasks of the natural policy gradient paper with Gymnasium."""
+"""Registers the tasks of the natural policy gradient paper, and robots with a limit on their speed, with Gymnasium."""
 
 from __future__ import annotations
 
 import gymnasium as gym
+
+from envs.velocity import LIMITS
 
 __all__: list[str] = []
 
@@ -24,3 +26,10 @@ gym.register(
     entry_point="envs.tetris:TetrisEnv",
     vector_entry_point="envs.tetris:TetrisVectorEnv",
 )
+# The time limits are those of the robots' own tasks, which `velocity_limited` makes.
+for _name in LIMITS:
+    gym.register(
+        f"npg/{_name}Velocity-v5",
+        entry_point="envs.velocity:velocity_limited",
+        kwargs={"env_id": f"{_name}-v5"},
+    )

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from envs.batch import NativeVectorEnv, SingleEnv
 from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter
+from envs.velocity import VelocityCost
 from npg.runs.plain import is_plain
 
 __all__ = ["has_state", "restore_state", "state_of"]
@@ -28,6 +29,7 @@ _WRAPPERS: dict[type, tuple[str, ...]] = {
     OrderEnforcing: ("_has_reset",),
     PassiveEnvChecker: (),
     TransformObservation: (),
+    VelocityCost: (),
 }
 _OURS = ("envs.lqr", "envs.tetris", "envs.two_state_mdp")
 _GYMNASIUMS = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.")

@@ -8,16 +8,17 @@ Every step by a solved Fisher system, of `npg.optim.NGD` and of the agents, pass
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from npg.constraint import Constraint, constrained_step
 from npg.families import Family, OutOfDomainError, in_double
 from npg.families.base import check_outputs
 from npg.families.mistakes import is_mistaken
@@ -26,7 +27,8 @@ from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled, undone_on_error
 from npg.parallel import mean_
-from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
+from npg.solvers import Solution, Solver, Status, conjugate_gradient, norm, not_finite
+from npg.solvers.solution import ORDER
 from npg.trust_region import SearchResult, Trial, TrustRegion
 
 __all__ = ["StepReport", "natural_step"]
@@ -57,6 +59,11 @@ class StepReport:
         gradient: g, (P,), of the objective.
         solution: s, (P,), for a warm start of the next solve.
         step: d, (P,), the change of the parameters.
+        predicted_cost: bᵀd, what the step adds to the cost of a ``constraint``, to first order; 0 without one.
+        actual_cost: what the last point tried adds to it (NaN where none was evaluated; 0 without a constraint).
+        limit: whether the constraint bound: ``"none"`` (there is none), ``"free"`` (the step is the one without it),
+            ``"bound"``, or ``"infeasible"`` (no step in the region reaches the limit, and this one lowers the cost
+            most).
         solve_seconds: time of the forward pass, gradient and solve.
         search_seconds: time of scaling and backtracking.
     """
@@ -80,6 +87,9 @@ class StepReport:
     step: Tensor
     solve_seconds: float
     search_seconds: float
+    predicted_cost: float = 0.0
+    actual_cost: float = 0.0
+    limit: Literal["none", "free", "bound", "infeasible"] = "none"
 
 
 def natural_step(
@@ -99,6 +109,7 @@ def natural_step(
     x0: Tensor | None = None,
     objective_curvature: float = 0.0,
     evaluate: bool = True,
+    constraint: Constraint | None = None,
     parameters: Mapping[str, Tensor] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> StepReport:
@@ -142,6 +153,9 @@ def natural_step(
         objective_curvature: c, where the Hessian of the objective is about −cF: 1 for a log-likelihood (Gauss–Newton),
             0 for a surrogate that is linear in the policy. It enters ``predicted_gain`` alone.
         evaluate: whether to measure the gain and the KL where no trust region asks for it (one more forward pass).
+        constraint: a limit on a cost, to be kept beside the trust region, which must backtrack: the step is then the
+            best of those that keep both, and a trial is taken if it does (`npg.constraint`). Where the limit binds,
+            that takes a second solve, on the same linearisation.
         parameters: by name: needed where ``model`` is a function; for a module, all trainable ones by default.
         process_group: average gradient, products, gain and KL over the processes of this group.
 
@@ -150,7 +164,7 @@ def natural_step(
             family gives no metric. Outputs at which a family is not defined or not finite (`OutOfDomainError`) raise
             nothing: that step is refused.
     """
-    _check(objective, trust_region, learning_rate, damping)
+    _check(objective, trust_region, learning_rate, damping, constraint)
     geometry = geometry_of(family if metric is None else metric)
     model = uncompiled(model)
     buffers = Buffers(model)
@@ -176,9 +190,15 @@ def natural_step(
         g = mean_(linearization.pull_back(slope), process_group)
 
         # 2. Solve.
+        limited = None
         if F is not None and bool(torch.isfinite(g).all() & torch.isfinite(before)):
-            options = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
+            options: dict[str, Any] = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
             solution = solver(F, g, x0=x0, damping=damping, **options)
+            if constraint is not None and solution.status is not Status.NON_FINITE:
+                again = partial(solver, F, damping=damping, **options)
+                region = cast(TrustRegion, trust_region)
+                limited = _limited(linearization, F, g, solution, again, damping, constraint, region, process_group)
+                solution = limited.solution
         else:
             solution = not_finite(g)
         s = solution.x
@@ -188,9 +208,14 @@ def natural_step(
         solve_seconds = perf_counter() - started
 
         # 3. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
-        line = _Line(linearization, buffers, s, objective, objective_before, geometry, trust_region, process_group)
+        line = _Line(
+            linearization, buffers, s, objective, objective_before, geometry, trust_region, process_group, limited
+        )
         scale = trust_region.scale(curvature) if trust_region is not None else inf
         scale = scale if learning_rate is None else min(scale, learning_rate)
+        ascent = slope_along  # of what the search asks of a trial
+        if limited is not None and limited.bound:
+            scale, ascent = min(scale, 1.0), limited.ascent(slope_along)
         with undone_on_error(line.restore):  # an error of the model, or an interrupt: nothing is lost
             if not isfinite(s_norm) or solution.status is Status.NON_FINITE:
                 found = REFUSED
@@ -199,10 +224,12 @@ def natural_step(
             elif not 0 < scale * s_norm < inf:
                 found = REFUSED
             elif trust_region is not None and trust_region.backtrack:
-                found = trust_region.search(line.trial, scale, slope_along) if slope_along > 0 else REFUSED
+                found = trust_region.search(line.trial, scale, ascent) if ascent > 0 else REFUSED
             else:
                 found = line.take(scale, evaluate=evaluate)
         accepted, scale, outcome, backtracks = found
+        if limited is not None and line.tried is not None:
+            outcome = line.tried  # the gain itself, in place of the constraint's merit
         if not accepted:
             line.restore()
             scale = 0.0
@@ -227,6 +254,9 @@ def natural_step(
             step=s * scale if accepted else torch.zeros_like(s),
             solve_seconds=solve_seconds,
             search_seconds=perf_counter() - started - solve_seconds,
+            predicted_cost=scale * limited.slope if limited is not None and accepted else 0.0,
+            actual_cost=line.change if limited is not None else 0.0,
+            limit="none" if limited is None else limited.kind,
         )
     if not report.accepted:
         buffers.restore()
@@ -237,7 +267,7 @@ UNTRIED = Trial(nan, nan)
 REFUSED = SearchResult(False, 0.0, UNTRIED, 0)
 
 
-def _check(objective: Any, trust_region: Any, learning_rate: float | None, damping: float) -> None:
+def _check(objective: Any, trust_region: Any, learning_rate: float | None, damping: float, constraint: Any) -> None:
     if not callable(objective) or is_mistaken(objective):
         raise TypeError(
             f"objective must be a function of the outputs that is to be maximised, got {objective!r}: write "
@@ -251,6 +281,93 @@ def _check(objective: Any, trust_region: Any, learning_rate: float | None, dampi
         raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
     if not 0 <= damping < inf:
         raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
+    if constraint is None:
+        return
+    if not isinstance(constraint, Constraint):
+        raise TypeError(
+            f"constraint must be a Constraint, got a {type(constraint).__name__}: write Constraint(cost, excess)"
+        )
+    if learning_rate is not None or trust_region is None or not trust_region.backtrack:
+        raise ValueError(
+            "constraint goes with a trust region that backtracks, and without a learning_rate: only there a step is "
+            "looked at before it is taken"
+        )
+
+
+class _Limited(NamedTuple):
+    """The solution under a constraint, and what the search along it asks."""
+
+    solution: Solution
+    constraint: Constraint
+    kind: Literal["free", "bound", "infeasible"]
+    slope: float
+    """bᵀs."""
+    cost: float
+    """Before the step."""
+
+    @property
+    def bound(self) -> bool:
+        return self.kind != "free"
+
+    def ascent(self, slope_along: float) -> float:
+        return self.constraint.merit(slope_along, self.slope, bound=True) if self.constraint.excess > 0 else slope_along
+
+
+def _limited(
+    linearization: Linearization,
+    F: Fisher,
+    g: Tensor,
+    solution: Solution,
+    solve: Callable[[Tensor], Solution],
+    damping: float,
+    constraint: Constraint,
+    region: TrustRegion,
+    process_group: dist.ProcessGroup | None,
+) -> _Limited:
+    """The step of ``solution`` if it keeps the constraint, to first order; else the one that is bound by it."""
+    value, slope = _differentiated(constraint.cost, linearization.outputs, "constraint.cost")
+    cost = mean_(value.double(), process_group)
+    b = mean_(linearization.pull_back(slope), process_group)
+    along, size, curvature, before = torch.stack(
+        [torch.dot(b.double(), solution.x.double()), norm(b), solution.curvature, cost]
+    ).tolist()
+    if not (isfinite(size) and isfinite(before)):
+        return _Limited(not_finite(torch.full_like(g, nan)), constraint, "free", nan, nan)
+    if size == 0 or not constraint.binds(region.scale(curvature) * along):
+        return _Limited(solution, constraint, "free", along, before)
+    second = solve(b)
+    found = None
+    if second.status is not Status.NON_FINITE:
+        found = constrained_step(g, b, solution.x, second.x, constraint.excess, region.radius)
+    if found is None:
+        lost = second.status if second.status is Status.NON_FINITE else Status.BREAKDOWN
+        nothing = replace(second, x=torch.zeros_like(g), status=lost, statuses=(lost,))
+        return _Limited(nothing, constraint, "bound", 0.0, before)
+    x, feasible = found
+    damped = F.quadratic(x).double() + damping * norm(x).square()
+    worst = max(solution.status, second.status, key=ORDER.index)
+    both = Solution(
+        x=x,
+        status=worst,
+        statuses=(worst,),
+        iterations=solution.iterations + second.iterations,
+        residual_norm=torch.maximum(solution.residual_norm, second.residual_norm),
+        curvature=damped,
+        model_value=0.5 * damped - torch.dot(g.double(), x.double()),
+    )
+    change = float(torch.dot(b.double(), x.double()))
+    return _Limited(both, constraint, "bound" if feasible else "infeasible", change, before)
+
+
+def _differentiated(function: Callable[[Tensor], Tensor], old: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The value of a mean over events, and its slope in the outputs."""
+    with torch.enable_grad():
+        outputs = old.clone().requires_grad_()
+        value = function(outputs)
+        if value.ndim != 0:
+            raise ValueError(f"{name} must return a mean over events, a scalar, got shape {tuple(value.shape)}")
+        (slope,) = torch.autograd.grad(value, outputs)
+    return value.detach(), slope
 
 
 def _first_order(
@@ -260,16 +377,11 @@ def _first_order(
     old = linearization.outputs
     value, slope = old.new_full((), nan), torch.full_like(old, nan)
     try:
-        with torch.enable_grad():
-            outputs = old.clone().requires_grad_()
-            value = objective(outputs)
-            if value.ndim != 0:
-                raise ValueError(f"objective must return a mean over events, a scalar, got shape {tuple(value.shape)}")
-            (ascent,) = torch.autograd.grad(value, outputs)
+        value, ascent = _differentiated(objective, old, "objective")
         F = fisher()
     except OutOfDomainError:
-        return value.detach(), slope, None
-    return value.detach(), ascent, F
+        return value, slope, None
+    return value, ascent, F
 
 
 class _Line:
@@ -284,7 +396,15 @@ class _Line:
         geometry: whose divergence is measured.
         trust_region: which says in which direction.
         process_group: means are over its processes.
+        limited: what a constraint asks of a trial.
+
+    Attributes:
+        tried: the gain and the divergence of the last trial, where there is a constraint.
+        change: what it adds to the cost.
     """
+
+    tried: Trial | None = None
+    change: float = nan
 
     def __init__(
         self,
@@ -296,7 +416,9 @@ class _Line:
         geometry: Geometry,
         trust_region: TrustRegion | None,
         process_group: dist.ProcessGroup | None,
+        limited: _Limited | None,
     ) -> None:
+        self._limited = limited
         self._linearization, self._buffers, self._s = linearization, buffers, s
         self._objective, self._before, self._divergence = objective, objective_before, geometry.divergence
         self._direction = "old_new" if trust_region is None else trust_region.kl_direction
@@ -315,7 +437,11 @@ class _Line:
 
     @torch.no_grad()
     def trial(self, scale: float) -> Trial:
-        """Go to θ + βs; the gain and the mean divergence there, NaN where something is not finite."""
+        """Go to θ + βs; the gain and the mean divergence there, NaN where something is not finite.
+
+        Under a constraint its merit stands in the place of the gain.
+        """
+        self.tried, self.change = UNTRIED, nan
         if not self.move(scale):
             return UNTRIED
         old, randomness = self._linearization.outputs, self._linearization.random_state
@@ -324,11 +450,18 @@ class _Line:
             new = self._linearization.forward()
         try:
             kl = in_double(self._divergence, *((old, new) if self._direction == "old_new" else (new, old)))
-            local = torch.stack([self._objective(new).double(), kl.double().mean()])
+            costs = [] if self._limited is None else [self._limited.constraint.cost(new).double()]
+            local = torch.stack([self._objective(new).double(), kl.double().mean(), *costs])
         except ValueError:  # torch.distributions refuses outputs that leave its domain: a trial without gain or KL
-            local = old.new_full((2,), nan, dtype=torch.float64)
-        value, kl_mean = mean_(local, self._group).tolist()
-        return Trial(value - self._before, kl_mean)
+            local = old.new_full((2 if self._limited is None else 3,), nan, dtype=torch.float64)
+        value, kl_mean, *cost = mean_(local, self._group).tolist()
+        self.tried = Trial(value - self._before, kl_mean)
+        if (limited := self._limited) is None:
+            return self.tried
+        self.change = cost[0] - limited.cost
+        return self.tried._replace(
+            gain=limited.constraint.merit(self.tried.gain, self.change, bound=limited.bound),
+        )
 
     def take(self, scale: float, *, evaluate: bool) -> SearchResult:
         """Go to θ + βs without a search; refused where what is looked at is not finite."""

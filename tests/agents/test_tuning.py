@@ -188,7 +188,7 @@ def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
 # The space ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algo", ["trpo", "npg", "mdpo"])
+@pytest.mark.parametrize("algo", ["trpo", "npg", "mdpo", "cpo"])
 def test_every_setting_of_the_search_spaces_exists(algo):
     space = load_space(algo)
     assert len(space) >= 6

@@ -23,7 +23,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: .+? -->\n)?```python\n(.*?)```|<!-- before the examples:\n(.*?)-->", re.S)
 
 NEEDS = {
-    "environments.md": ["envpool"],  # Atari
+    "cpo.md": ["mujoco"],
+    "environments.md": ["envpool", "mujoco"],  # Atari
     "kakade.md": ["numba"],
     "tuning.md": ["optuna"],
 }

@@ -1,0 +1,393 @@
+"""CPO: the limit on what an episode costs, its critic, and what is TRPO's to the last bit.
+
+Run as a script, this file is one of two processes that learn together.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from gymnasium import spaces
+from stable_baselines3.common import buffers
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents import CPO, TRPO
+from agents.config import resolve
+from agents.heads import CriticHead
+from agents.training import start
+from agents.update import copy_of_state
+from npg.runs.files import read_rows
+
+torch.set_num_threads(1)
+
+
+class Costly(gym.Env):
+    """Twenty steps; to push to the right pays, and costs 1. Some episodes end early, and the others by their time."""
+
+    observation_space: spaces.Space = spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+    def __init__(self, discrete: bool = False, price: Any = 1.0, early: float = 0.0) -> None:
+        self.action_space: Any = spaces.Discrete(3) if discrete else spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.price, self.early = price, early
+
+    def _observe(self) -> Any:
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        push = float(np.ravel(action)[0]) - (1.0 if self.action_space.shape == () else 0.0)
+        over = bool(self.np_random.random() < self.early)
+        info = {} if self.price is None else {"cost": self.price * (push > 0)}
+        return self._observe(), push, over, not over and self.steps == 20, info
+
+
+def costly(n_envs: int = 4, **options: Any) -> DummyVecEnv:
+    env = DummyVecEnv([lambda: Costly(**options)] * n_envs)
+    env.seed(0)
+    return env
+
+
+def small(cls: Any = CPO, env: Any = None, **options: Any) -> Any:
+    defaults = {"n_steps": 40, "batch_size": 80, "n_critic_updates": 3, "seed": 0, "device": "cpu"}
+    model = cls("MlpPolicy", env or costly(), **{**defaults, **options})
+    model.set_logger(Logger(None, []))
+    return model
+
+
+def vector(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+def logged(model: Any, timesteps: int) -> list[dict[str, float]]:
+    """Train, and what every update logged."""
+    rows, train = [], model.train
+
+    def noted() -> None:
+        train()
+        rows.append(dict(model.logger.name_to_value))
+
+    model.train = noted
+    model.learn(timesteps, log_interval=10**9)
+    del model.train
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- against TRPO
+
+
+@pytest.mark.parametrize(
+    ("price", "limit", "options"),
+    [
+        (None, inf, {}),
+        (nan, inf, {}),
+        (0.0, 25.0, {}),
+        (0.0, 0.0, {"sub_sampling_factor": 2, "fisher_fraction": 0.5}),
+        (0.0, 1.0, {"critic": "natural"}),
+        (0.0, 1.0, {"use_sde": True, "sde_sample_freq": 4}),
+    ],
+)
+def test_without_costs_or_a_limit_a_whole_training_is_trpo_s_to_the_last_bit(price, limit, options):
+    ours = small(CPO, costly(price=price, early=0.02), cost_limit=limit, **options)
+    ours.learn(5 * 160)
+    theirs = small(TRPO, costly(price=price, early=0.02), **options)
+    before = vector(theirs).clone()
+    theirs.learn(5 * 160)
+    assert not torch.equal(before, vector(theirs))
+    assert torch.equal(vector(ours), vector(theirs))
+    assert (ours.episode_cost == 0) == (limit < inf)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_cost_stays_near_its_limit_where_trpo_s_goes_to_the_top(discrete):
+    env = costly(8, discrete=discrete)
+    options = {"n_steps": 40, "target_kl": 0.02, "n_critic_updates": 5}
+    limited = logged(small(CPO, env, cost_limit=8.0, **options), 40 * 320)
+    costs = [row["train/episode_cost"] for row in limited]
+    free = logged(small(CPO, costly(8, discrete=discrete), cost_limit=1e6, **options), 40 * 320)
+    assert free[-1]["train/episode_cost"] > 16
+    assert np.mean(costs[-15:]) < 9
+    assert max(costs[-15:]) < 12
+    assert min(costs[-15:]) > 4  # and it is not given up
+    assert any(row["train/limit_bound"] for row in limited)
+    assert not any(row["train/limit_bound"] for row in free)
+
+
+def test_a_policy_far_beyond_the_limit_comes_back():
+    """Every step is first the one that lowers the cost most; the steps say so."""
+    model = small(CPO, costly(8), cost_limit=3.0, target_kl=0.02)
+    with torch.no_grad():
+        model.policy.action_net.bias[0] = 1.5
+    rows = logged(model, 40 * 320)
+    costs = [row["train/episode_cost"] for row in rows]
+    assert costs[0] > 15
+    assert rows[0]["train/limit_infeasible"] == 1
+    assert rows[0]["train/predicted_cost"] < 0
+    assert rows[0]["train/actual_cost"] < 0
+    assert np.mean(costs[-10:]) < 4.5
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_advantages_and_episodes_are_those_written_out():
+    env = costly(3, early=0.05)
+    model = small(CPO, env, n_steps=30, gamma=0.9, gae_lambda=0.8, cost_limit=5.0)
+    with torch.no_grad():
+        for p in model.cost_policy.value_net.parameters():
+            p.fill_(0.1)
+    seen: list[Any] = []
+    step = env.step_wait
+
+    def noted() -> Any:
+        result = step()
+        # what is there after the step, with the last observations of the episodes that it ended
+        observations, _, dones, infos = result
+        last = [infos[i].get("terminal_observation", observations[i]) for i in range(3)]
+        cut = [infos[i].get("TimeLimit.truncated", False) for i in range(3)]
+        seen.append(([info["cost"] for info in infos], dones.copy(), np.stack(last), cut))
+        return result
+
+    env.step_wait = noted
+    value = CriticHead(model.cost_policy)
+
+    def values(observations: Any) -> np.ndarray:
+        with torch.no_grad():
+            return value(torch.as_tensor(np.asarray(observations))).numpy()[:, 0]
+
+    sums, lengths, previous = np.zeros(3), np.zeros(3), (nan, nan)
+    _, callback = model._setup_learn(10**6, None)
+    for _ in range(2):
+        seen.clear()
+        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 30)
+        acted = values(model.rollout_buffer.observations.reshape(90, -1)).reshape(30, 3)
+        advantages, following, done_episodes = np.zeros((30, 3)), np.zeros(3), []
+        for t in reversed(range(30)):
+            costs, dones, last, cut = seen[t]
+            ahead = values(last) * np.where(dones & ~np.array(cut), 0.0, 1.0)  # a time limit ends nothing
+            delta = np.array(costs) + 0.9 * ahead - acted[t]
+            advantages[t] = following = delta + 0.72 * following * ~dones
+        for costs, dones, *_ in seen:
+            sums, lengths = sums + costs, lengths + 1
+            done_episodes += [(sums[i], lengths[i]) for i in np.flatnonzero(dones)]
+            sums, lengths = np.where(dones, 0.0, sums), np.where(dones, 0.0, lengths)
+        np.testing.assert_allclose(model._costs.advantages.numpy().reshape(30, 3), advantages, rtol=1e-4, atol=1e-5)
+        returns = (advantages + acted).flatten()
+        np.testing.assert_allclose(model._costs.returns.numpy(), returns, rtol=1e-4, atol=1e-5)
+        previous = tuple(np.mean(done_episodes, 0)) if done_episodes else previous
+        assert (model.episode_cost, model.episode_length) == pytest.approx(previous)
+        assert done_episodes
+
+
+def test_before_an_episode_has_ended_its_cost_is_what_it_was_so_far():
+    model = small(CPO, costly(2), n_steps=8, cost_limit=5.0)
+    with torch.no_grad():
+        model.policy.action_net.bias[0] = 50.0
+    _, callback = model._setup_learn(10**6, None)
+    expected = [(8, 8), (16, 16), (20, 20), (20, 20), (20, 20)]  # the third rollout ends the episodes
+    for cost, length in expected:
+        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 8)
+        assert (model.episode_cost, model.episode_length) == (cost, length)
+
+
+def test_the_predicted_cost_is_the_derivative_of_the_true_one():
+    """Of the cost of an episode in a shift of the action, by simulation: 20 steps, each with the chance of a push."""
+    model = small(CPO, costly(64), n_steps=200, gamma=1.0, gae_lambda=1.0, cost_limit=1e6, cg_damping=1e-3)
+    _, callback = model._setup_learn(10**6, None)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 200)
+    model.train()
+    report = model._report
+    changed = model.episode_cost
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 200)
+    changed = model.episode_cost - changed
+    # √(20 p q / 640) ≈ 0.09 for the mean of 640 episodes each time
+    assert report.actual_cost == pytest.approx(changed, abs=0.6)
+    assert report.predicted_cost == pytest.approx(changed, abs=0.6)
+    assert changed > 0.7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"critic": "natural", "sub_sampling_factor": 2},
+        {"use_sde": True},
+        {"preconditioner": "kfac", "fisher_fraction": 0.5, "kl_reduction": "mean"},
+        {"metric": "wasserstein", "kl_direction": "new_old", "normalize_advantage": False},
+        {"n_critic_updates": 0},
+    ],
+)
+def test_it_goes_with_the_options_of_the_others(options):
+    model = small(CPO, costly(early=0.05), cost_limit=3.0, target_kl=0.02, **options)
+    before = vector(model).clone()
+    rows = logged(model, 6 * 160)
+    assert torch.isfinite(vector(model)).all()
+    assert not torch.equal(before, vector(model))
+    assert any(row["train/limit_bound"] for row in rows)
+    assert all(np.isfinite(row["train/cost_value_loss"]) == bool(model.n_critic_updates) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------- life cycle
+
+
+def everything(model: Any) -> dict[str, Any]:
+    return {
+        "policy": copy_of_state(model.policy),
+        "optimizer": copy_of_state(model.policy.optimizer),
+        "costs": copy_of_state(model.cost_policy),
+        "its optimizer": copy_of_state(model.cost_policy.optimizer),
+        "numbers": [model.episode_cost, model.episode_length, model.cost_critic_damping, model._n_updates],
+        "running": model._running.copy(),
+    }
+
+
+def assert_same(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_it_is_saved_whole(tmp_path):
+    env = costly(early=0.05)
+    model = small(CPO, env, cost_limit=3.0, critic="natural")
+    model.learn(3 * 160)
+    assert model.cost_critic_damping != 0.1  # where it began
+    model.save(tmp_path / "model")
+    loaded = CPO.load(tmp_path / "model", env=env)
+    assert loaded.cost_limit == 3.0
+    assert_same(everything(loaded), everything(model))
+    loaded.learn(160, reset_num_timesteps=False)
+    assert loaded.n_updates == 4
+    observation = env.observation_space.sample()
+    twin = CPO.load(tmp_path / "model")
+    assert np.array_equal(*(m.predict(observation, deterministic=True)[0] for m in (twin, model)))
+    with pytest.raises(ValueError, match="was saved by CPO, not by TRPO"):
+        TRPO.load(tmp_path / "model")
+
+
+def test_an_update_that_fails_in_the_cost_critic_changes_nothing():
+    model = small(CPO, costly(), cost_limit=3.0, critic="natural")
+    model.learn(160)
+    _, callback = model._setup_learn(10**6, None)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 40)
+    model._costs = model._costs._replace(returns=model._costs.returns * nan)
+    before = everything(model)
+    with pytest.raises(FloatingPointError, match="the cost critic's loss is not finite in update 2"):
+        model.train()
+    assert_same(everything(model), before)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("price", "error", "match"),
+    [
+        (None, ValueError, r"info\['cost'\] is missing from environment 0 in step 0 .*envs.velocity_limited"),
+        (nan, FloatingPointError, r"info\['cost'\] is nan from environment \d in step"),
+        (np.ones(2), ValueError, r"info\['cost'\] must be a number, got array"),
+    ],
+)
+def test_costs_that_are_none_are_refused(price, error, match):
+    model = small(CPO, costly(price=price), cost_limit=3.0)
+    before = vector(model).clone()
+    with pytest.raises(error, match=match):
+        model.learn(160)
+    assert torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"cost_limit": -1}, ValueError, r"cost_limit must lie in \[0, inf\], got -1"),
+        ({"cost_limit": -inf}, ValueError, r"cost_limit must lie in \[0, inf\], got -inf"),
+        ({"cost_limit": nan}, ValueError, r"cost_limit must lie in \[0, inf\], got nan: inf sets no limit"),
+        ({"cost_limit": "25"}, TypeError, "cost_limit must be a number, got '25'"),
+        ({"cost_limit": True}, TypeError, "cost_limit must be a number, got True"),
+        ({"cost_limit": None}, TypeError, "cost_limit must be a number, got None"),
+        ({"rollout_buffer_class": buffers.RolloutBuffer}, ValueError, "rollout_buffer_class must be a subclass of"),
+        ({"line_search_shrinking_factor": 1.0}, ValueError, "must be smaller than 1"),
+        ({"step_size": 1.0}, TypeError, "unexpected keyword argument 'step_size'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        small(CPO, costly(), **options)
+
+
+def test_a_limit_that_is_set_wrong_later_is_refused_before_the_step():
+    model = small(CPO, costly())
+    model.learn(160)
+    model.cost_limit, before = -2.0, vector(model).clone()
+    with pytest.raises(ValueError, match="cost_limit must lie"):
+        model.learn(160)
+    assert torch.equal(vector(model), before)
+
+
+def test_dict_observations_are_refused(monkeypatch):
+    monkeypatch.setattr(Costly, "observation_space", spaces.Dict({"a": Costly.observation_space}))
+    with pytest.raises(ValueError, match=r"CPO takes no Dict observations.*FlattenObservation"):
+        CPO("MultiInputPolicy", costly(), device="cpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_records_what_an_episode_costs(tmp_path, monkeypatch):
+    pytest.importorskip("mujoco")
+    monkeypatch.setattr("agents.training.FINAL_EPISODES", 1)
+    settings = {"env_kwargs": {"limit": 0.1, "max_episode_steps": 50}, "n_steps": 50, "cost_limit": 1}
+    task = "npg/HalfCheetahVelocity-v5"
+    config = resolve("cpo", task, settings=settings, timesteps=200, n_envs=2, eval_episodes=1, device="cpu")
+    assert config.normalize is not None
+    start(config, tmp_path / "run").train(progress=False)
+    rows = [row for row in read_rows(tmp_path / "run" / "progress.csv") if row["train/episode_cost"]]
+    assert len(rows) == 2
+    assert all(float(row["train/episode_cost"]) > 1 for row in rows)
+    assert all(float(row["train/limit_bound"]) == 1 for row in rows)
+    assert all(np.isfinite(float(row["train/cost_value_loss"])) for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_processes_have_one_limit_and_one_cost_critic(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path / "store"), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(one["policy"], other["policy"])
+    assert torch.equal(one["costs"], other["costs"])
+    assert one["cost"] == other["cost"]
+    assert one["own"] != other["own"]
+
+
+def _process(store: str, folder: str, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    env = costly(2, early=0.05)
+    env.seed(rank)
+    model = small(CPO, env, cost_limit=3.0, seed=rank)
+    model.join(dist.group.WORLD)
+    own: list[float] = []
+    count = model._count
+    model._count = lambda costs, *others: (own.append(float(costs.sum())), count(costs, *others))
+    model.learn(3 * 160)
+    costs = torch.cat([p.detach().flatten() for p in model.cost_policy.parameters()])
+    saved = {"policy": vector(model), "costs": costs, "cost": model.episode_cost, "own": own}
+    torch.save(saved, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _process(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -194,18 +194,19 @@ class Parser(argparse.ArgumentParser):
         """What ends a training in this block ends the script with one message, and `go_on`, which says how to continue.
 
         Errors of the system, such as a disk that is full, and `stops` have status 1; a second Ctrl-C has 130. Any
-        other error, such as one of the environment, keeps its traceback, with `go_on` before it.
+        other error, and one with notes, which tell where it came from, keeps its traceback: the notes and `go_on` come
+        before it, so that the error itself is the last line.
         """
-        ends: tuple[type[Exception], ...] = (OSError, *stops)
         try:
             yield
-        except ends as error:
-            if isinstance(error, OSError) and error.errno is None:  # not of the system
-                self._print_message(f"{go_on}\n", sys.stderr)
-                raise
-            self.exit(1, f"{self.prog}: error: {error}. {go_on}\n")
         except KeyboardInterrupt:
             self.exit(130, f"ended at once. {go_on}\n")
-        except Exception:
-            self._print_message(f"{go_on}\n", sys.stderr)
+        except Exception as error:
+            notes = getattr(error, "__notes__", [])
+            of_the_system = isinstance(error, OSError) and error.errno is not None
+            if not notes and (of_the_system or isinstance(error, stops)):
+                self.exit(1, f"{self.prog}: error: {error}. {go_on}\n")
+            if os.environ.get("RANK", "0") == "0":  # the others keep them, since they print nothing else
+                vars(error).pop("__notes__", None)
+            self._print_message("\n".join([*notes, go_on, ""]), sys.stderr)
             raise

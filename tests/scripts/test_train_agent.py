@@ -771,7 +771,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     assert (path / "learning_curves.png").is_file()
     before = contents(path / "s0")
     trained = TRPO.load(RunFolder(path / "s1").last.model).num_timesteps
-    assert 0 < trained < 256
+    assert trained == 198  # as it was when its 200th step of one environment failed
 
     monkeypatch.setenv("BREAKS", "no")
     assert train_agent.main(["trpo", breakable, "--resume", str(path), "--seeds", "3", "--threads", "1"]) == 0
@@ -784,7 +784,8 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     for seed in range(4):
         folder = RunFolder(path / f"s{seed}")
         assert folder.config.seed == seed
-        assert folder.final_timesteps == 256
+        # Seed 1 was saved in the middle of the rollout that failed, and has gone on from there by whole ones.
+        assert folder.final_timesteps == (trained + 64 if seed == 1 else 256)
         returns.append(json.loads((folder.path / "final_evaluation.json").read_text())["last"]["mean_return"])
     assert numbers["worst"] == min(returns)
     assert numbers["median"] == pytest.approx(np.median(returns))

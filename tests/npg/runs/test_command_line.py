@@ -1,6 +1,7 @@
 import errno
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,14 @@ def test_an_error_of_another_kind_keeps_its_traceback_and_says_how_to_go_on(
     with pytest.raises(ZeroDivisionError), parser.training("Go on so."):
         raise ZeroDivisionError
     assert capsys.readouterr().err == "Go on so.\n"
+
+
+@pytest.mark.parametrize("error", [LookupError("it broke"), FileNotFoundError(2, "it broke"), FloatingPointError()])
+def test_notes_come_before_the_traceback_whose_last_line_is_the_error(
+    error: Exception, parser: Parser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error.add_note("in step 3 of My-v0")
+    with pytest.raises(type(error)) as caught, parser.training("Go on so.", FloatingPointError):
+        raise error
+    assert capsys.readouterr().err == "in step 3 of My-v0\nGo on so.\n"
+    assert traceback.format_exception(caught.value)[-1].startswith(type(error).__name__)

@@ -20,7 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import agents.training
@@ -31,6 +33,7 @@ _TINY = "--n-envs 4 --eval-episodes 2 --no-progress --device cpu --set n_steps=1
 _NETS = f"{_TINY} --set n_critic_updates=2 --set policy_kwargs.net_arch=[8]"
 _CARTPOLE = f"trpo CartPole-v1 --timesteps 600 --save-freq 200 --eval-freq 150 {_NETS}"
 _CHEETAH = f"trpo HalfCheetah-v5 --timesteps 400 --save-freq 128 --eval-freq 400 {_NETS}"
+_IMAGES = "--data IMAGES --epochs 3 --batch-size 16 --validation-size 16 --device cpu"
 CASES = {
     "cartpole": f"{_CARTPOLE} --backend gymnasium",
     "cartpole-envpool": f"{_CARTPOLE} --backend envpool",
@@ -39,8 +42,13 @@ CASES = {
     "halfcheetah-gymnasium": f"{_CHEETAH} --backend gymnasium",
     "tetris": f"npg npg/Tetris-v0 --timesteps 512 --save-freq 128 --eval-freq 256 {_TINY} "
     "--set policy=AfterstatePolicy --set env_kwargs.height=8",
+    "cifar-sgd": f"wrn-10-1 sgd {_IMAGES} --lr 0.1 --ema 0.9",
+    "cifar-ngd": f"wrn-10-1 ngd {_IMAGES} --set max_kl=0.1 momentum=0 damping_control={{}} "
+    "damping_metric=identity warm_start=0.5",
+    "cifar-online-ngd": f"wrn-10-1 online-ngd {_IMAGES}",
+    "cifar-kfac": f"wrn-10-1 kfac {_IMAGES} --dropout 0.1",
 }
-"""Small runs, each with updates, evaluations and checkpoints at different steps."""
+"""Small runs, each with updates, evaluations and checkpoints at different steps; and with everything that has state."""
 
 
 def in_a_child(work: Callable[[], Any]) -> int:
@@ -63,9 +71,26 @@ def in_a_child(work: Callable[[], Any]) -> int:
     os._exit(0)
 
 
-def train(arguments: list[str]) -> None:
+def command_of(case: str, folder: Path) -> list[str]:
+    """The script of a case and its arguments; images are drawn into `folder`."""
+    words = CASES[case].split()
+    if "IMAGES" not in words:
+        return ["train_agent.py", *words]
+    images, draw = folder / "images", np.random.default_rng(0)
+    for split, n in (("train", 32), ("test", 8)):
+        for label in ("cat", "dog"):
+            (images / split / label).mkdir(parents=True)
+            for i in range(n):
+                pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(images / split / label / f"{i}.png")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    return ["train_cifar.py", *(str(images) if word == "IMAGES" else word for word in words)]
+
+
+def train(command: list[str]) -> None:
     agents.training.FINAL_EPISODES = 2
-    sys.argv = [str(SCRIPTS / "train_agent.py"), *arguments]
+    script, *arguments = command
+    sys.argv = [str(SCRIPTS / script), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -135,13 +160,52 @@ def events(run: Path, arguments: list[str]) -> int:
 def resume(run: Path, arguments: list[str]) -> int:
     """Resume the run in `run`, or start it where there is nothing yet; how that ended."""
     there = (run / "config.yaml").exists()
+    silent = ["--no-progress"] if arguments[0] == "train_agent.py" else []
     return in_a_child(
-        lambda: train(["--resume", str(run), "--no-progress"] if there else [*arguments, "--run-dir", str(run)])
+        lambda: train([arguments[0], "--resume", str(run), *silent] if there else [*arguments, "--run-dir", str(run)])
     )
 
 
+def is_over(run: Path) -> bool:
+    """Whether a run came to its end: a resume then says that nothing is left to do."""
+    return any((run / name).exists() for name in ("final_evaluation.json", "summary.json"))
+
+
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run came to but times: agents and records."""
+    """All that a run came to but times: models and records."""
+    found: dict[str, Any] = _agents(run) if (run / "last_model.zip").exists() else _classifier(run)
+    for name, skip in _TABLES.items():
+        if (run / name).exists():
+            with (run / name).open(newline="") as file:
+                for _ in range(skip):
+                    file.readline()
+                found[name] = [_timeless(row) for row in csv.DictReader(file)]
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith(("time/", "seconds", "memory"))]
+    found["TensorBoard"] = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+    found["left over"] = [path.name for path in run.rglob("*.partial")]
+    return found
+
+
+_TABLES = {"progress.csv": 0, "evaluations.csv": 0, "monitor.csv": 1, "metrics.csv": 0}
+_TIMES = ("t", "time/fps", "time/time_elapsed")
+
+
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: _timeless(value) if isinstance(value, dict) else value for key, value in row.items()}
+    return {key: value for key, value in inner.items() if not ("second" in key or "memory" in key or key in _TIMES)}
+
+
+def _classifier(run: Path) -> dict[str, Any]:
+    """Each checkpoint that is kept, with weights, average, optimizer and generators; and the summary."""
+    found: dict[str, Any] = {"summary": _timeless(json.loads((run / "summary.json").read_text()))}
+    for path in sorted((run / "checkpoints").iterdir()):
+        state = torch.load(path, weights_only=True)
+        found |= {f"{path.name}: {key}": to_text(_arrays(value)) for key, value in state.items() if key != "seconds"}
+    return found
+
+
+def _agents(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("last_model", "best_model"):
         with zipfile.ZipFile(run / f"{name}.zip") as archive:
@@ -155,24 +219,8 @@ def outcome(run: Path) -> dict[str, Any]:
             names = ("num_timesteps", "_n_updates", "_episode_num", "critic_damping", "advantage_variance")
             names += ("refused_steps",)
             found |= {f"{name}: {key}": attributes.get(key) for key in names}
-    for name, skip in (("progress.csv", 0), ("evaluations.csv", 0), ("monitor.csv", 1)):
-        with (run / name).open(newline="") as file:
-            for _ in range(skip):
-                file.readline()
-            found[name] = [
-                {key: value for key, value in row.items() if not ("second" in key or key in _TIMES)}
-                for row in csv.DictReader(file)
-            ]
-    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("time/")]
-    found["TensorBoard"] = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
-    final = json.loads((run / "final_evaluation.json").read_text())
-    found["final"] = {agent: {k: v for k, v in e.items() if k != "seconds"} for agent, e in final.items()}
-    found["left over"] = [path.name for path in run.rglob("*.partial")]
+    found["final"] = _timeless(json.loads((run / "final_evaluation.json").read_text()))
     return found
-
-
-_TIMES = ("t", "time/fps", "time/time_elapsed")
 
 
 def _arrays(value: Any) -> Any:
@@ -191,8 +239,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def kills(case: str, n_events: int, n_moments: int, seed: int, keep: bool) -> int:
     """Kill and resume a case; returns how many resumed runs differ from the undisturbed one."""
-    arguments = CASES[case].split()
     folder, bad = Path(tempfile.mkdtemp(prefix=f"soak-{case}-")), 0
+    arguments = command_of(case, folder)
     started = time.perf_counter()
     count = events(folder / "undisturbed", arguments)
     seconds = time.perf_counter() - started
@@ -208,8 +256,7 @@ def kills(case: str, n_events: int, n_moments: int, seed: int, keep: bool) -> in
         run = folder / str(i)
         ended = kill(run)
         resumed = resume(run, arguments) if ended else 0
-        over = (run / "final_evaluation.json").exists()  # a resume then says that nothing is left to do
-        differing = differences(expected, outcome(run)) if over else ["its end"]
+        differing = differences(expected, outcome(run)) if is_over(run) else ["its end"]
         if differing:
             bad += 1
             print(

@@ -1,4 +1,4 @@
-"""A killed run that resumes ends as the undisturbed one: agents bit for bit, and every record but for columns of time.
+"""A killed run that resumes ends as the undisturbed one: models bit for bit, and every record but for columns of time.
 
 The runs are real, and so are the kills. `scripts/benchmarks/soak.py` kills before each event and at more moments.
 """
@@ -13,7 +13,10 @@ import pytest
 SOAK = Path(__file__).parents[2] / "scripts" / "benchmarks" / "soak.py"
 
 
-@pytest.mark.parametrize("case", ["cartpole", "cartpole-envpool", "pendulum", "tetris"])
+CLASSIFIERS = ["cifar-sgd", "cifar-ngd", "cifar-online-ngd", "cifar-kfac"]
+
+
+@pytest.mark.parametrize("case", ["cartpole", "cartpole-envpool", "pendulum", "tetris", *CLASSIFIERS])
 def test_a_killed_run_ends_as_the_undisturbed_one(case):
     if case == "cartpole-envpool":
         pytest.importorskip("envpool")

@@ -177,6 +177,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
                 seeds = environment_seeds(int(entropy), self.num_envs)
             envpool = import_envpool()
             assert envpool is not None
+            self._pool = None  # two at a time would leave holes in the memory that nothing fills
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:

@@ -1,6 +1,7 @@
 """EnvPool against Gymnasium: the same transitions from the same states, and the same endings."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -426,3 +427,25 @@ def test_closing_twice_is_harmless():
     env.step_async(np.zeros(1, dtype=int))
     env.close()
     env.close()
+
+
+def test_a_new_seed_does_not_hold_two_pools_at_a_time(monkeypatch):
+    """Memory grew with the evaluations of a run, each of which seeds its environments."""
+    env = make_vec_env("CartPole-v1", 4, seed=0, backend="envpool")
+    envpool, alive = import_envpool(), []
+    make = envpool.make_gymnasium
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        assert not any(pool() is not None for pool in alive)
+        pool = make(*args, **kwargs)
+        alive.append(weakref.ref(pool))
+        return pool
+
+    monkeypatch.setattr(envpool, "make_gymnasium", made)
+    for _ in range(3):
+        env.seed(1)
+        first = env.reset()
+    assert len(alive) == 3
+    assert first.shape == (4, 4)
+    env.close()
+    assert alive[-1]() is None

@@ -11,6 +11,7 @@ import os
 from functools import partial
 
 import torch
+import torch.distributions as D
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -24,12 +25,24 @@ CASES = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
+
 FAMILIES = {
     "categorical": (families.Categorical(), 3),
     "bernoulli": (families.Bernoulli(), 2),
     "gaussian": (families.Gaussian(0.5), 2),
     "diagonal gaussian": (families.DiagonalGaussian(), 4),
 }
+#: Families of which a distribution, its Hessian or a draw is not defined at extreme outputs, on which nothing is known.
+ADAPTED = {
+    "poisson": (lambda o: D.Independent(D.Poisson(o.exp()), 1), 2),
+    "beta": (lambda o: D.Beta(o[..., 0].exp(), o[..., 1].exp()), 2),
+    "normal": (lambda o: D.Normal(o[..., 0], o[..., 1].exp()), 2),
+    "dirichlet": (lambda o: D.Dirichlet(o.exp()), 3),
+    "probabilities": (lambda o: D.Categorical(probs=o.softmax(-1)), 3),
+    "geometric": (lambda o: D.Geometric(logits=o[..., 0]), 1),
+    "full covariance": (lambda o: D.MultivariateNormal(o[..., :2], torch.diag_embed(o[..., 2:].exp())), 4),
+}
+EVERY = FAMILIES | {name: (families.from_torch(of), width) for name, (of, width) in ADAPTED.items()}
 seeds = st.integers(0, 2**31 - 1)
 exponents = st.floats(-3, 2)
 
@@ -116,3 +129,34 @@ def test_what_is_not_finite_moves_nothing(seed, value, place):
         return
     assert not report.accepted
     assert all(torch.equal(a.nan_to_num(7.0), before[k].nan_to_num(7.0)) for k, a in model.state_dict().items())
+
+
+@CASES
+@given(
+    seed=seeds,
+    family=st.sampled_from(list(EVERY)),
+    kind=st.sampled_from(["exact", "sampled"]),
+    value=st.sampled_from([20.0, 90.0, -90.0, -1e4, 1e38, float("inf"), float("nan")]),
+    everywhere=st.booleans(),
+)
+def test_extreme_outputs_of_any_family_are_a_step_or_a_refused_one(seed, family, kind, value, everywhere):
+    torch.manual_seed(seed)
+    of, width = EVERY[family]
+    model = nn.Linear(2, width)
+    targets = of.sample(torch.zeros(4, width))
+    model.bias.data[slice(None) if everywhere else slice(1)] = value
+    before = copy.deepcopy(model.state_dict())
+    report = natural_step(
+        model,
+        torch.randn(4, 2),
+        of,
+        lambda outputs: of.log_likelihood(outputs, targets).mean(),
+        trust_region=TrustRegion(radius=0.01),
+        damping=1e-3,
+        fisher=partial(Fisher, kind=kind),
+    )
+    if report.accepted:
+        assert report.kl <= 0.01
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    else:
+        assert all(torch.equal(a.nan_to_num(7.0), before[k].nan_to_num(7.0)) for k, a in model.state_dict().items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributions as D
@@ -47,13 +47,20 @@ seeds = st.integers(0, 2**31 - 1)
 exponents = st.floats(-3, 2)
 
 
+@cache
+def network(width: int, dtype: torch.dtype) -> nn.Module:
+    """One of each kind, whose traced program serves all cases."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, width)).to(dtype)
+
+
 def problem(seed: int, family: str, weights: float, inputs: float, dtype: torch.dtype):
     """A small network with BatchNorm, inputs, a family, and the log-likelihood of labels drawn from other outputs."""
     generator = torch.Generator().manual_seed(seed)
     of, width = FAMILIES[family]
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, width)).to(dtype)
+    model = network(width, dtype).train()
+    model[1].reset_running_stats()
     for p in model.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).mul(10**weights).to(dtype)
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64).mul(10**weights))
     x = torch.randn(8, 3, generator=generator, dtype=torch.float64).mul(10**inputs).to(dtype)
     targets = of.sample(torch.randn(8, width, generator=generator, dtype=torch.float64).to(dtype))
     return model, x, of, lambda outputs: of.log_likelihood(outputs, targets).mean()

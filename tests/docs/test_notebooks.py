@@ -7,6 +7,8 @@ import pytest
 
 from npg import acceleration
 
+pytestmark = pytest.mark.slow
+
 once = pytest.mark.skipif(acceleration.mode.now == "off", reason="long, and the same without acceleration")
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))

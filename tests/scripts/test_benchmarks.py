@@ -55,6 +55,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 def test_what_a_gpu_would_tell_is_told_by_a_cpu_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = runpy.run_path(str(BENCHMARKS / "gpu.py"))

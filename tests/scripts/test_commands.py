@@ -16,6 +16,8 @@ from agents.config import whole_number
 from agents.runs import RunFolder
 from npg.runs.command_line import again
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 TINY = ["trpo", "CartPole-v1", "--n-envs=2", "--eval-episodes=2", "--device=cpu", "--backend=gymnasium"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("numba")
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "figures" / "kakade.py"

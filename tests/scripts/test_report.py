@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT, DOCS = ROOT / "scripts" / "figures" / "report.py", ROOT / "docs"
 PICTURES = [

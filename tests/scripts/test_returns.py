@@ -168,6 +168,7 @@ def test_runs_that_have_a_row_are_not_repeated(
     assert started == [names[1:], names[2:], names]
 
 
+@pytest.mark.slow
 def test_runs_of_ours_and_of_peers_leave_the_same(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -653,6 +653,7 @@ def two_processes(arguments, breaks, folder, restarts=0):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_stop_as_one_and_go_on(tmp_path):
     path = tmp_path / "run"
     stopped = two_processes(["trpo", "fragile:Fragile-v0", *BOTH, "--run-dir", str(path)], "by a signal", tmp_path)
@@ -680,6 +681,7 @@ def test_two_processes_stop_as_one_and_go_on(tmp_path):
     assert 640 <= read_state(folder.last)["statistics"]["observations"][""]["count"] <= 650
 
 
+@pytest.mark.slow
 def test_two_processes_that_torchrun_restarts_end_as_the_undisturbed_ones(tmp_path):
     agents = []
     for breaks in ("not", "by a kill"):
@@ -697,6 +699,7 @@ def test_two_processes_that_torchrun_restarts_end_as_the_undisturbed_ones(tmp_pa
     assert evaluations["mean_return"].tolist() == others[1]["mean_return"].tolist()
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both_and_is_shown_once(tmp_path):
     path = tmp_path / "run"
     broken = two_processes(["trpo", "fragile:Fragile-v0", *BOTH, "--run-dir", str(path)], "by an error", tmp_path)
@@ -752,6 +755,7 @@ def statuses(path):
     return {row["seed"]: row["status"] for row in summary["seeds"]}, summary["statistics"]
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable, tmp_path, monkeypatch, capsys):
     path = tmp_path / "seeds"
     monkeypatch.setenv("BREAKS", "yes")
@@ -797,6 +801,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     np.testing.assert_array_equal(alone.training_episodes()["r"], RunFolder(path / "s3").training_episodes()["r"])
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_all_seeds_which_save(tmp_path):
     path = tmp_path / "seeds"
     options = ["--timesteps", "1000000", *TINY, "--eval-freq", "1000000", "--seeds", "0-2", "--jobs", "2"]

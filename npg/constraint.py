@@ -9,13 +9,22 @@ equation 10). `docs/cpo.md` derives the solution from v = H⁻¹g and w = H⁻¹
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import isnan, sqrt
+from dataclasses import dataclass, replace
+from math import isfinite, isnan, nan, sqrt
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Constraint", "constrained_step"]
+from npg.fisher import Fisher
+from npg.linearize import Linearization
+from npg.parallel import mean_
+from npg.solvers import Solution, Status, norm, not_finite
+from npg.solvers.solution import ORDER
+from npg.trust_region import TrustRegion
+
+__all__ = ["Constraint", "Limited", "constrained_step", "limit", "value_and_slope"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +105,91 @@ def constrained_step(
     if length > 1e-12 * abs(q):  # else g lies along b, and u is rounding
         x = x + sqrt(max((reach - a) * (reach + a), 0.0) / length) * u
     return x.to(v.dtype), True
+
+
+class Limited(NamedTuple):
+    """The solution under a constraint, and what the search along it asks."""
+
+    solution: Solution
+    constraint: Constraint
+    kind: Literal["free", "bound", "infeasible"]
+    slope: float
+    """bᵀs."""
+    cost: float
+    """Before the step."""
+
+    @property
+    def bound(self) -> bool:
+        """Whether the limit had a part in the solution."""
+        return self.kind != "free"
+
+    def search(self, scale: float, slope: float) -> tuple[float, float]:
+        """With which multiple of the solution a search begins, and the slope of what it looks at, per unit of that."""
+        if self.bound:  # the solution is the step itself
+            return min(scale, 1.0), self.merit(slope, self.slope) if self.constraint.excess > 0 else slope
+        return scale, slope
+
+    def merit(self, gain: float, change: float) -> float:
+        """`Constraint.merit` of a trial."""
+        return self.constraint.merit(gain, change, bound=self.bound)
+
+    def report(self, scale: float, change: float) -> dict[str, Any]:
+        """What the report of the step βs says of the constraint, where the last trial changed the cost by so much."""
+        return {"predicted_cost": scale * self.slope if scale else 0.0, "actual_cost": change, "limit": self.kind}
+
+
+def limit(
+    linearization: Linearization,
+    F: Fisher,
+    g: Tensor,
+    solution: Solution,
+    solve: Callable[[Tensor], Solution],
+    damping: float,
+    constraint: Constraint,
+    region: TrustRegion,
+    process_group: dist.ProcessGroup | None,
+) -> Limited:
+    """The step of ``solution`` if it keeps the constraint, to first order; else the one that is bound by it."""
+    value, slope = value_and_slope(constraint.cost, linearization.outputs, "constraint.cost")
+    cost = mean_(value.double(), process_group)
+    b = mean_(linearization.pull_back(slope), process_group)
+    along, size, curvature, before = torch.stack(
+        [torch.dot(b.double(), solution.x.double()), norm(b), solution.curvature, cost]
+    ).tolist()
+    if not (isfinite(size) and isfinite(before)):
+        return Limited(not_finite(torch.full_like(g, nan)), constraint, "free", nan, nan)
+    if size == 0 or not constraint.binds(region.scale(curvature) * along):
+        return Limited(solution, constraint, "free", along, before)
+    second = solve(b)
+    found = None
+    if second.status is not Status.NON_FINITE:
+        found = constrained_step(g, b, solution.x, second.x, constraint.excess, region.radius)
+    if found is None:
+        lost = second.status if second.status is Status.NON_FINITE else Status.BREAKDOWN
+        nothing = replace(second, x=torch.zeros_like(g), status=lost, statuses=(lost,))
+        return Limited(nothing, constraint, "bound", 0.0, before)
+    x, feasible = found
+    damped = F.quadratic(x).double() + damping * norm(x).square()
+    worst = max(solution.status, second.status, key=ORDER.index)
+    both = Solution(
+        x=x,
+        status=worst,
+        statuses=(worst,),
+        iterations=solution.iterations + second.iterations,
+        residual_norm=torch.maximum(solution.residual_norm, second.residual_norm),
+        curvature=damped,
+        model_value=0.5 * damped - torch.dot(g.double(), x.double()),
+    )
+    change = float(torch.dot(b.double(), x.double()))
+    return Limited(both, constraint, "bound" if feasible else "infeasible", change, before)
+
+
+def value_and_slope(function: Callable[[Tensor], Tensor], old: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The value of a mean over events, and its slope in the outputs."""
+    with torch.enable_grad():
+        outputs = old.clone().requires_grad_()
+        value = function(outputs)
+        if value.ndim != 0:
+            raise ValueError(f"{name} must return a mean over events, a scalar, got shape {tuple(value.shape)}")
+        (slope,) = torch.autograd.grad(value, outputs)
+    return value.detach(), slope

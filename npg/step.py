@@ -8,17 +8,17 @@ Every step by a solved Fisher system, of `npg.optim.NGD` and of the agents, pass
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite, nan
 from time import perf_counter
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npg.constraint import Constraint, constrained_step
+from npg.constraint import Constraint, Limited, limit, value_and_slope
 from npg.families import Family, OutOfDomainError, in_double
 from npg.families.base import check_outputs
 from npg.families.mistakes import is_mistaken
@@ -27,8 +27,7 @@ from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled, undone_on_error
 from npg.parallel import mean_
-from npg.solvers import Solution, Solver, Status, conjugate_gradient, norm, not_finite
-from npg.solvers.solution import ORDER
+from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.trust_region import SearchResult, Trial, TrustRegion
 
 __all__ = ["StepReport", "natural_step"]
@@ -173,63 +172,50 @@ def natural_step(
         # 1. Outputs, gradient and curvature: one forward pass serves the objective, its gradient and the Fisher.
         linearization = Linearization(model, inputs, parameters, move_statistics=True)
         check_outputs(linearization.outputs, inputs)
-        value, slope, F = _first_order(
-            linearization,
-            objective,
-            partial(
-                fisher,
-                model,
-                inputs if curvature_inputs is None else curvature_inputs,
-                geometry,
-                parameters=parameters,
-                process_group=process_group,
-                linearization=None if curvature_inputs is not None else linearization,
-            ),
-        )
-        before = mean_(value.double(), process_group)
-        g = mean_(linearization.pull_back(slope), process_group)
+        at, known = (inputs, linearization) if curvature_inputs is None else (curvature_inputs, None)
+        options: dict[str, Any] = {"parameters": parameters, "process_group": process_group, "linearization": known}
+        information = partial(fisher, model, at, geometry, **options)
+        before, g, F = _first_order(linearization, objective, information, process_group)
 
         # 2. Solve.
-        limited = None
         if F is not None and bool(torch.isfinite(g).all() & torch.isfinite(before)):
-            options: dict[str, Any] = {} if preconditioner is None else {"preconditioner": preconditioner(F, damping)}
-            solution = solver(F, g, x0=x0, damping=damping, **options)
-            if constraint is not None and solution.status is not Status.NON_FINITE:
-                again = partial(solver, F, damping=damping, **options)
-                region = cast(TrustRegion, trust_region)
-                limited = _limited(linearization, F, g, solution, again, damping, constraint, region, process_group)
+            preconditioned: dict[str, Any] = {}
+            if preconditioner is not None:
+                preconditioned["preconditioner"] = preconditioner(F, damping)
+            solve = partial(solver, F, damping=damping, **preconditioned)
+            solution, limited = solve(g, x0=x0), None
+            if constraint is not None and trust_region is not None and solution.status is not Status.NON_FINITE:
+                limited = limit(linearization, F, g, solution, solve, damping, constraint, trust_region, process_group)
                 solution = limited.solution
         else:
-            solution = not_finite(g)
+            solution, limited = not_finite(g), None
         s = solution.x
-        slope_along, s_norm, g_norm, curvature, residual, objective_before = torch.stack(
-            [torch.dot(g.double(), s.double()), norm(s), norm(g), solution.curvature, solution.residual_norm, before]
-        ).tolist()
+        numbers = [torch.dot(g.double(), s.double()), norm(s), norm(g), solution.curvature, solution.residual_norm]
+        slope_along, s_norm, g_norm, curvature, residual, objective_before = torch.stack([*numbers, before]).tolist()
         solve_seconds = perf_counter() - started
 
         # 3. Length: scale to the radius, backtrack on the true KL (or divergence) and the true objective.
+        direction = "old_new" if trust_region is None else trust_region.kl_direction
         line = _Line(
-            linearization, buffers, s, objective, objective_before, geometry, trust_region, process_group, limited
+            linearization, buffers, s, objective, objective_before, geometry, direction, process_group, limited
         )
         scale = trust_region.scale(curvature) if trust_region is not None else inf
         scale = scale if learning_rate is None else min(scale, learning_rate)
         ascent = slope_along  # of what the search asks of a trial
-        if limited is not None and limited.bound:
-            scale, ascent = min(scale, 1.0), limited.ascent(slope_along)
+        if limited is not None:
+            scale, ascent = limited.search(scale, ascent)
         with undone_on_error(line.restore):  # an error of the model, or an interrupt: nothing is lost
             if not isfinite(s_norm) or solution.status is Status.NON_FINITE:
                 found = REFUSED
             elif (g_norm == 0 and s_norm == 0) or learning_rate == 0:
                 found = SearchResult(True, 0.0, Trial(0.0, 0.0), 0)  # a stationary point, or no step is asked for
-            elif not 0 < scale * s_norm < inf:
-                found = REFUSED
-            elif trust_region is not None and trust_region.backtrack:
-                found = trust_region.search(line.trial, scale, ascent) if ascent > 0 else REFUSED
+            elif 0 < scale * s_norm < inf:
+                found = line.search(trust_region, scale, ascent, evaluate=evaluate)
             else:
-                found = line.take(scale, evaluate=evaluate)
+                found = REFUSED
         accepted, scale, outcome, backtracks = found
         if limited is not None and line.tried is not None:
-            outcome = line.tried  # the gain itself, in place of the constraint's merit
+            outcome = line.tried  # the gain itself, in place of the merit that the search goes by
         if not accepted:
             line.restore()
             scale = 0.0
@@ -254,9 +240,7 @@ def natural_step(
             step=s * scale if accepted else torch.zeros_like(s),
             solve_seconds=solve_seconds,
             search_seconds=perf_counter() - started - solve_seconds,
-            predicted_cost=scale * limited.slope if limited is not None and accepted else 0.0,
-            actual_cost=line.change if limited is not None else 0.0,
-            limit="none" if limited is None else limited.kind,
+            **({} if limited is None else limited.report(scale, line.change)),
         )
     if not report.accepted:
         buffers.restore()
@@ -294,94 +278,20 @@ def _check(objective: Any, trust_region: Any, learning_rate: float | None, dampi
         )
 
 
-class _Limited(NamedTuple):
-    """The solution under a constraint, and what the search along it asks."""
-
-    solution: Solution
-    constraint: Constraint
-    kind: Literal["free", "bound", "infeasible"]
-    slope: float
-    """bᵀs."""
-    cost: float
-    """Before the step."""
-
-    @property
-    def bound(self) -> bool:
-        return self.kind != "free"
-
-    def ascent(self, slope_along: float) -> float:
-        return self.constraint.merit(slope_along, self.slope, bound=True) if self.constraint.excess > 0 else slope_along
-
-
-def _limited(
-    linearization: Linearization,
-    F: Fisher,
-    g: Tensor,
-    solution: Solution,
-    solve: Callable[[Tensor], Solution],
-    damping: float,
-    constraint: Constraint,
-    region: TrustRegion,
-    process_group: dist.ProcessGroup | None,
-) -> _Limited:
-    """The step of ``solution`` if it keeps the constraint, to first order; else the one that is bound by it."""
-    value, slope = _differentiated(constraint.cost, linearization.outputs, "constraint.cost")
-    cost = mean_(value.double(), process_group)
-    b = mean_(linearization.pull_back(slope), process_group)
-    along, size, curvature, before = torch.stack(
-        [torch.dot(b.double(), solution.x.double()), norm(b), solution.curvature, cost]
-    ).tolist()
-    if not (isfinite(size) and isfinite(before)):
-        return _Limited(not_finite(torch.full_like(g, nan)), constraint, "free", nan, nan)
-    if size == 0 or not constraint.binds(region.scale(curvature) * along):
-        return _Limited(solution, constraint, "free", along, before)
-    second = solve(b)
-    found = None
-    if second.status is not Status.NON_FINITE:
-        found = constrained_step(g, b, solution.x, second.x, constraint.excess, region.radius)
-    if found is None:
-        lost = second.status if second.status is Status.NON_FINITE else Status.BREAKDOWN
-        nothing = replace(second, x=torch.zeros_like(g), status=lost, statuses=(lost,))
-        return _Limited(nothing, constraint, "bound", 0.0, before)
-    x, feasible = found
-    damped = F.quadratic(x).double() + damping * norm(x).square()
-    worst = max(solution.status, second.status, key=ORDER.index)
-    both = Solution(
-        x=x,
-        status=worst,
-        statuses=(worst,),
-        iterations=solution.iterations + second.iterations,
-        residual_norm=torch.maximum(solution.residual_norm, second.residual_norm),
-        curvature=damped,
-        model_value=0.5 * damped - torch.dot(g.double(), x.double()),
-    )
-    change = float(torch.dot(b.double(), x.double()))
-    return _Limited(both, constraint, "bound" if feasible else "infeasible", change, before)
-
-
-def _differentiated(function: Callable[[Tensor], Tensor], old: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The value of a mean over events, and its slope in the outputs."""
-    with torch.enable_grad():
-        outputs = old.clone().requires_grad_()
-        value = function(outputs)
-        if value.ndim != 0:
-            raise ValueError(f"{name} must return a mean over events, a scalar, got shape {tuple(value.shape)}")
-        (slope,) = torch.autograd.grad(value, outputs)
-    return value.detach(), slope
-
-
 def _first_order(
-    linearization: Linearization, objective: Callable[[Tensor], Tensor], fisher: Callable[[], Fisher]
+    linearization: Linearization,
+    objective: Callable[[Tensor], Tensor],
+    fisher: Callable[[], Fisher],
+    process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Fisher | None]:
-    """The objective, its slope in the outputs, and F; NaN and None where the outputs are out of a family's domain."""
+    """The objective, its gradient, (P,), and F; NaN and None where the outputs are out of a family's domain."""
     old = linearization.outputs
-    value, slope = old.new_full((), nan), torch.full_like(old, nan)
     try:
-        value, ascent = _differentiated(objective, old, "objective")
+        value, slope = value_and_slope(objective, old, "objective")
         F = fisher()
     except OutOfDomainError:
-        return value, slope, None
-    return value, ascent, F
+        value, slope, F = old.new_full((), nan), torch.full_like(old, nan), None
+    return mean_(value.double(), process_group), mean_(linearization.pull_back(slope), process_group), F
 
 
 class _Line:
@@ -394,7 +304,7 @@ class _Line:
         objective: outputs ↦ its mean over events.
         objective_before: at θ, of all processes.
         geometry: whose divergence is measured.
-        trust_region: which says in which direction.
+        direction: of the divergence, "old_new" or "new_old".
         process_group: means are over its processes.
         limited: what a constraint asks of a trial.
 
@@ -414,14 +324,14 @@ class _Line:
         objective: Callable[[Tensor], Tensor],
         objective_before: float,
         geometry: Geometry,
-        trust_region: TrustRegion | None,
+        direction: str,
         process_group: dist.ProcessGroup | None,
-        limited: _Limited | None,
+        limited: Limited | None,
     ) -> None:
         self._limited = limited
         self._linearization, self._buffers, self._s = linearization, buffers, s
         self._objective, self._before, self._divergence = objective, objective_before, geometry.divergence
-        self._direction = "old_new" if trust_region is None else trust_region.kl_direction
+        self._direction = direction
         self._group = process_group
         self._theta = linearization.parameters
         self._origin = self._theta.copy()
@@ -456,14 +366,18 @@ class _Line:
             local = old.new_full((2 if self._limited is None else 3,), nan, dtype=torch.float64)
         value, kl_mean, *cost = mean_(local, self._group).tolist()
         self.tried = Trial(value - self._before, kl_mean)
-        if (limited := self._limited) is None:
+        if self._limited is None:
             return self.tried
-        self.change = cost[0] - limited.cost
-        return self.tried._replace(
-            gain=limited.constraint.merit(self.tried.gain, self.change, bound=limited.bound),
-        )
+        self.change = cost[0] - self._limited.cost
+        return self.tried._replace(gain=self._limited.merit(self.tried.gain, self.change))
 
-    def take(self, scale: float, *, evaluate: bool) -> SearchResult:
+    def search(self, region: TrustRegion | None, scale: float, ascent: float, *, evaluate: bool) -> SearchResult:
+        """Go as far as the region allows, where it backtracks; else the whole way."""
+        if region is None or not region.backtrack:
+            return self._take(scale, evaluate=evaluate)
+        return region.search(self.trial, scale, ascent) if ascent > 0 else REFUSED
+
+    def _take(self, scale: float, *, evaluate: bool) -> SearchResult:
         """Go to θ + βs without a search; refused where what is looked at is not finite."""
         if not evaluate:
             return SearchResult(self.move(scale), scale, UNTRIED, 0)

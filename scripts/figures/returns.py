@@ -300,6 +300,12 @@ def table_algorithms(rows: list[Row]) -> str:
     return markdown(("task", *(named(algo)[0] for algo in algos)), lines)
 
 
+def seconds(values: Sequence[float]) -> str:
+    """The median of those that are known: a run that was stopped on the way has none."""
+    known = [value for value in values if np.isfinite(value)]
+    return f"{np.median(known):.0f} s" if known else "–"
+
+
 def table_seconds(rows: list[Row], points: list[Row]) -> str:
     """How long both TRPOs take to the final return of sb3-contrib's, in processor seconds of training."""
     head = ("task", "sb3-contrib's final return", "in seconds", "seeds", "ours has it after", "by", "all steps in")
@@ -311,8 +317,8 @@ def table_seconds(rows: list[Row], points: list[Row]) -> str:
         for point in sorted(points, key=lambda row: int(row["step"])):
             if (point["task"], point["algo"]) == (task, PEERS[1]) and float(point["return"]) >= goal:
                 first.setdefault(point["seed"], float(point["cpu_seconds"] or "nan"))
-        took = [f"{np.median([float(row['cpu_seconds'] or 'nan') for row in runs]):.0f} s" for runs in (theirs, mine)]
-        reached = f"{np.median(list(first.values())):.0f} s" if first else "–"
+        took = [seconds([float(row["cpu_seconds"] or "nan") for row in runs]) for runs in (theirs, mine)]
+        reached = seconds(list(first.values()))
         by = f"{len(first)} of {len(mine)} seeds"
         lines.append((task, number(goal), took[0], str(len(theirs)), reached, by, took[1]))
     return markdown(head, lines)

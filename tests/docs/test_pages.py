@@ -13,9 +13,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from agents.statistics import interquartile_mean
 from npg import acceleration
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +133,19 @@ def test_the_results_of_the_readme_are_those_of_their_files():
     zoo = median_of("update", "times_faster_median", env="HalfCheetah-v5", update="ours, Zoo's critic")
     cartpole = rows_of("cartpole", algo="trpo", backend="gymnasium")
     assert len(cartpole) == 5
+    returns = [
+        float(row["return_mean"])
+        for row in rows_of(
+            "returns", config="preset", algo="trpo", task="InvertedDoublePendulum-v5", timesteps="1000000"
+        )
+    ]
+    assert len(returns) == 10
+    targets = yaml.safe_load((ROOT / "scripts" / "benchmarks" / "returns.yaml").read_text(encoding="utf-8"))
+    (best,) = targets["mujoco"]["InvertedDoublePendulum-v5"]["published"]
     expected = {
+        "returns": [
+            f"{x:,.0f}" for x in (interquartile_mean(np.array(returns)), min(returns), best["mean"], best["std"])
+        ],
         "fvp": [f"{x:.2f}" for x in products],
         "end_to_end": [f"{x:,.0f}" for x in speeds],
         "cifar_small": [f"{x:.0f}" for x in seconds],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from agents import TRPO
 from envs import Watchdog, make_vec_env
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # other processes need not find this file
 
 
 class Failing(gym.Env):

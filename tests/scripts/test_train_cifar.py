@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from npg.vision.cli.train_cifar import configure
 from npg.vision.run_folder import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_cifar.py"
@@ -198,10 +199,10 @@ def test_presets_with_values_of_another_kind_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_preset_may_leave_the_optimizers_empty(script: ModuleType, tmp_path: Path) -> None:
+def test_a_preset_may_leave_the_optimizers_empty(tmp_path: Path) -> None:
     preset = tmp_path / "mine.yaml"
     preset.write_text("epochs: 3\noptimizers:\n")
-    config, _ = script.configure({"model": "wrn-10-1", "optimizer": "sgd", "preset": str(preset), "lr": 0.1})
+    config, _ = configure({"model": "wrn-10-1", "optimizer": "sgd", "preset": str(preset), "lr": 0.1})
     assert (config.epochs, config.optimizer_options) == (3, {"lr": 0.1})
 
 

@@ -113,9 +113,10 @@ class MDPO(NaturalPolicyAlgorithm):
         super().set_parameters(load_path_or_dict, exact_match, device)
 
     def _of_all_parameters(self, state: dict[str, Any]) -> dict[str, Any]:
-        (group,), every = state["param_groups"], list(self.policy.parameters())
-        if len(group["params"]) == len(every):
-            return state
+        groups, every = state.get("param_groups", []), list(self.policy.parameters())
+        if len(groups) != 1 or "state" not in state or len(groups[0]["params"]) == len(every):
+            return state  # whole, or no state of this optimizer, which PyTorch refuses
+        group = groups[0]
         places = {id(p): place for place, p in enumerate(every)}
         own = [places[id(p)] for p in self.networks.actor_parameters.values()]
         moved = {own[index]: state["state"][i] for index, i in enumerate(group["params"]) if i in state["state"]}

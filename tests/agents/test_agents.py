@@ -914,6 +914,14 @@ def test_vectors_are_acted_on_by_one_thread_which_is_given_back():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+def test_incomplete_parameters_are_refused_by_name(algorithm):
+    model = algorithm("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu")
+    cut = {name: dict(list(state.items())[:-1]) for name, state in model.get_parameters().items()}
+    with pytest.raises(RuntimeError, match=r"Missing key.*value_net\.bias"):
+        model.set_parameters(cut)
+
+
 def test_mdpo_takes_an_optimizer_that_was_saved_of_the_actor_alone():
     """As versions before 0.2 saved it."""
     model = MDPO("MlpPolicy", "Pendulum-v1", n_steps=64, seed=0, device="cpu")

@@ -284,13 +284,14 @@ def _first_order(
     fisher: Callable[[], Fisher],
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Fisher | None]:
-    """The objective, its gradient, (P,), and F; NaN and None where the outputs are out of a family's domain."""
-    old = linearization.outputs
+    """The objective, its gradient, (P,), and F; NaN and None of what is out of a family's domain."""
+    old, F = linearization.outputs, None
+    value = old.new_full((), nan)
     try:
         value, slope = value_and_slope(objective, old, "objective")
         F = fisher()
     except OutOfDomainError:
-        value, slope, F = old.new_full((), nan), torch.full_like(old, nan), None
+        slope = torch.full_like(old, nan)
     return mean_(value.double(), process_group), mean_(linearization.pull_back(slope), process_group), F
 
 

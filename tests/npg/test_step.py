@@ -288,6 +288,19 @@ def test_outputs_outside_of_the_domain_of_a_distribution_are_a_failed_trial(mlp)
     assert report.backtracks > 0
 
 
+def test_the_objective_is_reported_where_only_the_fisher_is_out_of_its_domain(problem):
+    model, x, objective = problem
+    origin, before = bits(model), objective(model(x)).item()
+
+    def fisher(*_, **__):
+        raise families.OutOfDomainError("mine")
+
+    report = natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.01), damping=0.1, fisher=fisher)
+    assert not report.accepted
+    assert report.objective == pytest.approx(before, rel=1e-6)
+    assert bits(model) == origin
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_the_search_restores_the_parameters(problem, error):
     model, x, objective = problem

@@ -49,7 +49,7 @@ __all__ = ["NaturalPolicyAlgorithm", "NaturalStepAlgorithm"]
 Preconditioner = Literal["diagonal", "kfac"]
 Metric = Literal["fisher", "euclidean", "wasserstein"] | Geometry
 
-#: A damping that is so many times ten times the usual one is not raised further: what is wrong is not the curvature.
+#: λ is multiplied by ten at most so often: what is still wrong then is not the curvature.
 _MOST_RAISES = 8
 _PRECONDITIONERS = {None: None, "diagonal": diagonal_preconditioner, "kfac": kronecker_preconditioner}
 

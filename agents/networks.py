@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead, CriticHead
 from agents.standard import is_standard
-from npg.families import Geometry
+from npg.families import DiagonalGaussian, Geometry
 from npg.transport import geometry
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class Networks:
             ValueError: if the agent's ``metric`` is no name of one.
             TypeError: if it is ``"wasserstein"``, and the actor's family has none.
         """
-        return geometry(self._agent.metric, self.actor.family)
+        metric, family = self._agent.metric, self.actor.family
+        if type(family) is SquashedGaussian and metric == "wasserstein":
+            family = DiagonalGaussian()  # in units of the actions before they are squashed
+        return geometry(metric, family)
 
     @property
     def actor_parameters(self) -> dict[str, nn.Parameter]:

@@ -29,6 +29,7 @@ from npg.families import (
     Gaussian,
     Geometry,
     LinearMap,
+    MultiCategorical,
     Product,
     covariance,
 )
@@ -100,28 +101,30 @@ def wasserstein(family: Family, graph: Tensor | None = None) -> Geometry:
 
     Raises:
         ValueError: if the graph is not a connected graph as above, or is given for another family.
-        TypeError: if the family has no transport metric here.
+        TypeError: if the family has no transport metric here, as a subclass of these has not.
 
     Source: Li & Montúfar (2018), Natural gradient via optimal transport; for normals, Takatsu (2011).
     """
     if graph is not None:
-        if not isinstance(family, Categorical):
-            raise ValueError(f"graph connects the classes of a Categorical, and {family!r} has none: leave it out")
+        if type(family) is not Categorical:
+            raise ValueError(f"graph connects the classes of a Categorical, and {family!r} is none: leave it out")
         _check_graph(graph)
         return _WeightedGraph(graph)
-    if isinstance(family, Gaussian):
+    kind = type(family)  # itself: what a subclass changes, its parent's metric does not know
+    if kind is Gaussian:
         return Euclidean()
-    if isinstance(family, DiagonalGaussian):
+    if kind is DiagonalGaussian:
         return _DiagonalGaussian()
-    if isinstance(family, Categorical):
+    if kind is Categorical:
         return _CompleteGraph()
-    if isinstance(family, Product):
+    if isinstance(family, Product) and kind in (Product, MultiCategorical):
         return _Product([wasserstein(part) for part in family.parts], family.sizes)
-    if isinstance(family, Bernoulli):
+    if kind is Bernoulli:
         return _Bernoulli()
     raise TypeError(
-        f"no Wasserstein metric is known for {family!r}: pass a metric of your own, a function of the outputs η that "
-        "returns the map u ↦ M(η)u, with a method divergence(old, new)"
+        f"no Wasserstein metric is known for {family!r}, a {kind.__name__}. For a subclass that has its parent's, pass "
+        "metric=wasserstein(parent); otherwise a metric of your own, a function of the outputs η that returns the map "
+        "u ↦ M(η)u, with a method divergence(old, new)"
     )
 
 

@@ -276,6 +276,14 @@ def test_gsde_acts_as_in_stable_baselines3(squash, cls):
     assert_consistent(model)
 
 
+def test_the_transport_metric_of_squashed_actions_is_that_of_the_unsquashed():
+    options = {"use_sde": True, "policy_kwargs": {"squash_output": True}}
+    metric = collected(agent(metric="wasserstein", **options)).networks.geometry
+    outputs = torch.tensor([[0.3, -0.2, 0.1, -1.0]], dtype=torch.float64)
+    u = torch.ones_like(outputs)
+    torch.testing.assert_close(metric(outputs)(u), torch.cat([u[:, :2], (2 * outputs[:, 2:]).exp()], -1))
+
+
 def test_a_squashed_step_is_that_of_sb3_contrib():
     contrib = pytest.importorskip("sb3_contrib")
     options = {"n_steps": 256, "n_critic_updates": 0, "use_sde": True, "policy_kwargs": {"squash_output": True}}

@@ -440,3 +440,12 @@ def test_the_log_partition_of_a_product_is_that_of_its_parts():
     product = families.Product([families.Categorical(), other], [3, 1])
     with pytest.raises(TypeError, match="or a product of them, got from_torch"):
         log_partition(product)
+
+
+def test_a_subclass_does_not_get_the_potential_of_its_parent():
+    class Cooler(families.Categorical):
+        def log_likelihood(self, outputs, targets):
+            return super().log_likelihood(2 * outputs, targets)
+
+    with pytest.raises(TypeError, match=r"a Cooler\. A subclass may have another potential"):
+        log_partition(Cooler())

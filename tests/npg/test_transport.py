@@ -553,3 +553,21 @@ def test_a_product_with_a_part_of_no_known_geometry_is_refused():
         wasserstein(families.Product([families.Categorical(), other], [3, 1]))
     with pytest.raises(ValueError, match="graph connects the classes of a Categorical, and Product"):
         wasserstein(families.Product([families.Categorical()], [4]), chain(4))
+
+
+class Cooler(families.Categorical):
+    """Its probabilities are those of twice the logits, and its metric is another one."""
+
+    def log_likelihood(self, outputs, targets):
+        return super().log_likelihood(2 * outputs, targets)
+
+
+@pytest.mark.parametrize("family", [Cooler(), families.Product([Cooler(), families.Gaussian()], [3, 2])])
+def test_a_subclass_does_not_get_the_metric_of_its_parent(family):
+    with pytest.raises(TypeError, match=r"known for Cooler\(\), a Cooler\. For a subclass that has its parent's, pass"):
+        wasserstein(family)
+
+
+def test_a_graph_is_not_put_under_a_subclass():
+    with pytest.raises(ValueError, match=r"graph connects the classes of a Categorical, and Cooler\(\) is none"):
+        wasserstein(Cooler(), complete(3))

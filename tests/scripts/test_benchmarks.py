@@ -14,6 +14,12 @@ BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 # The script, its arguments, the option that names the CSV, and what must be in it: (column, values).
 RUNS = {
     "fvp": ("mlp-64@64 --rounds 1 --threads 1", "--csv", "product", {"gradient", "ours", "double backward", "jvp-vjp"}),
+    "changing_shapes": (
+        "--lengths 2 4 --steps 4 --block 2 --batch 2 --products 1",
+        "--csv",
+        "length",
+        {"fixed", "changing"},
+    ),
     "collecting": ("--env CartPole-v1 --n-envs 2 --steps 4 --rounds 1 --threads 1", "--csv", "n_envs", {"2"}),
     "update": (
         "--env InvertedPendulum-v5 --before 2048 --rounds 1 --threads 1",
@@ -100,6 +106,6 @@ def test_a_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert expected <= {row[column] for row in rows}
-    measured = [k for k in rows[0] if any(w in k for w in ("median", "us_per", "steps_per_second", "return_mean"))]
+    measured = [k for k in rows[0] if any(w in k for w in ("median", "over_fixed", "us_per", "steps_per_second", "return_mean"))]
     assert measured
     assert all(math.isfinite(float(row[k])) for row in rows for k in measured if row[k])

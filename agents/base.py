@@ -23,14 +23,15 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.save_util import recursive_getattr
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
 from agents.afterstate import AfterstatePolicy
-from agents.buffer import RolloutBuffer
+from agents.buffer import DictRolloutBuffer, RolloutBuffer
 from agents.checks import flag, kind, not_finite_in, number, one_of, whole
 from agents.collect import Collector
+from agents.masks import TakesMasks, with_masks
 from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.saved import saved_attributes, saved_values
@@ -64,7 +65,7 @@ def _seed(name: str, value: Any) -> None:
         whole(name, value, 0, 2**32 - 1)
 
 
-class NaturalPolicyAlgorithm(HasOptions, Collector):
+class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
     """On-policy actor-critic learning where the actor moves by natural steps.
 
     The options are those of ``sb3_contrib.TRPO`` by the same names, as far as they concern all algorithms here, and
@@ -203,6 +204,7 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         self.algorithm = self.name()
         self.critic_damping = 0.1
         self.check_options()
+        policy, env = self._matched(policy, env, theirs["verbose"])
         Collector.__init__(
             self,
             policy,
@@ -235,8 +237,9 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
     # ---------------------------------------------------------------------------------------------------- life cycle
 
     def _setup_model(self) -> None:
-        if self.rollout_buffer_class is None and not isinstance(self.observation_space, spaces.Dict):
-            self.rollout_buffer_class = RolloutBuffer
+        if self.rollout_buffer_class is None:
+            several = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = DictRolloutBuffer if several else RolloutBuffer
         super()._setup_model()
         self.networks = Networks(self)
 
@@ -268,6 +271,7 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
     def load(
         cls,
         path: Any,
+        env: GymEnv | None = None,
         *args: Any,
         custom_objects: dict[str, Any] | None = None,
         unpickle: Collection[str] = (),
@@ -280,7 +284,8 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
 
         Args:
             path: of the file, or a file that is open.
-            args: env, device, … as Stable-Baselines3 takes them.
+            env: the environments, if there are any.
+            args: device, … as Stable-Baselines3 takes them.
             custom_objects: values for attributes that the file has as pickles, such as a policy class of your own.
             unpickle: the names of attributes that are unpickled whatever they hold, with a warning: that can run any
                 code. The others are read as data (`agents.saved`).
@@ -304,7 +309,9 @@ class NaturalPolicyAlgorithm(HasOptions, Collector):
         plain = saved_attributes(path, data, given={*given, *kwargs}, unpickle=unpickle)
         plain |= {name: kwargs[name] for name in kwargs.keys() & data.keys()}
         kwargs["custom_objects"] = plain | given
-        return super().load(path, *args, **kwargs)
+        if env is not None:
+            env = with_masks(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
+        return super().load(path, env, *args, **kwargs)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log; ``time/iterations`` counts the updates of all calls of `learn`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common import buffers
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
-__all__ = ["RolloutBuffer", "advantages_of", "random_part", "rows"]
+__all__ = ["DictRolloutBuffer", "RolloutBuffer", "advantages_of", "random_part", "rows"]
 
 
 def rows(observations: Any, index: Any) -> Any:
@@ -63,11 +63,13 @@ class RolloutBuffer(buffers.RolloutBuffer):
     """
 
     def record(
-        self, observations: NDArray[Any], actions: NDArray[Any], rewards: NDArray[Any], episode_starts: NDArray[Any]
+        self, observations: Any, actions: NDArray[Any], rewards: NDArray[Any], episode_starts: NDArray[Any]
     ) -> None:
         """Store one step of every environment."""
-        step = self.pos
-        self.observations[step] = observations.reshape(self.n_envs, *self.obs_shape)
+        step, stored = self.pos, self.observations
+        parts = ((stored[k], observations[k]) for k in stored) if isinstance(stored, dict) else [(stored, observations)]
+        for array, values in parts:
+            array[step] = np.reshape(values, array.shape[1:])
         self.actions[step] = actions.reshape(self.n_envs, self.action_dim)
         self.rewards[step] = rewards
         self.episode_starts[step] = episode_starts
@@ -94,7 +96,9 @@ class RolloutBuffer(buffers.RolloutBuffer):
             return
         assert self.full, "the rollout is not complete"
 
-        def flat(array: NDArray[Any]) -> torch.Tensor:
+        def flat(array: Any) -> Any:
+            if isinstance(array, dict):
+                return {key: flat(part) for key, part in array.items()}
             return self.to_torch(array.reshape(-1, *array.shape[2:]), copy=False)
 
         yield RolloutBufferSamples(
@@ -105,3 +109,7 @@ class RolloutBuffer(buffers.RolloutBuffer):
             advantages=flat(self.advantages),
             returns=flat(self.returns),
         )
+
+
+class DictRolloutBuffer(RolloutBuffer, buffers.DictRolloutBuffer):  # type: ignore[misc]  # its samples are dicts
+    """`RolloutBuffer` for observations that are a Dict."""

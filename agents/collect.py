@@ -18,14 +18,14 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.buffer import RolloutBuffer, rows
+from agents.buffer import DictRolloutBuffer, RolloutBuffer, rows
 from agents.networks import Networks
 from npg.parallel import mean_, size
 
-__all__ = ["Collector", "cut_off"]
+__all__ = ["Collector", "cut_off", "stacked"]
 
 #: Buffers that only store what they are given, to which values and log-likelihoods can be given afterwards.
-_STORES = (RolloutBuffer, buffers.RolloutBuffer, buffers.DictRolloutBuffer)
+_STORES = (RolloutBuffer, DictRolloutBuffer, buffers.RolloutBuffer, buffers.DictRolloutBuffer)
 
 #: A step, an environment and its last observation, where an episode was cut off by its time limit.
 _Cut = tuple[int, int, Any]
@@ -193,12 +193,8 @@ class Collector(OnPolicyAlgorithm):
             entropies.append(actor.family.entropy(said))
         if truncated:
             steps, envs, finals = zip(*truncated)
-            stacked = (
-                {key: np.stack([f[key] for f in finals]) for key in finals[0]}
-                if isinstance(finals[0], dict)
-                else np.stack(finals)
-            )
-            final_values = critic(critic.prepare(critic.policy.obs_to_tensor(stacked)[0])).flatten()
+            last, _ = critic.policy.obs_to_tensor(stacked(finals))
+            final_values = critic(critic.prepare(last)).flatten()
             buffer.rewards[list(steps), list(envs)] += self.gamma * final_values.cpu().numpy()
         if first < buffer.pos:
             entropies.append(-self._steps(buffer.log_probs, slice(first, buffer.pos)))
@@ -226,7 +222,7 @@ class Collector(OnPolicyAlgorithm):
 
 def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.ndarray, np.ndarray], None]:
     """How to store a step of which values and log-likelihoods are not known yet."""
-    if type(buffer) is RolloutBuffer:
+    if isinstance(buffer, RolloutBuffer) and type(buffer) in (RolloutBuffer, DictRolloutBuffer):
         return buffer.record
     nothing = torch.zeros(buffer.n_envs)
 
@@ -234,6 +230,14 @@ def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.nd
         buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)
 
     return record
+
+
+def stacked(observations: Sequence[Any]) -> Any:
+    """Observations of single environments as those of several."""
+    first = observations[0]
+    if isinstance(first, dict):
+        return {key: np.stack([observation[key] for observation in observations]) for key in first}
+    return np.stack(observations)
 
 
 def cut_off(infos: list[dict[str, Any]], dones: np.ndarray, step: int) -> list[_Cut]:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common import buffers
 from stable_baselines3.common.callbacks import BaseCallback
@@ -17,8 +16,8 @@ from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from agents.buffer import RolloutBuffer, advantages_of
-from agents.collect import cut_off
+from agents.buffer import RolloutBuffer, advantages_of, rows
+from agents.collect import cut_off, stacked
 from agents.critic import NaturalCritic, training_mode
 from agents.heads import CriticHead
 from agents.networks import fuse
@@ -89,11 +88,6 @@ class CPO(TrustRegionAlgorithm):
     # ---------------------------------------------------------------------------------------------------- life cycle
 
     def _setup_model(self) -> None:
-        if isinstance(self.observation_space, spaces.Dict):
-            raise ValueError(
-                "CPO takes no Dict observations, whose buffer gives its rows in another order: wrap the environment in "
-                "gymnasium.wrappers.FlattenObservation"
-            )
         given: Any = self.rollout_buffer_class
         if not (given is None or issubclass(given, RolloutBuffer)):
             raise ValueError(
@@ -159,16 +153,17 @@ class CPO(TrustRegionAlgorithm):
         self.cost_policy.set_training_mode(False)
         head, at_once = CriticHead(self.cost_policy), self._evaluated_at_once()
 
-        def values_of(observations: Tensor) -> NDArray[np.float32]:
-            parts = observations.split(at_once)
+        def values_of(observations: Any, n: int) -> NDArray[np.float32]:
+            parts = (rows(observations, slice(start, start + at_once)) for start in range(0, n, at_once))
             return torch.cat([head(head.prepare(part)).flatten() for part in parts]).cpu().numpy()
 
         if truncated:  # by a time limit: the cost that would have come after it
             steps, envs, finals = zip(*truncated)
-            last, _ = self.cost_policy.obs_to_tensor(np.stack(finals))
-            costs[list(steps), list(envs)] += self.gamma * values_of(last)
-        values = values_of(self._steps(buffer.observations, slice(len(costs)))).reshape(costs.shape)
-        final = values_of(obs_as_tensor(self._last_obs, self.device)).reshape(1, -1)  # type: ignore[arg-type]
+            last, _ = self.cost_policy.obs_to_tensor(stacked(finals))
+            costs[list(steps), list(envs)] += self.gamma * values_of(last, len(finals))
+        values = values_of(self._steps(buffer.observations, slice(len(costs))), costs.size).reshape(costs.shape)
+        newest = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+        final = values_of(newest, costs.shape[1]).reshape(1, -1)
         advantages = advantages_of(costs, values, final, alive, self.gamma, self.gae_lambda)
         flat = (torch.as_tensor(array.reshape(-1)).to(self.device) for array in (advantages, advantages + values))
         return _Costs(*flat)

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from agents.config import RunConfig
+from agents.masks import with_masks
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
 from envs.checks import unusable
@@ -173,7 +174,7 @@ def evaluate(
         FloatingPointError: if parameters, observations or rewards are not finite; it names which, and where.
     """
     _check_parameters(model)
-    env = _Finite(env)
+    env = with_masks(_Finite(env), model.policy_class)
     env.seed(seed)
     started = time.perf_counter()
 
@@ -309,7 +310,7 @@ def film(
     started = time.perf_counter()
     try:
         _check_parameters(model)
-        env = _Finite(env)
+        env = with_masks(_Finite(env), model.policy_class)
         rate = (env.get_attr("metadata")[0] or {}).get("render_fps", 30)
         every = max(1, round(rate / fps))
         frames: list[Any] = []

@@ -38,8 +38,10 @@ from torch import Tensor, nn
 from agents.checks import one_of
 from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead
-from envs import VecNormalize, Watchdog
+from agents.masks import MaskableActorCriticPolicy
+from envs import ActionMasks, VecNormalize, Watchdog
 from envs.episodes import EpisodeWriter
+from envs.masks import ACTION_MASK, mask_sizes, with_one_allowed
 from npg import families
 from npg.runs.files import replacing
 
@@ -52,7 +54,7 @@ FORMATS: dict[str, str] = {"onnx": ".onnx", "torchscript": ".pt", "torch-export"
 """The formats, and the ends of their files' names."""
 
 _ABOUT = "npg.json"
-_CHANGING = (VecTransposeImage, AnyVecNormalize, VecNormalize)  # what these do to observations is known
+_CHANGING = (VecTransposeImage, AnyVecNormalize, VecNormalize, ActionMasks)  # what these do to observations is known
 _PASSING = (
     VecMonitor,
     VecCheckNan,
@@ -126,20 +128,35 @@ def _steps(env: VecEnv | None, bare: VecEnv | None) -> tuple[VecEnv | None, list
     return env, steps
 
 
+def _with_mask(raw: spaces.Space[Any], steps: list[VecEnvWrapper]) -> spaces.Space[Any]:
+    """The space of raw observations, with the mask that an `ActionMasks` adds to them."""
+    for step in steps:
+        if isinstance(step, ActionMasks):
+            parts = raw.spaces if isinstance(raw, spaces.Dict) else {"observation": raw}
+            raw = spaces.Dict({**parts, ACTION_MASK: cast(spaces.Dict, step.observation_space).spaces[ACTION_MASK]})
+    return raw
+
+
 def _pipeline(raw: spaces.Space[Any], steps: list[VecEnvWrapper]) -> list[list[nn.Module]]:
     """The modules that each part of a raw observation goes through."""
-    keys = list(raw.spaces) if isinstance(raw, spaces.Dict) else [None]
-    modules: dict[str | None, list[nn.Module]] = {key: [] for key in keys}
+    names: Sequence[str | None] = _names(raw) or [None]
+    modules: dict[str | None, list[nn.Module]] = {name: [] for name in names}
+    alone = "observation" if isinstance(raw, spaces.Dict) else None  # what is all that steps inside of ActionMasks see
     for step in steps:
         if isinstance(step, VecTransposeImage):
-            for key in [] if step.skip else (keys if keys == [None] else step.image_space_keys):
+            several = isinstance(step.observation_space, spaces.Dict)
+            for key in [] if step.skip else (step.image_space_keys if several else [alone]):
                 modules[key].append(_ChannelsFirst())
         elif isinstance(step, AnyVecNormalize) and step.norm_obs:
-            rms = step.obs_rms if isinstance(step.obs_rms, dict) else {None: step.obs_rms}
+            rms = step.obs_rms if isinstance(step.obs_rms, dict) else {alone: step.obs_rms}
             for key, moments in rms.items():
                 part = raw if key is None else cast(spaces.Dict, raw).spaces[key]
                 modules[key].append(_Normalize(moments.mean, moments.var, step.epsilon, step.clip_obs, part.dtype))
     return list(modules.values())
+
+
+def _names(space: spaces.Space[Any]) -> list[str] | None:
+    return list(space.spaces) if isinstance(space, spaces.Dict) else None
 
 
 @contextmanager
@@ -192,10 +209,11 @@ class DeployedPolicy(nn.Module):
         if not isinstance(agent.policy, ActorCriticPolicy):
             raise ExportError(f"only actor-critic policies can be exported, got {type(agent.policy).__name__}")
         inner, steps = _steps(agent.get_env(), env)
-        self.observation_space = deepcopy(agent.observation_space if inner is None else inner.observation_space)
+        raw = agent.observation_space if inner is None else inner.observation_space
+        self.observation_space = deepcopy(_with_mask(raw, steps))
         modules = _pipeline(self.observation_space, steps)
         self.parts = nn.ModuleList(nn.Sequential(*part) for part in modules)
-        self._keys = [*self.observation_space.spaces] if isinstance(self.observation_space, spaces.Dict) else None
+        self._keys = _names(self.observation_space)
         self.inputs = self._keys or ["observation"]
         with _generators_kept(), io.BytesIO() as buffer:  # a copy on the CPU, by what it would be saved as
             agent.save(buffer)
@@ -227,12 +245,17 @@ class DeployedPolicy(nn.Module):
         self.head.look(example)
 
     def example(self, n: int, seed: int = 0) -> list[NDArray[Any]]:
-        """``n`` observations drawn from the space, as arrays in the order of ``inputs``."""
+        """``n`` observations drawn from the space, as arrays in the order of ``inputs``; masks allow an action."""
         self.observation_space.seed(seed)
         drawn: list[Any] = [self.observation_space.sample() for _ in range(n)]
         if self._keys is None:
             return [np.stack([np.asarray(x) for x in drawn])]
-        return [np.stack([np.asarray(x[key]) for x in drawn]) for key in self._keys]
+        parts = {key: np.stack([np.asarray(x[key]) for x in drawn]) for key in self._keys}
+        if isinstance(self.policy, MaskableActorCriticPolicy):
+            masks = parts[ACTION_MASK]
+            allowed = with_one_allowed(np.round(masks).reshape(n, -1), mask_sizes(self.policy.action_space))
+            parts[ACTION_MASK] = allowed.reshape(masks.shape).astype(masks.dtype)
+        return list(parts.values())
 
     def _observation(self, parts: Sequence[Tensor]) -> Any:
         seen = [pipeline(x) for pipeline, x in zip(self.parts, parts)]
@@ -433,9 +456,11 @@ def _compare(policy: DeployedPolicy, act: Act, steps: list[VecEnvWrapper]) -> No
         actions = act(*arrays)
         seen: Any = arrays[0] if policy._keys is None else dict(zip(policy._keys, arrays))
         for step in steps:
-            seen = (
-                step.transpose_observations(seen) if isinstance(step, VecTransposeImage) else step.normalize_obs(seen)
-            )
+            if isinstance(step, ActionMasks):
+                continue
+            change: Any = step.transpose_observations if isinstance(step, VecTransposeImage) else step.normalize_obs
+            inside = isinstance(seen, dict) and not isinstance(step.observation_space, spaces.Dict)  # of ActionMasks
+            seen = {**seen, "observation": change(seen["observation"])} if inside else change(seen)
         expected, _ = policy.policy.predict(seen, deterministic=True)
         wrong = actions.shape != expected.shape or not np.isfinite(actions).all()
         if not wrong and policy.deterministic:

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 from agents.afterstate import AfterstatePolicy, Afterstates
 from agents.distributions import FAMILIES
+from agents.masks import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+    MaskedFeatures,
+    MaskedLatent,
+    MaskedLogits,
+)
 from npg.model import Buffers
 
 __all__ = ["GLOBAL_HOOKS", "MODED", "aside", "is_known", "is_own", "is_standard"]
@@ -39,6 +47,12 @@ _KNOWN = {
     ActorCriticPolicy,
     ActorCriticCnnPolicy,
     MultiInputActorCriticPolicy,
+    MaskableActorCriticPolicy,
+    MaskableActorCriticCnnPolicy,
+    MaskableMultiInputActorCriticPolicy,
+    MaskedFeatures,
+    MaskedLatent,
+    MaskedLogits,
     AfterstatePolicy,
     Afterstates,
     MlpExtractor,

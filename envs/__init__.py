@@ -2,8 +2,9 @@
 
 from envs import registration  # noqa: F401
 from envs.make import UnknownEnvironment, make_vec_env
+from envs.masks import ActionMasks
 from envs.normalize import VecNormalize
 from envs.velocity import velocity_limited
 from envs.watchdog import Watchdog
 
-__all__ = ["UnknownEnvironment", "VecNormalize", "Watchdog", "make_vec_env", "velocity_limited"]
+__all__ = ["ActionMasks", "UnknownEnvironment", "VecNormalize", "Watchdog", "make_vec_env", "velocity_limited"]

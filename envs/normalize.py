@@ -6,11 +6,13 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from envs.checks import check_values
+from envs.masks import ACTION_MASK
 
 __all__ = ["VecNormalize"]
 
@@ -29,6 +31,17 @@ class VecNormalize(vec_env.VecNormalize):
 
     steps = 0
     """Of this object's life."""
+
+    def _sanity_checks(self) -> None:
+        space, keys = self.observation_space, self.norm_obs_keys
+        if isinstance(space, spaces.Dict) and ACTION_MASK in space.spaces:
+            if keys is not None and ACTION_MASK in keys:
+                raise ValueError(
+                    f"norm_obs_keys={keys} has the {ACTION_MASK}, which says what is allowed by 0 and 1: leave it out"
+                )
+            if keys is None:
+                self.norm_obs_keys = [name for name in space.spaces if name != ACTION_MASK]
+        super()._sanity_checks()
 
     def reset(self) -> Any:
         """Begin episodes: the first observations, normalised."""

@@ -1,4 +1,4 @@
-"""Registers the tasks of the natural policy gradient paper, and robots with a limit on their speed, with Gymnasium."""
+"""Registers with Gymnasium: the natural policy gradient paper's tasks, Connect Four, robots with a limit on speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from envs.velocity import LIMITS
 __all__: list[str] = []
 
 # The LQR's 20 steps are the task itself (it terminates); the two-state process goes on for ever, so that its limit
-# only cuts the stream (it truncates); a game of Tetris ends when it ends.
+# only cuts the stream (it truncates); a game ends when it ends.
 gym.register(
     "npg/LQR-v0",
     entry_point="envs.lqr:LQREnv",
@@ -25,6 +25,11 @@ gym.register(
     "npg/Tetris-v0",
     entry_point="envs.tetris:TetrisEnv",
     vector_entry_point="envs.tetris:TetrisVectorEnv",
+)
+gym.register(
+    "npg/ConnectFour-v0",
+    entry_point="envs.connect_four:ConnectFourEnv",
+    vector_entry_point="envs.connect_four:ConnectFourVectorEnv",
 )
 # The time limits are those of the robots' own tasks, which `velocity_limited` makes.
 for _name in LIMITS:

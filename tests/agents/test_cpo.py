@@ -26,6 +26,7 @@ from agents.config import resolve
 from agents.heads import CriticHead
 from agents.training import start
 from agents.update import copy_of_state
+from npg import acceleration
 from npg.runs.files import read_rows
 
 torch.set_num_threads(1)
@@ -335,10 +336,22 @@ def test_a_limit_that_is_set_wrong_later_is_refused_before_the_step():
     assert torch.equal(vector(model), before)
 
 
-def test_dict_observations_are_refused(monkeypatch):
-    monkeypatch.setattr(Costly, "observation_space", spaces.Dict({"a": Costly.observation_space}))
-    with pytest.raises(ValueError, match=r"CPO takes no Dict observations.*FlattenObservation"):
-        CPO("MultiInputPolicy", costly(), device="cpu")
+def test_dict_observations_train_as_the_vector_that_they_hold():
+    class Named(Costly):
+        observation_space = spaces.Dict({"a": Costly.observation_space})
+
+        def _observe(self):
+            return {"a": super()._observe()}
+
+    env = DummyVecEnv([lambda: Named(early=0.05)] * 4)
+    env.seed(0)
+    options = {"n_steps": 40, "batch_size": 80, "n_critic_updates": 3, "seed": 0, "device": "cpu", "cost_limit": 1.0}
+    with acceleration.mode("off"):  # programs are made of one tensor, and round in another order
+        ours = CPO("MultiInputPolicy", env, **options).learn(640)
+        theirs = small(CPO, costly(early=0.05), cost_limit=1.0).learn(640)
+    assert torch.equal(vector(ours), vector(theirs))
+    assert torch.equal(*(torch.cat([p.flatten() for p in m.cost_policy.parameters()]) for m in (ours, theirs)))
+    assert ours.episode_cost == theirs.episode_cost > 0
 
 
 # -------------------------------------------------------------------------------------------------------------- runs

@@ -10,6 +10,7 @@ TASKS = {
     "npg/LQR-v0": {},
     "npg/TwoStateMDP-v0": {},
     "npg/Tetris-v0": {"height": 6, "features": "bertsekas"},
+    "npg/ConnectFour-v0": {},
 }
 
 
@@ -18,6 +19,8 @@ def actions(task, observations, rng):
         return rng.normal(size=(len(observations), 1)).astype(np.float32)
     if task == "npg/TwoStateMDP-v0":
         return rng.integers(2, size=len(observations))
+    if task == "npg/ConnectFour-v0":
+        return np.array([rng.choice(np.flatnonzero(o[:, -1].sum(0) == 0)) for o in observations])
     return np.array([rng.choice(np.flatnonzero(o[:, 0])) for o in observations])
 
 

@@ -18,6 +18,7 @@ KNOWN = [
     *[(env, "gymnasium") for env in ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0")],
     *[("Acrobot-v1", "gymnasium"), ("npg/LQR-v0", "auto"), ("npg/LQR-v0", "gymnasium")],
     *[("npg/TwoStateMDP-v0", "auto"), ("npg/Tetris-v0", "auto"), ("npg/Tetris-v0", "gymnasium")],
+    *[("npg/ConnectFour-v0", "auto"), ("npg/ConnectFour-v0", "gymnasium")],
     *[(f"{env}-v5", "gymnasium") for env in ("HalfCheetah", "Ant", "Humanoid", "Hopper", "Reacher", "Pusher")],
 ]
 
@@ -29,6 +30,8 @@ def actions(venv: VecEnv, observations: Any, rng: np.random.Generator) -> np.nda
     if observations.ndim == 3:  # of Tetris: the first legal placement, or one after it
         legal = [np.flatnonzero(rows[:, 0]) for rows in observations]
         return np.array([slots[rng.integers(len(slots))] for slots in legal])
+    if observations.ndim == 4:  # of Connect Four: a column that is not full
+        return np.array([rng.choice(np.flatnonzero(o[:, -1].sum(0) == 0)) for o in observations])
     return rng.integers(space.n, size=venv.num_envs)
 
 

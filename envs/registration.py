@@ -1,9 +1,10 @@
-"""Registers with Gymnasium: the natural policy gradient paper's tasks, Connect Four, robots with a limit on speed."""
+"""Registers our tasks with Gymnasium: the paper's, Connect Four, robots with a speed limit, tasks without velocities."""
 
 from __future__ import annotations
 
 import gymnasium as gym
 
+from envs.partial import VELOCITIES
 from envs.velocity import LIMITS
 
 __all__: list[str] = []
@@ -37,4 +38,10 @@ for _name in LIMITS:
         f"npg/{_name}Velocity-v5",
         entry_point="envs.velocity:velocity_limited",
         kwargs={"env_id": f"{_name}-v5"},
+    )
+for _id in VELOCITIES:
+    gym.register(
+        "npg/{}NoVel-{}".format(*_id.split("-")),
+        entry_point="envs.partial:without_velocities",
+        kwargs={"env_id": _id},
     )

@@ -16,6 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.batch import NativeVectorEnv, SingleEnv
+from envs.partial import HideComponents
 from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter
 from envs.velocity import VelocityCost
 from npg.runs.plain import is_plain
@@ -30,6 +31,7 @@ _WRAPPERS: dict[type, tuple[str, ...]] = {
     PassiveEnvChecker: (),
     TransformObservation: (),
     VelocityCost: (),
+    HideComponents: (),
 }
 _OURS = ("envs.connect_four", "envs.lqr", "envs.tetris", "envs.two_state_mdp")
 _GYMNASIUMS = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.")

@@ -34,8 +34,10 @@ from agents.collect import Collector
 from agents.masks import TakesMasks, with_masks
 from agents.networks import Networks
 from agents.options import HasOptions, option
+from agents.recurrent import POLICIES as RECURRENT
 from agents.saved import saved_attributes, saved_values
 from agents.schedules import schedule, value_at
+from agents.sequences import SequenceBuffer, is_recurrent
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
 from npg.constraint import Constraint
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
@@ -192,6 +194,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
         "CnnPolicy": ActorCriticCnnPolicy,
         "MultiInputPolicy": MultiInputActorCriticPolicy,
         "AfterstatePolicy": AfterstatePolicy,
+        **RECURRENT,
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -237,6 +240,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
     # ---------------------------------------------------------------------------------------------------- life cycle
 
     def _setup_model(self) -> None:
+        if is_recurrent(self):
+            self.rollout_buffer_class = SequenceBuffer
         if self.rollout_buffer_class is None:
             several = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = DictRolloutBuffer if several else RolloutBuffer

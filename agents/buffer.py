@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,24 @@ from numpy.typing import NDArray
 from stable_baselines3.common import buffers
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
-__all__ = ["DictRolloutBuffer", "RolloutBuffer", "advantages_of", "random_part", "rows"]
+__all__ = ["DictRolloutBuffer", "RolloutBuffer", "advantages_of", "random_part", "rows", "stacked"]
 
 
 def rows(observations: Any, index: Any) -> Any:
-    """These rows of observations, which are a tensor or a dict of tensors."""
+    """These rows of observations, which are a tensor, an array on the host, or a dict of such."""
     if isinstance(observations, dict):
-        return {key: value[index] for key, value in observations.items()}
+        return {key: rows(value, index) for key, value in observations.items()}
+    if isinstance(observations, np.ndarray) and isinstance(index, torch.Tensor):
+        index = index.cpu().numpy()
     return observations[index]
+
+
+def stacked(observations: Sequence[Any]) -> Any:
+    """Observations of single environments as those of several."""
+    first = observations[0]
+    if isinstance(first, dict):
+        return {key: np.stack([observation[key] for observation in observations]) for key in first}
+    return np.stack(observations)
 
 
 def random_part(observations: Any, fraction: float) -> Any:

@@ -18,11 +18,13 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.buffer import DictRolloutBuffer, RolloutBuffer, rows
+from agents import sequences
+from agents.buffer import DictRolloutBuffer, RolloutBuffer, rows, stacked
 from agents.networks import Networks
+from agents.sequences import SequenceBuffer
 from npg.parallel import mean_, size
 
-__all__ = ["Collector", "cut_off", "stacked"]
+__all__ = ["Collector", "cut_off"]
 
 #: Buffers that only store what they are given, to which values and log-likelihoods can be given afterwards.
 _STORES = (RolloutBuffer, DictRolloutBuffer, buffers.RolloutBuffer, buffers.DictRolloutBuffer)
@@ -45,6 +47,9 @@ class Collector(OnPolicyAlgorithm):
     process_group: dist.ProcessGroup | None = None
     entropy: float = nan
     collect_seconds: float = nan
+
+    #: Of a recurrent policy: the states of actor and critic that go with `_last_obs`, (E, parts, layers, H) each.
+    _last_states: Any = (None, None)
 
     def collect(self) -> None:
         """One rollout into ``rollout_buffer``, without learning from it: for measurements."""
@@ -96,6 +101,8 @@ class Collector(OnPolicyAlgorithm):
             self.num_timesteps += stepped
             callback.update_locals(locals())
             if not callback.on_step():
+                if isinstance(rollout_buffer, SequenceBuffer):
+                    sequences.interrupted(self, rollout_buffer)
                 return False
             cut: list[_Cut] = []
             if dones.any():
@@ -115,9 +122,12 @@ class Collector(OnPolicyAlgorithm):
                 rollout_buffer.add(observations, actions.reshape(env.num_envs, -1), rewards, starts, values, log_probs)
             self._last_obs, self._last_episode_starts = new_obs, dones
             n_steps += 1
-        self._evaluate(rollout_buffer, truncated, outputs)
-        with torch.no_grad():
-            last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
+        if isinstance(rollout_buffer, SequenceBuffer):
+            last_values = sequences.evaluate(self, rollout_buffer, truncated, outputs)
+        else:
+            self._evaluate(rollout_buffer, truncated, outputs)
+            with torch.no_grad():
+                last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
         rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -133,6 +143,8 @@ class Collector(OnPolicyAlgorithm):
         function gives ``actions, values, log-likelihoods``, as in Stable-Baselines3, until the rollout ends.
         """
         threads, actor = self._acting_threads(), self.networks.actor
+        if isinstance(self.rollout_buffer, SequenceBuffer):
+            return sequences.acting(self, self.rollout_buffer)
         run = actor.acting(observations) if evaluate_later else None
 
         def act(observations: Any) -> Sequence[Tensor]:
@@ -222,7 +234,7 @@ class Collector(OnPolicyAlgorithm):
 
 def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.ndarray, np.ndarray], None]:
     """How to store a step of which values and log-likelihoods are not known yet."""
-    if isinstance(buffer, RolloutBuffer) and type(buffer) in (RolloutBuffer, DictRolloutBuffer):
+    if isinstance(buffer, RolloutBuffer) and type(buffer) in (RolloutBuffer, DictRolloutBuffer, SequenceBuffer):
         return buffer.record
     nothing = torch.zeros(buffer.n_envs)
 
@@ -230,14 +242,6 @@ def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.nd
         buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)
 
     return record
-
-
-def stacked(observations: Sequence[Any]) -> Any:
-    """Observations of single environments as those of several."""
-    first = observations[0]
-    if isinstance(first, dict):
-        return {key: np.stack([observation[key] for observation in observations]) for key in first}
-    return np.stack(observations)
 
 
 def cut_off(infos: list[dict[str, Any]], dones: np.ndarray, step: int) -> list[_Cut]:

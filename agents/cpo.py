@@ -16,12 +16,13 @@ from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from agents.buffer import RolloutBuffer, advantages_of, rows
-from agents.collect import cut_off, stacked
+from agents.buffer import RolloutBuffer, advantages_of, rows, stacked
+from agents.collect import cut_off
 from agents.critic import NaturalCritic, training_mode
 from agents.heads import CriticHead
 from agents.networks import fuse
 from agents.options import option
+from agents.recurrent import RecurrentPolicy
 from agents.trpo import TrustRegionAlgorithm
 from agents.update import Batch, critic_for, surrogate
 from npg.constraint import Constraint
@@ -88,6 +89,8 @@ class CPO(TrustRegionAlgorithm):
     # ---------------------------------------------------------------------------------------------------- life cycle
 
     def _setup_model(self) -> None:
+        if issubclass(self.policy_class, RecurrentPolicy):
+            raise ValueError(f"CPO takes no recurrent policy, got {self.policy_class.__name__}: TRPO, NPG and MDPO do")
         given: Any = self.rollout_buffer_class
         if not (given is None or issubclass(given, RolloutBuffer)):
             raise ValueError(

@@ -51,10 +51,15 @@ class AdamCritic:
     process_group: dist.ProcessGroup | None = None
 
     def fit(self, observations: Any, returns: Tensor) -> float:
-        """Fit to the returns (N,); the mean squared error over the last epoch, NaN where something is not finite."""
+        """Fit to the returns (N,), or (E, T) of sequences, of which a mini-batch takes whole ones.
+
+        Returns:
+            The mean squared error over the last epoch, NaN where something is not finite.
+        """
         inputs, parameters = self.head.prepare(observations), list(self.parameters.values())
         self.optimizer.zero_grad()  # without gradients the optimizer passes over all other parameters
-        batch_size = self.batch_size // size(self.process_group)
+        steps = returns[0].numel()  # of a row: one, or those of a sequence
+        batch_size = max(1, self.batch_size // size(self.process_group) // steps)
         gradients_of: dict[int, Callable[[Any, Tensor], Sequence[Tensor]]] = {}  # by the rows of a mini-batch
         losses: list[Tensor] = []
         for _ in range(self.epochs):
@@ -108,7 +113,7 @@ class NaturalCritic:
 
     def fit(self, observations: Any, returns: Tensor) -> float:
         """Fit to the returns (N,); the mean squared error after the last step, NaN where something is not finite."""
-        inputs, targets = self.head.prepare(observations), returns.unsqueeze(1)
+        inputs, targets = self.head.prepare(observations), returns.unsqueeze(-1)
         # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
         variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))
         loss = nan

@@ -316,11 +316,11 @@ def film(
         frames: list[Any] = []
         env.seed(seed)
         observation: Any = env.reset()
-        episode, step = None, 0
+        episode, step, memory = None, 0, None
         while episode is None:
             if begin * rate <= step < end * rate and step % every == 0:
                 frames.append(env.render())
-            action, _ = model.predict(observation, deterministic=deterministic)
+            action, memory = model.predict(observation, memory, deterministic=deterministic)
             observation, _, _, infos = env.step(action)
             episode, step = infos[0].get("episode"), step + 1
     finally:

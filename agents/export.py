@@ -39,6 +39,7 @@ from agents.checks import one_of
 from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead
 from agents.masks import MaskableActorCriticPolicy
+from agents.recurrent import RecurrentPolicy
 from envs import ActionMasks, VecNormalize, Watchdog
 from envs.episodes import EpisodeWriter
 from envs.masks import ACTION_MASK, mask_sizes, with_one_allowed
@@ -208,6 +209,11 @@ class DeployedPolicy(nn.Module):
         super().__init__()
         if not isinstance(agent.policy, ActorCriticPolicy):
             raise ExportError(f"only actor-critic policies can be exported, got {type(agent.policy).__name__}")
+        if isinstance(agent.policy, RecurrentPolicy):
+            raise ExportError(
+                f"{type(agent.policy).__name__} cannot be exported: its actions depend on what it remembers. Load the "
+                "saved model, and give `predict` its state"
+            )
         inner, steps = _steps(agent.get_env(), env)
         raw = agent.observation_space if inner is None else inner.observation_space
         self.observation_space = deepcopy(_with_mask(raw, steps))

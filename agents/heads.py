@@ -271,7 +271,7 @@ class CriticHead(_Head):
         """
 
         def by_autograd(prepared: Any, targets: Tensor) -> Sequence[Tensor]:
-            loss = mse_loss(self(prepared).flatten(), targets)
+            loss = mse_loss(self(prepared).flatten(), targets.flatten())
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         # A forward pass may move buffers, and the one that is compared with would move them again.

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv, is_vecenv_wrapped
 from torch import Tensor, nn
 
 from agents.afterstate import AfterstatePolicy
+from agents.recurrent import RecurrentPolicy
 from envs.checks import LARGEST
 from envs.masks import ACTION_MASK, ActionMasks, check_mask_space, check_masks, gives_masks, mask_sizes
 
@@ -197,8 +198,8 @@ class MaskableActorCriticPolicy(ActorCriticPolicy):
         entries, masks = sum(mask_sizes(self.action_space)), np.asarray(action_masks)
         if masks.size % entries:
             raise ValueError(
-                f"the action mask has the shape {masks.shape}, and {self.action_space} needs {entries} entries for each "
-                "observation"
+                f"the action mask has the shape {masks.shape}, and {self.action_space} needs {entries} entries for "
+                "each observation"
             )
         masks = masks.reshape(shape) if masks.size == entries else masks.reshape(-1, *shape)
         return {**observation, ACTION_MASK: masks}
@@ -245,7 +246,9 @@ class TakesMasks(OnPolicyAlgorithm):
             policy = known = _MASKED[known]
         if isinstance(known, type) and issubclass(known, MaskableActorCriticPolicy):
             return policy, with_masks(venv, known)
-        if known is not AfterstatePolicy and not isinstance(venv.observation_space, spaces.Dict) and gives_masks(venv):
+        recurrent = isinstance(known, type) and issubclass(known, RecurrentPolicy)
+        own = not recurrent and isinstance(venv.observation_space, spaces.Dict)  # which may read the mask by itself
+        if known is not AfterstatePolicy and not own and gives_masks(venv):
             warnings.warn(
                 f"the environments have action_masks(), which {policy!r} does not take: it may choose what is "
                 'forbidden. Take "MlpPolicy", or a subclass of agents.masks.MaskableActorCriticPolicy',

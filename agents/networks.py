@@ -9,6 +9,8 @@ from torch import nn
 
 from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead, CriticHead
+from agents.recurrent import RecurrentPolicy
+from agents.sequences import RecurrentActor, RecurrentCritic
 from agents.standard import is_standard
 from npg.families import DiagonalGaussian, Geometry
 from npg.transport import geometry
@@ -34,12 +36,17 @@ class Networks:
 
     def __init__(self, agent: NaturalPolicyAlgorithm) -> None:
         self._agent = agent
+        self.actor: ActorHead
+        self.critic: CriticHead
         self._look()
 
     def _look(self) -> None:
         """Look at the policy anew; nothing of it is run."""
         policy = self._agent.policy
-        self.actor, self.critic = ActorHead(policy), CriticHead(policy)
+        if isinstance(policy, RecurrentPolicy):
+            self.actor, self.critic = RecurrentActor(policy), RecurrentCritic(policy)
+        else:
+            self.actor, self.critic = ActorHead(policy), CriticHead(policy)
         self._known = self._signature()
         self._owned: _Owned | None = None
         if self.actor.family is not None or self._agent.metric not in ("fisher", "wasserstein"):

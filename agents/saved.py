@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.save_util import open_path
 
+from agents.recurrent import POLICIES
 from npg.runs.checkpoints import check_parts
 
 __all__ = ["NotPlain", "Record", "plain_pickle", "saved_attributes", "saved_values"]
@@ -53,6 +54,8 @@ _ADMITTED: dict[str, str] = {
     "agents.afterstate": "AfterstatePolicy",
     "agents.masks": "MaskableActorCriticPolicy MaskableActorCriticCnnPolicy MaskableMultiInputActorCriticPolicy",
     "agents.buffer": "RolloutBuffer DictRolloutBuffer",
+    "agents.sequences": "SequenceBuffer",
+    "agents.recurrent": " ".join(POLICIES),
     "torch.nn.modules.activation": " ".join(torch.nn.modules.activation.__all__),
     "npg.families.discrete": "Categorical MultiCategorical Bernoulli",
     "npg.families.normal": "DiagonalGaussian Gaussian",

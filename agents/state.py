@@ -57,6 +57,7 @@ def state_of(model: BaseAlgorithm, *, episodes: bool) -> dict[str, Any]:
         "environments": environments_of(env) if episodes else None,
         "observations": model._last_obs if episodes else None,
         "starts": model._last_episode_starts if episodes else None,
+        "memory": getattr(model, "_last_states", None) if episodes else None,
         "log": [(name, log.name_to_value[name], log.name_to_count[name], log.name_to_excluded[name]) for name in names],
     }
 
@@ -71,6 +72,8 @@ def restore(model: NaturalPolicyAlgorithm, state: dict[str, Any]) -> bool:
     if goes_on:
         restore_state(cast(VecEnv, model.get_env()), state["environments"])
         model._last_obs, model._last_episode_starts = state["observations"], state["starts"]
+        if state.get("memory") is not None:
+            model._last_states = state["memory"]
     _restore_generators(state["generators"])
     if (actions := state["generators"].get("actions")) is not None:
         for space in (model.action_space, cast(VecEnv, model.get_env()).action_space):

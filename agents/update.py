@@ -144,7 +144,7 @@ def normalized(agent: NaturalPolicyAlgorithm, advantages: Tensor) -> Tensor:
     The deviation of all lets their size say how much there is to gain: where it is small, so is the gradient.
     """
     mean, variance = moments(advantages, agent.process_group)
-    n = len(advantages) * size(agent.process_group)
+    n = advantages.numel() * size(agent.process_group)
     variance = variance * n / max(n - 1, 1)
     if agent.advantage_deviation == "running":
         batches, before = agent.advantage_variance

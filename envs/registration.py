@@ -1,4 +1,4 @@
-"""Registers our tasks with Gymnasium: the paper's, Connect Four, robots with a speed limit, tasks without velocities."""
+"""Registers our tasks with Gymnasium: the paper's, Connect Four, robots with a speed limit, tasks with no velocity."""
 
 from __future__ import annotations
 

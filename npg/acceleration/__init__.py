@@ -97,13 +97,15 @@ _functions: Cache[Callable[..., Sequence[Tensor]]] = Cache(every_shape=True)
 def accelerate(linearization: Linearized, recorded: Recorded) -> Maps | None:
     """The two maps of a linearisation by a traced program; None if acceleration is off, or a trace does not pay yet.
 
+    A model that says ``traceable = False``, such as a loop over time of a changing length, has none.
+
     Raises:
         RuntimeError: in what the program differs from what was recorded.
         Exception: whatever an operation raises that has no forward rule, or looks at values.
     """
-    if mode.now == "off":
-        return None
     model, outputs = linearization.model, linearization.outputs
+    if mode.now == "off" or not getattr(model, "traceable", True):
+        return None
     device = linearization.parameters.device
     network, arguments, constants = linearization.as_function()
     n, m = len(linearization.parameters.names), len(arguments)

@@ -101,6 +101,7 @@ class Program:
     def linearize(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Maps]:
         """η and the two maps at these arguments."""
         outputs, *residuals = self._primal.forward(*(dense(argument) for argument in arguments))
+        residuals = [dense(residual) for residual in residuals]  # of a slice, the rows lie apart
         first = [residuals[i] for i in self._push_places]
         second = [residuals[i] for i in self._pull_places]
 

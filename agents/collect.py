@@ -143,9 +143,9 @@ class Collector(OnPolicyAlgorithm):
         function gives ``actions, values, log-likelihoods``, as in Stable-Baselines3, until the rollout ends.
         """
         threads, actor = self._acting_threads(), self.networks.actor
-        if isinstance(self.rollout_buffer, SequenceBuffer):
-            return sequences.acting(self, self.rollout_buffer)
-        run = actor.acting(observations) if evaluate_later else None
+        memory = self.rollout_buffer if isinstance(self.rollout_buffer, SequenceBuffer) else None
+        remembering = None if memory is None else sequences.acting(self, memory)
+        run = actor.acting(observations) if evaluate_later and memory is None else None
 
         def act(observations: Any) -> Sequence[Tensor]:
             nonlocal run
@@ -153,6 +153,8 @@ class Collector(OnPolicyAlgorithm):
             torch.set_num_threads(threads)
             try:
                 with torch.no_grad():
+                    if remembering is not None:
+                        return remembering(observations)
                     if run is not None and not (actor.policy is self.policy and actor.unchanged()):
                         run = actor.acting(observations) if actor.policy is self.policy else None
                     return self.policy(observations) if run is None else run(observations)

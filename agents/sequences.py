@@ -227,7 +227,7 @@ def _remember(agent: Collector, actor: Tensor, critic: Tensor | None = None) -> 
 
 
 def acting(agent: Collector, buffer: SequenceBuffer) -> Callable[[Any], Sequence[Tensor]]:
-    """``observations ↦ sampled actions, outputs``, by a policy that remembers the observations before."""
+    """``observations ↦ sampled actions, outputs``, by a policy that remembers those before; without gradients."""
     actor: Any = agent.networks.actor
     policy: RecurrentPolicy = actor.policy
     shape = (agent.n_envs, *policy.state_shape)
@@ -236,7 +236,6 @@ def acting(agent: Collector, buffer: SequenceBuffer) -> Callable[[Any], Sequence
     first, critic = (torch.as_tensor(state).to(agent.device) for state in agent._last_states)
     buffer.states, buffer.after = (first, critic), first
 
-    @torch.no_grad()
     def act(observations: Any) -> Sequence[Tensor]:
         _remember(agent, buffer.after)
         starts = np.asarray(agent._last_episode_starts)[:, None]

@@ -10,7 +10,6 @@ episodes of the last policy, by its mode, and the seconds are of collecting and 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -77,7 +76,7 @@ def train(config: RunConfig, make: Any, episodes: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--agents", nargs="+", choices=("ours", "sb3-contrib"), default=("ours", "sb3-contrib"))
@@ -100,8 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row = {"env": task, "agent": agent, "seed": seed, **row}
                 table.append({name: row[name] for name in COLUMNS})
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

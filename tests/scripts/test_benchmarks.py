@@ -46,6 +46,12 @@ RUNS = {
         "environment",
         {"CartPole-v1"},
     ),
+    "recurrent": (
+        "--tasks npg/CartPoleNoVel-v1 --timesteps 64 --episodes 1",
+        "--csv",
+        "agent",
+        {"ours", "sb3-contrib"},
+    ),
     "optimizer_overhead": (
         "--models wrn-10-1-s2 --optimizers online-ngd --batch 4 --rounds 2 --steps 4 --threads 1",
         "--csv",

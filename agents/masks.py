@@ -118,8 +118,8 @@ class MaskedLogits(nn.Module):
 class MaskableActorCriticPolicy(ActorCriticPolicy):
     """Stable-Baselines3's `ActorCriticPolicy` for observations with a mask of the actions, which `ActionMasks` adds.
 
-    The features are those of the observation without the mask. Where all is allowed, the policy is bit for bit the
-    one without masks.
+    The features are those of the observation without the mask. Where all is allowed, the outputs are bit for bit those
+    of the policy without masks.
 
     Raises:
         ValueError: if the observations have no mask, one that does not fit the actions, or several parts beside it,
@@ -198,8 +198,8 @@ class MaskableActorCriticPolicy(ActorCriticPolicy):
         entries, masks = sum(mask_sizes(self.action_space)), np.asarray(action_masks)
         if masks.size % entries:
             raise ValueError(
-                f"the action mask has the shape {masks.shape}, and {self.action_space} needs {entries} entries for "
-                "each observation"
+                f"the action mask has the shape {masks.shape}, and {self.action_space} needs {entries} entries "
+                "for each observation"
             )
         masks = masks.reshape(shape) if masks.size == entries else masks.reshape(-1, *shape)
         return {**observation, ACTION_MASK: masks}
@@ -242,16 +242,16 @@ class TakesMasks(OnPolicyAlgorithm):
             return policy, None
         venv = self._wrap_env(maybe_make_env(env, verbose), verbose)
         known = self.policy_aliases.get(policy) if isinstance(policy, str) else policy
-        if known in _MASKED and gives_masks(venv):
+        if isinstance(policy, str) and known in _MASKED and gives_masks(venv):  # a class is taken at its word
             policy = known = _MASKED[known]
         if isinstance(known, type) and issubclass(known, MaskableActorCriticPolicy):
             return policy, with_masks(venv, known)
         recurrent = isinstance(known, type) and issubclass(known, RecurrentPolicy)
-        own = not recurrent and isinstance(venv.observation_space, spaces.Dict)  # which may read the mask by itself
-        if known is not AfterstatePolicy and not own and gives_masks(venv):
+        inside = ACTION_MASK in getattr(venv.observation_space, "spaces", {})  # which a policy may read by itself
+        if known is not AfterstatePolicy and (recurrent or not inside) and gives_masks(venv):
             warnings.warn(
                 f"the environments have action_masks(), which {policy!r} does not take: it may choose what is "
-                'forbidden. Take "MlpPolicy", or a subclass of agents.masks.MaskableActorCriticPolicy',
+                'forbidden. Take "MlpPolicy" by its name, or a subclass of agents.masks.MaskableActorCriticPolicy',
                 stacklevel=4,
             )
         return policy, venv

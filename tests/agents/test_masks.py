@@ -487,6 +487,8 @@ def test_a_policy_of_ones_own_is_told_that_it_takes_no_masks():
 
     with pytest.warns(UserWarning, match=r"have action_masks\(\), which .*Own.* does not take"):
         agent(vec(), policy=Own)
+    with pytest.warns(UserWarning, match=r"have action_masks\(\)"):
+        assert type(agent(vec(), policy=ActorCriticPolicy).policy) is ActorCriticPolicy
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agent(vec(Picky), policy=Own)

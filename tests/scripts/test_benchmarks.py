@@ -33,6 +33,12 @@ RUNS = {
         "preconditioner",
         {"none", "diagonal", "kfac", "ekfac"},
     ),
+    "masks": (
+        "--tasks arms --seeds 0 --timesteps 2048",
+        "--csv",
+        "algo",
+        {"trpo", "contrib-maskable-ppo"},
+    ),
     "critics": ("--env InvertedPendulum-v5 --before 2048 --rollouts 1", "--csv", "env", {"InvertedPendulum-v5"}),
     "end_to_end": (
         "CartPole-v1 --seconds 0.01 --rounds 1 --threads 1",

@@ -250,7 +250,7 @@ class TakesMasks(OnPolicyAlgorithm):
         inside = ACTION_MASK in getattr(venv.observation_space, "spaces", {})  # which a policy may read by itself
         if known is not AfterstatePolicy and (recurrent or not inside) and gives_masks(venv):
             warnings.warn(
-                f"the environments have action_masks(), which {policy!r} does not take: it may choose what is "
+                f"the environments give action masks, which {policy!r} does not take: it may choose what is "
                 'forbidden. Take "MlpPolicy" by its name, or a subclass of agents.masks.MaskableActorCriticPolicy',
                 stacklevel=4,
             )

@@ -485,10 +485,13 @@ def test_a_policy_of_ones_own_is_told_that_it_takes_no_masks():
     class Own(ActorCriticPolicy):
         pass
 
-    with pytest.warns(UserWarning, match=r"have action_masks\(\), which .*Own.* does not take"):
+    with pytest.warns(UserWarning, match=r"give action masks, which .*Own.* does not take"):
         agent(vec(), policy=Own)
-    with pytest.warns(UserWarning, match=r"have action_masks\(\)"):
+    with pytest.warns(UserWarning, match="give action masks"):
         assert type(agent(vec(), policy=ActorCriticPolicy).policy) is ActorCriticPolicy
+    for env, policy in ((vec(), "MlpLstmPolicy"), (vec(Told), "MultiInputLstmPolicy")):
+        with pytest.warns(UserWarning, match=f"give action masks, which '{policy}' does not take"):
+            agent(env, policy=policy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agent(vec(Picky), policy=Own)

@@ -6,8 +6,8 @@ Two tasks, both of which raise an error for a forbidden action. ``arms``: fifty 
 of twenty steps; the best of them, which depends on the observation, pays 1, so that 20 is perfect and 2 is chance.
 ``connect-four``: `npg/ConnectFour-v0`, where a win pays 1 and a loss −1.
 
-MaskablePPO has its defaults, which are RL Zoo's too: 2048 steps to an update, here of 8 environments. TRPO takes 512
-steps of 8 environments to an update, target_kl=0.02 and cg_damping=0.01, for both tasks. The columns are the task, the
+MaskablePPO has its defaults and 2048 steps of 8 environments to an update. TRPO takes 512 steps of 8 environments to an
+update, target_kl=0.02 and cg_damping=0.01, for both tasks. The columns are the task, the
 algorithm, the seed, the environment steps, and the mean return of the last 100 training episodes.
 """
 

@@ -39,6 +39,13 @@ ACTIONS = {
 ALGORITHMS = [NPG, TRPO, MDPO, CPO]
 
 
+@pytest.fixture(autouse=True)
+def untraced():
+    """A trace takes longer than most of these tests; two of them ask for it."""
+    with acceleration.mode("off"):
+        yield
+
+
 class Picky(gym.Env):
     """Draws what is allowed anew in every step, and refuses everything else; to take a larger number pays."""
 
@@ -204,35 +211,33 @@ def test_log_likelihood_entropy_and_kl_are_those_over_what_is_allowed(action):
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_kl_stays_within_the_radius_on_many_random_policies(action):
     space = ACTIONS[action]
-    with acceleration.mode("off"):
-        model = agent(vec(Asked, space), target_kl=0.02, n_steps=16, policy_kwargs={"net_arch": [8]})
-        model.learn(32)
-        generator, accepted = torch.Generator().manual_seed(1), 0
-        for scale in np.linspace(0.1, 4.0, 40):
-            with torch.no_grad():
-                for p in model.policy.parameters():
-                    p.copy_(float(scale) * torch.randn(p.shape, generator=generator))
-            model.collect()
-            rollout = next(model.rollout_buffer.get(None))
-            batch = batch_of(model, rollout)
-            before = raw_logits(model.policy, batch.inputs)
-            report = model.actor_step(batch)
-            after = raw_logits(model.policy, batch.inputs)
-            kl = 0.0
-            for b, a, mask in zip(before, after, batch.inputs[ACTION_MASK]):
-                pairs = zip(*(allowed_log_p(space, logits.detach().double(), mask) for logits in (b, a)))
-                kl += sum(float((p.exp() * (p - q)).sum()) for p, q in pairs) / len(before)
-            assert kl <= 0.02 * (1 + 1e-4) + 1e-7
-            assert kl == pytest.approx(report.kl if report.accepted else 0.0, rel=1e-3, abs=1e-6)
-            accepted += report.accepted
+    model = agent(vec(Asked, space), target_kl=0.02, n_steps=16, policy_kwargs={"net_arch": [8]})
+    model.learn(32)
+    generator, accepted = torch.Generator().manual_seed(1), 0
+    for scale in np.linspace(0.1, 4.0, 40):
+        with torch.no_grad():
+            for p in model.policy.parameters():
+                p.copy_(float(scale) * torch.randn(p.shape, generator=generator))
+        model.collect()
+        rollout = next(model.rollout_buffer.get(None))
+        batch = batch_of(model, rollout)
+        before = raw_logits(model.policy, batch.inputs)
+        report = model.actor_step(batch)
+        after = raw_logits(model.policy, batch.inputs)
+        kl = 0.0
+        for b, a, mask in zip(before, after, batch.inputs[ACTION_MASK]):
+            pairs = zip(*(allowed_log_p(space, logits.detach().double(), mask) for logits in (b, a)))
+            kl += sum(float((p.exp() * (p - q)).sum()) for p, q in pairs) / len(before)
+        assert kl <= 0.02 * (1 + 1e-4) + 1e-7
+        assert kl == pytest.approx(report.kl if report.accepted else 0.0, rel=1e-3, abs=1e-6)
+        accepted += report.accepted
     assert accepted >= 30
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_where_all_is_allowed_a_training_is_the_plain_one_s_to_the_last_bit(action, algorithm):
-    with acceleration.mode("off"):
-        masked, plain = (agent(vec(cls, ACTIONS[action], likely=2.0), algorithm).learn(128) for cls in (Asked, Picky))
+    masked, plain = (agent(vec(cls, ACTIONS[action], likely=2.0), algorithm).learn(128) for cls in (Asked, Picky))
     assert type(masked.policy) is masks.MaskableActorCriticPolicy
     assert type(plain.policy) is ActorCriticPolicy
     for a, b in zip(parameters(masked), parameters(plain), strict=True):
@@ -246,8 +251,7 @@ def test_a_wide_space_of_images_and_several_parts_are_the_plain_ones_too():
     parts = spaces.Dict({"a": BOX, "b": spaces.Discrete(3)})
     for space, policy in ((image, "CnnPolicy"), (parts, "MultiInputPolicy")):
         options = {"n_steps": 8, "policy": policy, "cg_max_steps": 3}
-        with acceleration.mode("off"):
-            masked, plain = (agent(vec(cls, likely=2.0, space=space), **options).learn(16) for cls in (Asked, Picky))
+        masked, plain = (agent(vec(cls, likely=2.0, space=space), **options).learn(16) for cls in (Asked, Picky))
         for a, b in zip(parameters(masked), parameters(plain), strict=True):
             assert torch.equal(a, b)
 
@@ -302,7 +306,8 @@ def test_a_state_with_one_action_has_no_choice_and_no_gradient():
 
 
 def test_it_learns_what_is_best_of_what_is_allowed():
-    model = agent(vec(Asked, n=8), n_steps=64, target_kl=0.05, gamma=0.0, batch_size=128).learn(20 * 512)
+    with acceleration.mode("auto"):
+        model = agent(vec(Asked, n=8), n_steps=64, target_kl=0.05, gamma=0.0, batch_size=128).learn(20 * 512)
     env = ActionMasks(vec(Asked, n=8))
     seen: Any = env.reset()
     right = []

@@ -40,7 +40,7 @@ class Packed(NamedTuple):
         sizes: how many sequences have a first, second, … step.
         previous: of each row after the first steps, the row of the step before, (N − b_0,).
         envs: whose state each sequence may begin with, (b_0,).
-        kept: 1 where it does, and 0 where it begins with zeros, (b_0,).
+        kept: whether it does, or begins with zeros, (b_0,).
     """
 
     rows: Tensor
@@ -80,11 +80,14 @@ def parts_of(rnn: nn.RNNBase) -> int:
 
     Raises:
         TypeError: for another recurrence.
+        ValueError: for what is not computed: dropout, a projection, hooks and so on.
     """
     if type(rnn) not in _CELLS:
         raise TypeError(f"a recurrent policy has an nn.LSTM or nn.GRU, got {type(rnn).__name__}: their exact types")
     if rnn.bidirectional or rnn.proj_size or rnn.dropout or not rnn.bias:
         raise ValueError(f"{rnn} must have bias, one direction, no projection and no dropout")
+    if rnn._forward_hooks or rnn._forward_pre_hooks:
+        raise ValueError(f"{rnn} has forward hooks, which are not called: its parameters are stepped. Remove them")
     return 2 if type(rnn) is nn.LSTM else 1
 
 
@@ -105,7 +108,7 @@ def run(
     """
     parts_of(rnn)
     order = packed(starts, features.device)
-    initial = state[order.envs] * order.kept.to(state.dtype)[:, None, None, None]
+    initial = torch.where(order.kept[:, None, None, None], state[order.envs], 0.0)
     x, kept = features[order.rows], []
     for layer in range(rnn.num_layers):
         W, U, b, c = (getattr(rnn, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -189,7 +192,7 @@ class _LSTM(Function):
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, V: Tensor | None, *others: Any) -> Any:
         U, h, f, a, e = _LSTM._slopes(ctx)
-        z = torch.zeros_like(a).flatten(1) if x is None else x.clone()
+        z = torch.zeros_like(a).flatten(1) if x is None else x.clone(memory_format=torch.contiguous_format)
         if V is not None:
             z.addmm_(h, V.t())
         Ut, H = U.t(), U.shape[1]
@@ -274,7 +277,7 @@ class _GRU(Function):
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, V: Tensor | None, d: Tensor | None, *others: Any) -> Any:
         U, h, z, a, b = _GRU._slopes(ctx)
-        hidden = torch.zeros_like(h) if x is None else (a * x.view_as(a)).sum(1)
+        hidden = torch.zeros_like(h) if x is None else (a * x.reshape(a.shape)).sum(1)
         if V is not None:
             hidden.add_((b * (h @ V.t()).view_as(b)).sum(1))
         if d is not None:

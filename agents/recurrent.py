@@ -93,16 +93,25 @@ class RecurrentPolicy(ActorCriticPolicy):
             raise ValueError("shared_lstm=True goes with enable_critic_lstm=False: the critic has one of the two")
         if "lstm_kwargs" in kwargs:
             raise ValueError("lstm_kwargs is not taken: layers are lstm_hidden_size and n_lstm_layers alone")
-        if changed := [n for n in _FIXED if getattr(type(self), n) is not getattr(RecurrentPolicy, n)]:
-            raise ValueError(
-                f"{type(self).__name__} changes {', '.join(changed)}, which an update of a recurrent policy computes "
-                "by itself: put what is yours into features_extractor_class, net_arch or activation_fn"
-            )
+        self.check_own()
         self.lstm_hidden_size, self.n_lstm_layers = int(lstm_hidden_size), int(n_lstm_layers)
         self.shared_lstm, self.enable_critic_lstm = bool(shared_lstm), bool(enable_critic_lstm)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         self.state_shape = (parts_of(self.lstm_actor), self.n_lstm_layers, self.lstm_hidden_size)
         self.lstm_hidden_state_shape = (self.n_lstm_layers, 1, self.lstm_hidden_size)
+
+    def check_own(self) -> None:
+        """Refuse methods of one's own that acting and updates would pass over.
+
+        Raises:
+            ValueError: if the class has one, or the object itself.
+        """
+        kind, own = type(self), vars(self)
+        if changed := [n for n in _FIXED if n in own or getattr(kind, n) is not getattr(RecurrentPolicy, n)]:
+            raise ValueError(
+                f"{kind.__name__} changes {', '.join(changed)}, which an update of a recurrent policy computes "
+                "by itself: put what is yours into features_extractor_class, net_arch or activation_fn"
+            )
 
     def _build_mlp_extractor(self) -> None:
         """The memories, and the networks behind them."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor, nn
@@ -152,11 +152,20 @@ class RecurrentActor(ActorHead):
     traceable = False  # a loop over time, of another length in each rollout
     policy: RecurrentPolicy
 
-    def look(self, observations: Any) -> None:
-        """Find the family, from what the policy returns for raw observations, one of each environment."""
+    def __init__(self, policy: RecurrentPolicy) -> None:
+        super().__init__(policy)
         known = FAMILIES.get(type(self.distribution))
         if known is not None:
             self.family = known(self.distribution)
+        elif type(self.distribution) is not StateDependentNoiseDistribution:
+            raise NotImplementedError(
+                f"a recurrent policy takes no action distribution of one's own, got {type(self.distribution).__name__}"
+                ": leave that of Stable-Baselines3 in action_dist"
+            )
+
+    def look(self, observations: Any) -> None:
+        """Find the family, from what the policy returns for raw observations, one of each environment."""
+        if type(self.distribution) in FAMILIES:
             return
         prepared = self.prepare(_alone(self.policy, observations))
         with torch.no_grad(), aside(self.policy):
@@ -230,6 +239,7 @@ def acting(agent: Collector, buffer: SequenceBuffer) -> Callable[[Any], Sequence
     """``observations ↦ sampled actions, outputs``, by a policy that remembers those before; without gradients."""
     actor: Any = agent.networks.actor
     policy: RecurrentPolicy = actor.policy
+    policy.check_own()
     shape = (agent.n_envs, *policy.state_shape)
     if any(np.shape(state) != shape for state in agent._last_states):
         agent._last_states = tuple(np.zeros(shape, np.float32) for _ in range(2))

@@ -116,7 +116,7 @@ def test_the_state_before_an_episode_has_no_part_in_it(case):
     starts[:, 0] = True
     expected, _ = run(rnn, features, starts, torch.zeros_like(state))
     assert torch.equal(run(rnn, features, starts, state)[0], expected)
-    assert torch.equal(run(rnn, features, starts, torch.full_like(state, 1e30))[0], expected)
+    assert torch.equal(run(rnn, features, starts, torch.full_like(state, torch.nan))[0], expected)
 
 
 def test_no_row_is_padding_and_there_are_as_many_steps_as_the_longest_sequence_has():

@@ -587,6 +587,42 @@ def test_a_policy_of_sb3_contrib_is_refused_with_the_one_to_take():
         small(TRPO, contrib.MlpLstmPolicy)
 
 
+def test_what_is_changed_later_is_refused_before_it_acts():
+    model = small()
+    model.learn(24)
+    before = vector(model)
+    model.policy.get_distribution = lambda *args: None
+    with pytest.raises(ValueError, match="MlpLstmPolicy changes get_distribution"):
+        model.learn(24)
+    del model.policy.get_distribution
+    hook = model.policy.lstm_actor.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="forward hooks, which are not called"):
+        model.learn(24)
+    hook.remove()
+    assert torch.equal(vector(model), before)
+    model.policy.action_dist = type("Mine", (type(model.policy.action_dist),), {})(3)
+    with pytest.raises(NotImplementedError, match="no action distribution of one's own, got Mine"):
+        model.learn(24)
+
+
+def test_statistics_of_a_features_extractor_stay_as_the_policy_that_acted_had_them():
+    class Normed(BaseFeaturesExtractor):
+        def __init__(self, space: Any) -> None:
+            super().__init__(space, 3)
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    model = small(policy_kwargs={**SMALL, "features_extractor_class": Normed})
+    with torch.no_grad():
+        model.policy.features_extractor.norm.running_mean.fill_(0.3)
+    before = vector(model)
+    model.learn(48)
+    assert not torch.equal(vector(model), before)
+    assert torch.equal(model.policy.features_extractor.norm.running_mean, torch.full((3,), 0.3))
+
+
 def test_predict_refuses_states_of_another_shape():
     model, observations = small(), np.zeros((3, 3), np.float32)
     good = tuple(np.zeros((1, 3, 6), np.float32) for _ in range(2))

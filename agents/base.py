@@ -84,7 +84,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
     policy: Any = option(
         annotation="str | type[ActorCriticPolicy]",
         check=_policy,
-        doc='``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or an actor-critic policy class.',
+        doc='``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, one that remembers like ``"MlpLstmPolicy"``, '
+        "or an actor-critic policy class.",
     )
     env: Any = option(annotation="GymEnv | str", doc="the environment, or its Gymnasium id.")
     learning_rate: float | Schedule = option(

@@ -29,6 +29,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary, proxy
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils import _pytree as pytree
@@ -301,10 +302,11 @@ class Linearization:
         network, arguments, _ = self.as_function()
         primals, rest = tuple(arguments[: len(self.leaves)]), arguments[len(self.leaves) :]
         same_outputs, this = recorded.same_outputs, proxy(self)
+        derivative = jvp if getattr(self.model, "traceable", True) else _by_dual_numbers
 
         def push(tangents: Sequence[Tensor]) -> Tensor:
             with this.as_before(), plain_attention():
-                outputs, moved = cast(Any, jvp(lambda *p: network(*p, *rest), primals, tuple(tangents)))
+                outputs, moved = cast(Any, derivative(lambda *p: network(*p, *rest), primals, tuple(tangents)))
             if not same_outputs(outputs):
                 raise RuntimeError(
                     "a second forward pass gives other outputs than the first: the model has changed since it was "
@@ -394,6 +396,13 @@ def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool
     return torch.autograd.grad(
         graph, leaves, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+
+
+def _by_dual_numbers(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+    """As ``torch.func.jvp``, which wraps every operation of a rule of one's own, and a long loop has many."""
+    with fwAD.dual_level():
+        outputs, moved = fwAD.unpack_dual(function(*map(fwAD.make_dual, primals, tangents)))
+    return outputs, torch.zeros_like(outputs) if moved is None else moved
 
 
 def _name(model: Model) -> str:

@@ -882,3 +882,21 @@ def test_random_networks_equal_their_dense_twins(precision, jacobian):
         tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}[precision]
         for mine, theirs in ((moved.reshape(-1), J @ v), (pulled, J.T @ u.reshape(-1))):
             assert (mine - theirs).norm() <= tolerance * theirs.norm().clamp(min=1e-30), (seed, model)
+
+
+def test_a_model_that_is_not_to_be_traced_has_the_same_maps_without_a_word(recwarn):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    untraced = nn.Sequential(*plain)
+    untraced.traceable = False
+    x = torch.randn(5, 3, dtype=torch.float64)
+    one, other = Linearization(plain, x), Linearization(untraced, x)
+    v, u = torch.randn(one.parameters.numel, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    torch.testing.assert_close(other.push_forward(v), one.push_forward(v), rtol=0, atol=1e-14)
+    torch.testing.assert_close(other.pull_back(u), one.pull_back(u), rtol=0, atol=1e-14)
+    block = torch.randn(len(v), 3, dtype=torch.float64)
+    torch.testing.assert_close(other.push_forward(block), one.push_forward(block), rtol=0, atol=1e-14)
+    bias = {"2.bias": untraced[2].bias}
+    moved = Linearization(untraced, x, bias).push_forward(torch.ones(2, dtype=torch.float64))
+    assert torch.equal(moved, torch.ones(5, 2, dtype=torch.float64))
+    assert not [w for w in recwarn if "forward mode" in str(w.message)]

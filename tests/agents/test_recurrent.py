@@ -516,7 +516,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 def test_a_run_that_resumes_goes_on_as_the_undisturbed_one(tmp_path, monkeypatch):
     monkeypatch.setattr("agents.training.FINAL_EPISODES", 1)
-    settings = {"n_steps": 16, "policy": "MlpLstmPolicy", "policy_kwargs": SMALL}
+    settings = {"n_steps": 16, "policy": "MlpLstmPolicy", "policy_kwargs": SMALL, "target_kl": 0.02}
     options: dict[str, Any] = {"n_envs": 2, "eval_episodes": 1, "device": "cpu", "eval_freq": 10**6}
     options |= {"algo": "trpo", "env": "npg/CartPoleNoVel-v1", "settings": settings}
     one = start(resolve(timesteps=128, **options), tmp_path / "one")

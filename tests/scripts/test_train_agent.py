@@ -46,7 +46,7 @@ TINY = [
     *("--set", "n_steps=32", "--set", "n_critic_updates=1", "--set", "policy_kwargs.net_arch=[8]"),
 ]
 PENDULUM = ["trpo", "Pendulum-v1", "--timesteps", "600", "--eval-freq", "200", "--save-freq", "200", *TINY]
-PENDULUM += ["--set", "normalize=true", "--set", "use_sde=false"]
+PENDULUM += ["--set", "normalize=true", "--set", "use_sde=false", "--set", "target_kl=0.01"]
 CARTPOLE = ["trpo", "CartPole-v1", "--timesteps", "256", *TINY]
 
 

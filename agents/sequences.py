@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common import buffers
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import obs_as_tensor
@@ -52,16 +53,9 @@ class SequenceBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Begin anew."""
-        grid = (self.buffer_size, self.n_envs)
-        if isinstance(self.observation_space, spaces.Dict):
-            shapes, kinds = self.obs_shape, self.observation_space.spaces
-            self.observations: Any = {k: np.zeros((*grid, *shapes[k]), kinds[k].dtype) for k in kinds}  # type: ignore
-        else:
-            self.observations = np.zeros((*grid, *self.obs_shape), self.observation_space.dtype)
-        self.actions = np.zeros((*grid, self.action_dim), self.action_space.dtype)
-        for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
-            setattr(self, name, np.zeros(grid, np.float32))
-        self.generator_ready, self.pos, self.full = False, 0, False
+        several = isinstance(self.observation_space, spaces.Dict)
+        kind: Any = buffers.DictRolloutBuffer if several else buffers.RolloutBuffer
+        kind.reset(self)
 
     def steps(self, n: int) -> dict[str, Any]:
         """The first n steps, as the heads take them."""

@@ -13,6 +13,7 @@ from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 import torch.distributed as dist
 from gymnasium import spaces
 from stable_baselines3.common import buffers
@@ -28,6 +29,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
 from agents.afterstate import AfterstatePolicy
+from agents.average import PolicyAverage
 from agents.buffer import DictRolloutBuffer, RolloutBuffer
 from agents.checks import flag, kind, not_finite_in, number, one_of, whole
 from agents.collect import Collector
@@ -166,6 +168,14 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
         "much there is to gain; a step that fills its radius does not depend on it.",
         keyword=True,
     )
+    ema: float = option(
+        default=0.0,
+        check=partial(number, low=0, high=1, below=True),
+        doc="the decay per update of an average of the policy's weights: `predict` acts by it, so that evaluations and "
+        "exports are of it; rollouts and learning are of the weights themselves. 0.9 is about the last ten policies; 0 "
+        "for none.",
+        keyword=True,
+    )
     train_shared_features: bool = option(
         default=False,
         check=flag,
@@ -183,6 +193,9 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
 
     advantage_variance: Sequence[float] = (0, 0.0)
     """How many batches of advantages there were, and the mean of their variances."""
+
+    average: PolicyAverage | None = None
+    """Of the weights, with ``ema``."""
 
     refused_steps: int = 0
     """How many steps of the actor were refused since the last one that was taken."""
@@ -248,6 +261,29 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
             self.rollout_buffer_class = DictRolloutBuffer if several else RolloutBuffer
         super()._setup_model()
         self.networks = Networks(self)
+        self.average = PolicyAverage(self.policy, self.ema) if self.ema else None
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return [*modules, *(["average"] if self.average is not None else [])], tensors
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """As Stable-Baselines3's; an average begins anew where none was saved, and is left out where none is kept."""
+        if isinstance(load_path_or_dict, dict):
+            given = {name: state for name, state in load_path_or_dict.items() if name != "average"}
+            if self.average is not None:
+                given["average"] = load_path_or_dict.get("average") or self.average.state_dict()
+            load_path_or_dict = given
+        super().set_parameters(load_path_or_dict, exact_match, device)
+
+    @property
+    def deployed_policy(self) -> ActorCriticPolicy:
+        """The policy that `predict` acts by: that of the averaged weights with ``ema``, else ``policy``."""
+        if self.average is None or not self.average.count or not self.average.follows(self.policy):
+            return self.policy
+        return self.average.policy
 
     def join(self, process_group: dist.ProcessGroup | None) -> None:
         """Learn as one with the other processes of the group, each of which steps as many environments of its own.
@@ -398,8 +434,12 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
         self.networks.follow()
         self._update_learning_rate(self.policy.optimizer)
         saved = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0] if name != "policy"]
+        if self.average is not None and not self.average.follows(self.policy):
+            self.average = PolicyAverage(self.policy, self.ema)
         with restored_on_error(self, saved):
             update(self)
+            if self.average is not None:
+                self.average.update()
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

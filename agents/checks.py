@@ -18,18 +18,18 @@ from envs.checks import unusable
 __all__ = ["all_finite", "flag", "kind", "not_finite_in", "number", "one_of", "positive_or_none", "whole"]
 
 
-def number(name: str, value: Any, low: float, high: float = inf, *, above: bool = False) -> None:
-    """Refuse what is not a finite number in [low, high], or with ``above`` in (low, high].
+def number(name: str, value: Any, low: float, high: float = inf, *, above: bool = False, below: bool = False) -> None:
+    """Refuse what is not a finite number in [low, high]; without low itself if ``above``, without high if ``below``.
 
     Raises:
         TypeError: if ``value`` is not a real number; True and False are refused.
         ValueError: if it is out of the range, or NaN.
     """
-    interval = f"{'(' if above else '['}{low}, {high}{')' if high == inf else ']'}"
+    interval = f"{'(' if above else '['}{low}, {high}{')' if below or high == inf else ']'}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}): give one in {interval}")
     x = float(value)
-    if not (x > low or (x == low and not above)) or not (x < high or x == high < inf):
+    if not (x > low or (x == low and not above)) or not (x < high or (x == high < inf and not below)):
         raise ValueError(f"{name} must lie in {interval}, got {value}")
 
 

@@ -21,6 +21,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from agents.average import acting_policy
 from agents.config import RunConfig
 from agents.masks import with_masks
 from agents.runs import SavedAgent, load_agent
@@ -142,7 +143,7 @@ class _Finite(VecEnvWrapper):
 
 
 def _check_parameters(model: BaseAlgorithm) -> None:
-    for name, parameter in model.policy.named_parameters():
+    for name, parameter in acting_policy(model).named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(f"the policy's {name} is not finite: take an earlier agent")
 
@@ -218,7 +219,7 @@ def evaluate_saved(
     model, env, _ = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
     set_random_seed(seed)
     if model.use_sde and not deterministic:
-        model.policy.reset_noise(n_envs)  # the noise that was drawn with the policy knows nothing of the seed
+        acting_policy(model).reset_noise(n_envs)  # the noise that was drawn with the policy knows nothing of the seed
     try:
         return evaluate(model, env, episodes, seed, deterministic)
     finally:

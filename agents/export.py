@@ -35,6 +35,7 @@ from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecEnvWrapper,
 from stable_baselines3.common.vec_env import VecNormalize as AnyVecNormalize
 from torch import Tensor, nn
 
+from agents.average import acting_policy
 from agents.checks import one_of
 from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead
@@ -224,9 +225,8 @@ class DeployedPolicy(nn.Module):
         with _generators_kept(), io.BytesIO() as buffer:  # a copy on the CPU, by what it would be saved as
             agent.save(buffer)
             buffer.seek(0)
-            self.policy = cast(
-                ActorCriticPolicy, type(agent).load(buffer, device="cpu", custom_objects=dict(vars(agent))).policy
-            )
+            copy = type(agent).load(buffer, device="cpu", custom_objects=dict(vars(agent)))
+        self.policy = cast(ActorCriticPolicy, acting_policy(copy))
         self.policy.set_training_mode(False)
         self.policy.requires_grad_(False)
         self.deterministic = deterministic

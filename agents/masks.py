@@ -235,6 +235,7 @@ class TakesMasks(OnPolicyAlgorithm):
     """An algorithm whose policies take the masks that its environments give."""
 
     policy_class: type[Any]
+    deployed_policy: Any
 
     def _matched(self, policy: Any, env: GymEnv | str | None, verbose: int) -> tuple[Any, Any]:
         """The policy, with masks where the environments give them, and the environments as it takes them."""
@@ -274,10 +275,10 @@ class TakesMasks(OnPolicyAlgorithm):
             ValueError: if masks are given to a policy that takes none; else as `MaskableActorCriticPolicy.predict`.
         """
         if action_masks is None:
-            return super().predict(observation, state, episode_start, deterministic)
-        if not isinstance(self.policy, MaskableActorCriticPolicy):
+            return self.deployed_policy.predict(observation, state, episode_start, deterministic)
+        if not isinstance(self.deployed_policy, MaskableActorCriticPolicy):
             raise ValueError(
                 f"action_masks were given, and the policy {type(self.policy).__name__} takes none: it was made for "
                 "environments without them"
             )
-        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
+        return self.deployed_policy.predict(observation, state, episode_start, deterministic, action_masks)

@@ -1,0 +1,73 @@
+"""An average of a policy's weights over the updates, to act by when the learning is done."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import Tensor, nn
+
+__all__ = ["PolicyAverage", "acting_policy"]
+
+
+class PolicyAverage(nn.Module):
+    """w̄ ← decay · w̄ + (1 − decay) · w after each update, of all parameters and buffers; at first w̄ = w.
+
+    A step that fills its trust region moves a policy as far at the end of the training as at its beginning, and each
+    by itself may lose what the batch at hand has little of, such as the first steps of an episode. The average of the
+    last 1 / (1 − decay) policies does not follow the single step (Polyak and Juditsky 1992).
+
+    Args:
+        policy: whose weights are averaged; it is not changed.
+        decay: in [0, 1).
+
+    Attributes:
+        policy: a copy of the policy with the averaged weights.
+        count: how many updates are in it.
+
+    Raises:
+        TypeError: if the policy cannot be copied.
+    """
+
+    count: Tensor
+
+    def __init__(self, policy: ActorCriticPolicy, decay: float) -> None:
+        super().__init__()
+        # The distribution, with the noise of state-dependent exploration, is the policy's own.
+        shared = {id(policy.action_dist): policy.action_dist}
+        try:
+            self.policy = deepcopy(policy, shared)
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(
+                f"ema={decay} needs a copy of the policy, and {type(policy).__name__} cannot be copied ({error}): set "
+                "ema=0, or let copy.deepcopy copy it"
+            ) from error
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.decay = decay
+        self._of = (policy,)  # in a tuple, or PyTorch would make it a part of the average
+
+    def follows(self, policy: ActorCriticPolicy) -> bool:
+        """Whether it is this policy's average."""
+        return self._of[0] is policy
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        (now,) = self._of
+        keep = self.decay if self.count else 0.0
+        tensors = (chain(policy.parameters(), policy.buffers()) for policy in (self.policy, now))
+        for mean, w in zip(*tensors, strict=True):
+            if keep and mean.is_floating_point():
+                mean.lerp_(w, 1 - keep)
+            else:
+                mean.copy_(w)
+        self.count += 1
+
+
+def acting_policy(model: BaseAlgorithm) -> Any:
+    """The policy by which the model's `predict` acts, for models of any package."""
+    return getattr(model, "deployed_policy", model.policy)

@@ -21,7 +21,7 @@ from npg.solvers import Status, conjugate_gradient
 from npg.step import natural_step
 
 CASES = settings(
-    max_examples=int(os.environ.get("NPG_CASES", "150")),
+    max_examples=int(os.environ.get("NPG_CASES", "250")),
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv
 
 import agents
 from agents.base import NaturalPolicyAlgorithm
@@ -27,8 +30,10 @@ __all__ = [
     "EXACT_RESUME",
     "PRESET_KEYS",
     "RunConfig",
+    "agent_of",
     "hyperparameters_of",
     "load_preset",
+    "policy_for",
     "resolve",
     "whole_number",
 ]
@@ -291,3 +296,33 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu" if name == "auto" else name)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
+
+
+def agent_of(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgorithm:
+    """The agent that a configuration describes, not yet trained.
+
+    Raises:
+        ValueError: for a policy, an argument of it or an activation that is not known.
+        TypeError: for an option of the algorithm that is not of its kind.
+    """
+    algorithm = ALGORITHMS[config.algo]
+    check_names("policy", [policy], algorithm.policy_aliases, f"for {config.algo}")
+    hyperparameters = dict(config.hyperparameters)
+    policy_kwargs = dict(hyperparameters.get("policy_kwargs") or {})
+    if isinstance(name := policy_kwargs.get("activation_fn"), str):
+        activation = getattr(torch.nn, name, None)
+        if not (isinstance(activation, type) and issubclass(activation, torch.nn.Module)):
+            raise ValueError(f"activation_fn={name!r} is not a class of torch.nn, such as Tanh or ReLU")
+        policy_kwargs["activation_fn"] = activation
+        hyperparameters["policy_kwargs"] = policy_kwargs
+    parameters = inspect.signature(algorithm.policy_aliases[policy]).parameters.values()
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        check_names("argument", policy_kwargs, [p.name for p in parameters], f"of {policy}, in 'policy_kwargs'")
+    return algorithm(policy, env, seed=config.seed, device=config.device, verbose=0, **hyperparameters)
+
+
+def policy_for(space: spaces.Space[Any]) -> str:
+    """The name of the usual policy for observations of this space."""
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"

@@ -6,8 +6,8 @@ from functools import partial
 
 from stable_baselines3.common.type_aliases import Schedule
 
-from agents.base import NaturalStepAlgorithm
 from agents.checks import number, positive_or_none
+from agents.natural_step import NaturalStepAlgorithm
 from agents.options import option
 from agents.update import Batch
 from npg.step import StepReport

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,16 +12,14 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from gymnasium import spaces
 from gymnasium.error import Error as GymnasiumError
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
 
 from agents.base import NaturalPolicyAlgorithm
 from agents.callbacks import CommonStatistics, EpisodeRecorder, Evaluator, ProgressBar, Saver, Stop, evaluation_seed
-from agents.config import ALGORITHMS, RunConfig
+from agents.config import RunConfig, agent_of, policy_for
 from agents.curves import learning_curve
 from agents.evaluation import Evaluation, Stopped, evaluate_saved, make_env, record_video
 from agents.runs import RunFolder, SavedAgent, load_agent, normalized, read_state, save_agent
@@ -34,7 +31,6 @@ from envs.watchdog import Watchdog
 from npg.parallel import World
 from npg.runs import command_line
 from npg.runs.folder import begun_only, refuse_existing
-from npg.runs.presets import check_names
 from npg.runs.signals import StopRequest
 
 __all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "check", "check_import", "find_agent", "resume", "start"]
@@ -239,9 +235,9 @@ def _make(config: RunConfig, world: World) -> tuple[RunConfig, NaturalPolicyAlgo
     _set_threads(config)
     env = make_env(part, part.n_envs, config.seed, evaluation=False)
     try:
-        policy = config.policy or _policy_for(env.observation_space)
+        policy = config.policy or policy_for(env.observation_space)
         exact = _exact_resume(config, env, world)
-        model = _build(part, policy, normalized(env, config, training=True))
+        model = agent_of(part, policy, normalized(env, config, training=True))
         begin_episodes(model, config, world)
     except BaseException:
         env.close()
@@ -425,29 +421,6 @@ def _joined(
         model.get_env().close()  # type: ignore[union-attr]
         raise
     return Run(config, folder, model, world, state)
-
-
-def _build(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgorithm:
-    algorithm = ALGORITHMS[config.algo]
-    check_names("policy", [policy], algorithm.policy_aliases, f"for {config.algo}")
-    hyperparameters = dict(config.hyperparameters)
-    policy_kwargs = dict(hyperparameters.get("policy_kwargs") or {})
-    if isinstance(name := policy_kwargs.get("activation_fn"), str):
-        activation = getattr(torch.nn, name, None)
-        if not (isinstance(activation, type) and issubclass(activation, torch.nn.Module)):
-            raise ValueError(f"activation_fn={name!r} is not a class of torch.nn, such as Tanh or ReLU")
-        policy_kwargs["activation_fn"] = activation
-        hyperparameters["policy_kwargs"] = policy_kwargs
-    parameters = inspect.signature(algorithm.policy_aliases[policy]).parameters.values()
-    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        check_names("argument", policy_kwargs, [p.name for p in parameters], f"of {policy}, in 'policy_kwargs'")
-    return algorithm(policy, env, seed=config.seed, device=config.device, verbose=0, **hyperparameters)
-
-
-def _policy_for(space: spaces.Space[Any]) -> str:
-    if isinstance(space, spaces.Dict):
-        return "MultiInputPolicy"
-    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
 
 
 def _set_threads(config: RunConfig) -> None:

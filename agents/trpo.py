@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 
-from agents.base import NaturalStepAlgorithm
 from agents.checks import number, one_of, positive_or_none, whole
+from agents.natural_step import NaturalStepAlgorithm
 from agents.options import option
 from agents.update import Batch
 from npg.step import StepReport

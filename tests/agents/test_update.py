@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from agents import MDPO, NPG, TRPO, base
+from agents import MDPO, NPG, TRPO, natural_step
 from agents import critic as critics
 from agents.buffer import random_part
 from agents.critic import AdamCritic
@@ -73,7 +73,7 @@ def test_fisher_sees_all_times_of_the_rollout(critic, monkeypatch):
     steps, envs = model.rollout_buffer.buffer_size, model.rollout_buffer.n_envs
     model.rollout_buffer.observations[..., 0] = np.arange(steps)[:, None] / steps
     seen = []
-    for module in (base, critics):
+    for module in (natural_step, critics):
         step = module.natural_step
 
         def watched(*args, step=step, **kwargs):
@@ -324,8 +324,10 @@ def trained(model: Any, updates: int, monkeypatch: Any) -> list[Any]:
     """The reports of the actor's steps in so many updates."""
     reports = []
     with monkeypatch.context() as patch:
-        step = base.natural_step
-        patch.setattr(base, "natural_step", lambda *args, **kw: reports.append(step(*args, **kw)) or reports[-1])
+        step = natural_step.natural_step
+        patch.setattr(
+            natural_step, "natural_step", lambda *args, **kw: reports.append(step(*args, **kw)) or reports[-1]
+        )
         for _ in range(updates):
             model.train()
             refilled(model)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -49,10 +50,13 @@ def pairs_of_turns(this: Path, other: Path, command: list[str], logs: Path) -> d
             )
         os.close(mine)
         os.close(theirs)
-    for process in processes:
-        process.wait()
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):  # the other would wait for its turn for ever
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
     for name, process in zip(("this", "other"), processes):
-        if process.returncode:
+        if process.returncode > 0:
             raise SystemExit(f"{name} commit, {' '.join(command)}:\n{(logs / f'{name}.txt').read_text()[-2000:]}")
     a, b = ([line.split("\t") for line in (logs / name).read_text().splitlines()] for name in ("this", "other"))
     if [name for name, _ in a] != [name for name, _ in b]:

@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
-__all__ = ["is_named", "schedule", "value_at"]
+__all__ = ["first_value", "is_named", "named", "schedule", "value_at"]
 
 _LINEAR = "linear_"
 
@@ -20,6 +20,20 @@ _LINEAR = "linear_"
 def is_named(value: Any) -> bool:
     """Whether this is the name of a schedule, such as ``"linear_1e-3"``."""
     return isinstance(value, str) and value.startswith(_LINEAR)
+
+
+def named(first: float) -> str:
+    """The name of the schedule that falls from this value to 0: ``"linear_0.001"``."""
+    return f"{_LINEAR}{first!r}"
+
+
+def first_value(name: str, value: Any) -> Any:
+    """The value with which the schedule of this name begins; anything else as it is.
+
+    Raises:
+        ValueError: as `schedule`.
+    """
+    return value_at(schedule(name, value), 1.0) if is_named(value) else value
 
 
 def schedule(name: str, value: Any) -> Any:

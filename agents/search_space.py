@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.config import ALGORITHMS, RunConfig
+from agents.schedules import first_value, is_named, named
 from npg.runs.presets import check_names, mapping, read_yaml, require
 
 if TYPE_CHECKING:
@@ -49,10 +50,15 @@ def _check_range(name: str, given: Mapping[str, Any]) -> None:
 
 
 def widened(name: str, given: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """A range or list that has the preset's value; raises ValueError for a value that no range has."""
+    """A range or list that has the preset's value; raises ValueError for a value that no range has.
+
+    Where the preset has a schedule such as ``linear_0.02``, the range is of its first value.
+    """
     if "choices" in given:
         known = any(type(value) is type(c) and value == c for c in given["choices"])
         return {"choices": [*given["choices"], *([] if known else [value])]}
+    if is_named(value):
+        given, value = {**given, "schedule": "linear"}, first_value(name, value)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or (given.get("log") and value <= 0):
         raise ValueError(
@@ -96,6 +102,8 @@ def settings_of(params: Mapping[str, Any], space: Mapping[str, Mapping[str, Any]
     for name, value in params.items():
         if "choices" in space[name]:
             settings[name] = space[name]["choices"][coded(space[name]["choices"]).index(value)]
+        elif "schedule" in space[name]:
+            settings[name] = named(value)
     return settings
 
 

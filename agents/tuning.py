@@ -32,6 +32,7 @@ from agents.callbacks import Evaluator, evaluation_seed
 from agents.config import RunConfig, hyperparameters_of, resolve
 from agents.evaluation import make_env
 from agents.runs import normalized, save_agent
+from agents.schedules import first_value
 from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
 from agents.training import start
 from npg.parallel import World
@@ -176,7 +177,7 @@ class Tuning:
                 value = value_of(base, name)
             except KeyError:
                 continue
-            known[name] = coded([value])[0] if "choices" in given else value
+            known[name] = coded([value])[0] if "choices" in given else first_value(name, value)
         study.enqueue_trial(known, user_attrs={"preset": True})
         return tuning
 

@@ -209,7 +209,7 @@ def _agents(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("last_model", "best_model"):
         with zipfile.ZipFile(run / f"{name}.zip") as archive:
-            for part in ("policy.pth", "policy.optimizer.pth"):
+            for part in sorted(part for part in archive.namelist() if part.endswith(".pth")):  # an average's too
                 tensors = torch.load(io.BytesIO(archive.read(part)), weights_only=True)
                 found[f"{name}: {part}"] = to_text(_arrays(tensors))
             state = from_text(archive.read("state.json"))

@@ -33,6 +33,7 @@ RUNS = {
         "preconditioner",
         {"none", "diagonal", "kfac", "ekfac"},
     ),
+    "memory": ("CartPole-v1:16384 --every 0.1", "--csv", "task", {"CartPole-v1"}),
     "masks": (
         "--tasks arms --seeds 0 --timesteps 2048",
         "--csv",
@@ -118,7 +119,7 @@ def test_a_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert expected <= {row[column] for row in rows}
-    kinds = ("median", "over_fixed", "us_per", "steps_per_second", "return_mean")
+    kinds = ("memory_mb", "median", "over_fixed", "us_per", "steps_per_second", "return_mean")
     measured = [k for k in rows[0] if any(kind in k for kind in kinds)]
     assert measured
     assert all(math.isfinite(float(row[k])) for row in rows for k in measured if row[k])

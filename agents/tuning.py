@@ -279,12 +279,16 @@ class Tuning:
         """Train the next trial, and write the tables."""
         optuna = _optuna()
         states, study = optuna.trial.TrialState, self.study()
-        # Anew for each trial, from what is known by then: a search that was continued proposes what one in a go does.
-        ended = len(self.finished)
-        study.sampler = optuna.samplers.TPESampler(
-            seed=FIRST_SEED + ended, n_startup_trials=max(4, self.config.trials // 4), constant_liar=True
-        )
         trial, started = study.ask(), time.perf_counter()
+        # Anew for each trial, from what is known by then: a search that was continued proposes what one in a go does.
+        # Counted are the trials before it that have ended or are under way, which no two at a time have alike.
+        ended = {t.number for t in self.finished}
+        before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+        study.sampler = optuna.samplers.TPESampler(
+            seed=FIRST_SEED + sum(t.number in ended or t.state is states.RUNNING for t in before),
+            n_startup_trials=max(4, self.config.trials // 4),
+            constant_liar=True,
+        )
         value, state = None, states.FAIL
         try:
             value, state = self._train(trial), states.COMPLETE

@@ -177,7 +177,9 @@ def test_settings_that_are_refused_are_a_trial_and_a_refused_preset_ends_the_sea
 def test_two_processes_train_as_many_trials_as_were_asked_for(tmp_path):
     search = begun(tmp_path / "s", trials=3)
     search.run(jobs=2)
-    assert len(Tuning.open(tmp_path / "s").finished) == 3
+    finished = Tuning.open(tmp_path / "s").finished
+    assert len(finished) == 3
+    assert len({t.params["target_kl"] for t in finished}) == 3  # of those at one time too
     assert sorted(p.name for p in (tmp_path / "s" / "trials").iterdir()) == ["0000-s100", "0001-s100", "0002-s100"]
 
 

@@ -18,7 +18,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
@@ -409,20 +409,23 @@ def _work(path: Path, tickets: Any) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C."""
+    """SIGTERM is as Ctrl-C, and both stay what they are wherever they come."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    try:
+    former = None
+    with suppress(ValueError):  # outside of the main thread
         former = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # outside of the main thread
-        yield
-        return
     try:
         yield
+    except OSError as error:  # Optuna's lock, interrupted while it is let go, misses its own file
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, former)
+        if former is not None:
+            signal.signal(signal.SIGTERM, former)
 
 
 def _write_preset(path: Path, env: str, preset: Mapping[str, Any], comment: str = "") -> None:

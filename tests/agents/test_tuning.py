@@ -184,6 +184,22 @@ def test_two_processes_train_as_many_trials_as_were_asked_for(tmp_path):
 
 
 @needs_optuna
+def test_an_interrupt_of_the_lock_is_an_interrupt(tmp_path, monkeypatch):
+    def train(*args):
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            (tmp_path / "study.log.lock").unlink()  # as Optuna does, when it was already gone
+
+    monkeypatch.setattr(tuning, "_train", train)
+    with pytest.raises(KeyboardInterrupt):
+        begun(tmp_path / "s").run()
+    monkeypatch.setattr(tuning, "_train", lambda *args: (tmp_path / "data").unlink())
+    with pytest.raises(FileNotFoundError):
+        begun(tmp_path / "t").run()
+
+
+@needs_optuna
 def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
     path = tmp_path / "s"
     short = ["--evaluations", "1", "--eval-episodes", "1", "--n-envs", "2", "--backend", "gymnasium", "--device", "cpu"]

@@ -327,13 +327,14 @@ class Tuning:
             settings = settings_of(best.params, self.config.space)
             preset = str(self.path / "preset.yaml")
             found = resolve(self.config.algo, self.config.env, preset=preset, settings=settings)
-            seeds = f"{FIRST_SEED} to {FIRST_SEED + self.config.seeds - 1}" if self.config.seeds > 1 else FIRST_SEED
+            last = FIRST_SEED + self.config.seeds - 1
+            seeds = f"seeds {FIRST_SEED} to {last}" if self.config.seeds > 1 else f"seed {FIRST_SEED}"
             _write_preset(
                 self.path / "best.yaml",
                 self.config.env,
                 preset_of(found),
                 f"{self.config.algo} on {self.config.env}: trial {best.number} of {len(rows)}, mean return "
-                f"{best.value:.6g} on the tuning seeds {seeds}.",
+                f"{best.value:.6g} on the tuning {seeds}.",
             )
 
     def _tell(self, number: int) -> None:

@@ -9,6 +9,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
+from envs.hybrid import is_hybrid, leaves
+
 __all__ = ["ACTION_MASK", "ActionMasks", "check_masks", "gives_masks", "mask_sizes", "with_one_allowed"]
 
 ACTION_MASK = "action_mask"
@@ -18,9 +20,15 @@ ACTION_MASK = "action_mask"
 def mask_sizes(space: spaces.Space[Any]) -> tuple[int, ...]:
     """How many entries of a mask each choice has: n of Discrete(n), those of each in MultiDiscrete, 2 of every bit.
 
+    Those of a Tuple or Dict are those of its discrete parts, in its order.
+
     Raises:
         ValueError: for a space whose actions cannot be masked.
     """
+    if is_hybrid(space):
+        parts = [part for _, part in leaves(getattr(space, "nested", space)) if not isinstance(part, spaces.Box)]
+        if parts:
+            return tuple(size for part in parts for size in mask_sizes(part))
     if isinstance(space, spaces.Discrete):
         return (int(space.n),)
     if isinstance(space, spaces.MultiDiscrete):
@@ -89,7 +97,8 @@ class ActionMasks(VecEnvWrapper):
     is checked before anybody acts on it.
 
     A mask has an entry for each action of a Discrete space; those of a MultiDiscrete space have the entries of all
-    components side by side; those of a MultiBinary space two for every bit: whether it may be 0, and whether 1.
+    components side by side; those of a MultiBinary space two for every bit: whether it may be 0, and whether 1. Those
+    of a Tuple or Dict have the entries of its discrete parts side by side, in its order.
 
     Args:
         venv: the environments.

@@ -12,11 +12,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from envs.batch import NativeVectorEnv
+from envs.hybrid import is_hybrid
 from envs.seeding import IndependentSeeds
 
 __all__ = ["ArrayVecEnv", "GymnasiumVecEnv", "Transition", "VectorEnvAdapter", "float32_space"]
@@ -223,8 +225,11 @@ class VectorEnvAdapter(ArrayVecEnv):
         seed = seeds if seeds is None or self._one_seed_each else seeds[0]
         return self._cast(self.vector_env.reset(seed=seed)[0])  # type: ignore[arg-type]
 
-    def _send(self, actions: NDArray[Any]) -> None:
-        self._actions = actions
+    def _send(self, actions: Any) -> None:
+        self._actions: Any = actions
+        if is_hybrid(space := self.action_space):  # a list of n actions, which the vector environment takes as arrays
+            out: Any = create_empty_array(space, self.num_envs)
+            self._actions = concatenate(space, actions, out)
 
     def _receive(self) -> Transition:
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)

@@ -32,7 +32,7 @@ from agents.average import PolicyAverage
 from agents.buffer import DictRolloutBuffer, RolloutBuffer
 from agents.checks import flag, kind, not_finite_in, number, one_of, whole
 from agents.collect import Collector
-from agents.masks import TakesMasks, with_masks
+from agents.masks import TakesStructures, as_taken
 from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.recurrent import POLICIES as RECURRENT
@@ -59,7 +59,7 @@ def _seed(name: str, value: Any) -> None:
         whole(name, value, 0, 2**32 - 1)
 
 
-class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
+class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     """On-policy actor-critic learning where the actor moves by natural steps.
 
     The options are those of ``sb3_contrib.TRPO`` by the same names, as far as they concern all algorithms here, and
@@ -342,7 +342,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesMasks, Collector):
         plain |= {name: kwargs[name] for name in kwargs.keys() & data.keys()}
         kwargs["custom_objects"] = plain | given
         if env is not None:
-            env = with_masks(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
+            env = as_taken(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
         return super().load(path, env, *args, **kwargs)
 
     def dump_logs(self, iteration: int = 0) -> None:

@@ -38,6 +38,7 @@ from agents.masks import MaskableActorCriticPolicy
 from agents.recurrent import RecurrentPolicy
 from envs import ActionMasks, VecNormalize, Watchdog
 from envs.episodes import EpisodeWriter
+from envs.hybrid import is_hybrid
 from envs.masks import ACTION_MASK, mask_sizes, with_one_allowed
 from npg import families
 
@@ -201,6 +202,11 @@ class DeployedPolicy(nn.Module):
             raise ExportError(
                 f"{type(agent.policy).__name__} cannot be exported: its actions depend on what it remembers. Load the "
                 "saved model, and give `predict` its state"
+            )
+        if is_hybrid(agent.policy.action_space):
+            raise ExportError(
+                f"{type(agent.policy).__name__} cannot be exported: its actions have several parts, and a file gives "
+                "one array. Load the saved model, and take the actions of `predict`"
             )
         inner, steps = steps_between(agent.get_env(), env)
         raw = agent.observation_space if inner is None else inner.observation_space

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
     TanhBijector,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+from envs.hybrid import FlatActions
 from npg import families
 
-__all__ = ["FAMILIES", "SquashedGaussian", "described"]
+__all__ = ["FAMILIES", "FlatProduct", "HybridDistribution", "SquashedGaussian", "described", "with_deviations"]
 
 
 class SquashedGaussian(families.DiagonalGaussian):
@@ -46,16 +47,126 @@ class SquashedGaussian(families.DiagonalGaussian):
         return super().sample(outputs, generator).tanh()
 
 
+class FlatProduct(families.Product):
+    """Choices, bits and reals, all independent, as one vector (…, K + B + R): the actions of `envs.hybrid.FlatActions`.
+
+    Outputs are the logits of the choices, those of the bits, the means and the log standard deviations, side by side.
+
+    Args:
+        sizes: how many values each of the K choices has.
+        bits: B.
+        reals: R.
+    """
+
+    def __init__(self, sizes: Sequence[int], bits: int, reals: int) -> None:
+        parts: list[tuple[families.Family, int, int]] = []
+        if sizes:
+            parts.append((families.MultiCategorical(sizes), sum(sizes), len(sizes)))
+        if bits:
+            parts.append((families.Bernoulli(), bits, bits))
+        if reals:
+            parts.append((families.DiagonalGaussian(), 2 * reals, reals))
+        super().__init__([part for part, _, _ in parts], [outputs for _, outputs, _ in parts])
+        self.columns = [columns for _, _, columns in parts]
+
+    def _apart(self, outputs: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        wanted = (*outputs.shape[:-1], sum(self.columns))
+        if targets.shape != wanted:
+            raise ValueError(
+                f"targets must have shape {wanted} for outputs of shape {tuple(outputs.shape)}, got "
+                f"{tuple(targets.shape)}: pass vectors of `envs.hybrid.FlatActions`"
+            )
+        apart = targets.split(self.columns, -1)
+        return [t.long() if type(p) is families.MultiCategorical else t for p, t in zip(self.parts, apart)]
+
+    def _together(self, targets: list[Tensor]) -> Tensor:
+        dtype = torch.promote_types(torch.get_default_dtype(), targets[-1].dtype)
+        return torch.cat([t.to(dtype) for t in targets], -1)
+
+    def mode(self, outputs: Tensor) -> Tensor:
+        """The most likely event."""
+        modes: list[Tensor] = []
+        for part, own in zip(self.parts, self._split(outputs)):
+            if isinstance(part, families.MultiCategorical):
+                modes.append(torch.stack([logits.argmax(-1) for logits in part._split(own)], -1))
+            else:
+                modes.append((own > 0).to(own.dtype) if isinstance(part, families.Bernoulli) else own.chunk(2, -1)[0])
+        return self._together(modes)
+
+
+class HybridDistribution(DiagGaussianDistribution):
+    """Of `envs.hybrid.FlatActions`, with the interface of Stable-Baselines3's distributions.
+
+    As its Gaussian, it has a network for everything but the log standard deviations, which are parameters of their own:
+    None where no part is real.
+
+    Args:
+        space: the actions.
+    """
+
+    def __init__(self, space: FlatActions) -> None:
+        super().__init__(sum(space.sizes) + space.bits + space.reals)
+        self.reals = space.reals
+        self.family = FlatProduct(space.sizes, space.bits, space.reals)
+        self.outputs: Any = None
+
+    def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> Any:
+        """The linear layer, and the parameters."""
+        net = nn.Linear(latent_dim, self.action_dim)
+        return net, nn.Parameter(torch.ones(self.reals) * log_std_init) if self.reals else None
+
+    def proba_distribution(self, mean_actions: Tensor, log_std: Any) -> HybridDistribution:
+        """The distribution with these parameters."""
+        self.outputs = mean_actions if log_std is None else _beside(mean_actions, log_std)
+        return self
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Log p(a), (N,)."""
+        return self.family.log_likelihood(self.outputs, actions)
+
+    def entropy(self) -> Tensor:
+        """In nats, (N,)."""
+        return self.family.entropy(self.outputs)
+
+    def sample(self) -> Tensor:
+        """Draw actions, (N, D)."""
+        return self.family.sample(self.outputs)
+
+    def mode(self) -> Tensor:
+        """The most likely ones."""
+        return self.family.mode(self.outputs)
+
+    def log_prob_from_params(self, mean_actions: Tensor, log_std: Any) -> tuple[Tensor, Tensor]:
+        """Drawn actions, and their log-likelihoods."""
+        actions = self.actions_from_params(mean_actions, log_std)
+        return actions, self.log_prob(actions)
+
+
+def _beside(outputs: Tensor, log_std: Tensor) -> Tensor:
+    return torch.cat([outputs, log_std.expand(*outputs.shape[:-1], -1)], -1)
+
+
+def with_deviations(policy: Any, distribution: Distribution, outputs: Tensor) -> Tensor:
+    """The parameters of a policy's distribution: what its network gives, and beside that a Gaussian's ``log_std``."""
+    kind = type(distribution)
+    if kind is DiagGaussianDistribution or (kind is HybridDistribution and policy.log_std is not None):
+        return _beside(outputs, policy.log_std)
+    return outputs
+
+
 FAMILIES: dict[type[Distribution], Callable[[Any], families.Family]] = {
     DiagGaussianDistribution: lambda d: families.DiagonalGaussian(),
     CategoricalDistribution: lambda d: families.Categorical(),
     MultiCategoricalDistribution: lambda d: families.MultiCategorical([int(n) for n in d.action_dims]),
     BernoulliDistribution: lambda d: families.Bernoulli(),
+    HybridDistribution: lambda d: d.family,
 }
 
 
 def described(distribution: Distribution) -> tuple[families.Family, Tensor]:
     """The family of what a policy of one's own returns, and its parameters there: outputs (N, D)."""
+    if isinstance(distribution, HybridDistribution):
+        return distribution.family, distribution.outputs
     p: Any = getattr(distribution, "distribution", None)
     if isinstance(p, list) and p and all(isinstance(c, torch.distributions.Categorical) for c in p):
         logits = [c.logits for c in p]

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from agents.average import acting_policy
 from agents.config import RunConfig
-from agents.masks import with_masks
+from agents.masks import as_taken
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
 from envs.checks import unusable
@@ -175,7 +175,7 @@ def evaluate(
         FloatingPointError: if parameters, observations or rewards are not finite; it names which, and where.
     """
     _check_parameters(model)
-    env = with_masks(_Finite(env), model.policy_class)
+    env = as_taken(_Finite(env), model.policy_class)
     env.seed(seed)
     started = time.perf_counter()
 
@@ -311,7 +311,7 @@ def film(
     started = time.perf_counter()
     try:
         _check_parameters(model)
-        env = with_masks(_Finite(env), model.policy_class)
+        env = as_taken(_Finite(env), model.policy_class)
         rate = (env.get_attr("metadata")[0] or {}).get("render_fps", 30)
         every = max(1, round(rate / fps))
         frames: list[Any] = []

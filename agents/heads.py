@@ -9,19 +9,14 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from stable_baselines3.common.distributions import (
-    DiagGaussianDistribution,
-)
-from stable_baselines3.common.policies import (
-    ActorCriticPolicy,
-)
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import mse_loss
 
-from agents.distributions import FAMILIES, described
+from agents.distributions import FAMILIES, described, with_deviations
 from agents.standard import GLOBAL_HOOKS, MODED, aside, is_known, is_own, is_standard
 from npg import families
 from npg.acceleration import accelerate_function, close
@@ -115,9 +110,7 @@ class ActorHead(_Head):
         policy = self.policy
         if self.standard:
             outputs = policy.action_net(policy.mlp_extractor.forward_actor(policy.pi_features_extractor(prepared)))
-            if type(self.distribution) is DiagGaussianDistribution:
-                return torch.cat([outputs, policy.log_std.expand_as(outputs)], -1)
-            return outputs
+            return with_deviations(policy, self.distribution, outputs)
         # Argument checks look at values, which a traced program cannot; `natural_step` refuses what is not finite.
         validate = torch.distributions.Distribution._validate_args
         torch.distributions.Distribution.set_default_validate_args(False)

@@ -8,6 +8,7 @@ evaluation all follow from the same outputs, and none of them knows of masks.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +23,10 @@ from stable_baselines3.common.vec_env import VecEnv, is_vecenv_wrapped
 from torch import Tensor, nn
 
 from agents.afterstate import AfterstatePolicy
+from agents.hybrid import HybridActorCriticCnnPolicy, HybridActorCriticPolicy, HybridMultiInputActorCriticPolicy
 from agents.recurrent import RecurrentPolicy
 from envs.checks import LARGEST
+from envs.hybrid import HybridActions, is_hybrid, leaves
 from envs.masks import ACTION_MASK, ActionMasks, check_mask_space, check_masks, gives_masks, mask_sizes
 
 __all__ = [
@@ -33,8 +36,8 @@ __all__ = [
     "MaskedFeatures",
     "MaskedLatent",
     "MaskedLogits",
-    "TakesMasks",
-    "with_masks",
+    "TakesStructures",
+    "as_taken",
 ]
 
 
@@ -94,28 +97,48 @@ class MaskedLogits(nn.Module):
     Its size is that which no number of an environment reaches, and whose square float32 still holds.
 
     Args:
-        net: latent features ↦ logits.
-        entries: of a mask.
-        bits: whether a logit is that of a bit, with two entries of the mask: may it be 0, may it be 1.
+        net: latent features ↦ logits of classes, then of bits, then outputs that know no masks.
+        classes: how many logits of classes there are, with one entry of a mask each.
+        bits: how many of bits, with two entries each: may it be 0, may it be 1.
+        order: of the entries, where those of the bits do not come last: parts that they are to be put together of.
     """
 
-    def __init__(self, net: nn.Module, entries: int, bits: bool) -> None:
+    def __init__(self, net: nn.Module, classes: int, bits: int, order: Sequence[tuple[int, int]] = ()) -> None:
         super().__init__()
-        self.net, self.entries, self.bits = net, entries, bits
+        self.net, self.classes, self.bits, self.order = net, classes, bits, tuple(order)
+        self.entries = classes + 2 * bits
 
     def forward(self, latent: Tensor) -> Tensor:
         """Latent features and mask ↦ logits."""
         logits, forbidden = self.net(latent[..., : -self.entries]), latent[..., -self.entries :] < 0.5
-        if not self.bits:
-            return logits.masked_fill(forbidden, -LARGEST)
-        zero, one = forbidden.unflatten(-1, (-1, 2)).unbind(-1)
-        return logits.masked_fill(zero, LARGEST).masked_fill(one, -LARGEST)
+        if self.order:
+            forbidden = torch.cat([forbidden[..., begin:end] for begin, end in self.order], -1)
+        last = self.classes + self.bits
+        masked = []
+        if self.classes:
+            masked.append(logits[..., : self.classes].masked_fill(forbidden[..., : self.classes], -LARGEST))
+        if self.bits:
+            zero, one = forbidden[..., self.classes :].unflatten(-1, (-1, 2)).unbind(-1)
+            bits = logits[..., self.classes : last]
+            masked.append(bits.masked_fill(zero, LARGEST).masked_fill(one, -LARGEST))
+        return torch.cat([*masked, logits[..., last:]], -1) if len(masked) > 1 or logits.shape[-1] > last else masked[0]
+
+
+def _masked_logits(net: nn.Module, space: spaces.Space[Any]) -> MaskedLogits:
+    """`MaskedLogits` of these actions."""
+    parts = [part for _, part in leaves(getattr(space, "nested", space)) if not isinstance(part, spaces.Box)]
+    ends = np.cumsum([sum(mask_sizes(part)) for part in parts]).tolist()
+    where = list(zip([0, *ends], ends))
+    bits = [isinstance(part, spaces.MultiBinary) for part in parts]
+    order = [where[i] for i in sorted(range(len(parts)), key=bits.__getitem__)]
+    n = sum(end - begin for (begin, end), bit in zip(where, bits) if bit)
+    return MaskedLogits(net, sum(mask_sizes(space)) - n, n // 2, () if order == where else order)
 
 
 # The policies --------------------------------------------------------------------------------------------------------
 
 
-class MaskableActorCriticPolicy(ActorCriticPolicy):
+class MaskableActorCriticPolicy(HybridActorCriticPolicy):
     """Stable-Baselines3's `ActorCriticPolicy` for observations with a mask of the actions, which `ActionMasks` adds.
 
     The features are those of the observation without the mask. Where all is allowed, the outputs are bit for bit those
@@ -158,10 +181,8 @@ class MaskableActorCriticPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        entries = sum(mask_sizes(self.action_space))
-        bits = isinstance(self.action_space, spaces.MultiBinary)
-        self.mlp_extractor = MaskedLatent(self.mlp_extractor, entries)  # type: ignore[assignment]
-        self.action_net = MaskedLogits(self.action_net, entries, bits)
+        self.action_net = _masked_logits(self.action_net, self.action_space)
+        self.mlp_extractor = MaskedLatent(self.mlp_extractor, self.action_net.entries)  # type: ignore[assignment]
 
     def predict(
         self,
@@ -224,29 +245,52 @@ _MASKED: dict[Any, type[MaskableActorCriticPolicy]] = {
 }
 
 
-def with_masks(env: VecEnv, policy: type[Any]) -> VecEnv:
-    """The environments as policies of this class take them: in `ActionMasks`, if it is one that takes masks."""
-    if not issubclass(policy, MaskableActorCriticPolicy) or is_vecenv_wrapped(env, ActionMasks):
-        return env
-    return ActionMasks(env)
+_HYBRID: dict[Any, type[HybridActorCriticPolicy]] = {
+    ActorCriticPolicy: HybridActorCriticPolicy,
+    ActorCriticCnnPolicy: HybridActorCriticCnnPolicy,
+    MultiInputActorCriticPolicy: HybridMultiInputActorCriticPolicy,
+}
 
 
-class TakesMasks(OnPolicyAlgorithm):
-    """An algorithm whose policies take the masks that its environments give."""
+def as_taken(env: VecEnv, policy: type[Any]) -> VecEnv:
+    """The environments as policies of this class take them: in `ActionMasks` and `HybridActions`, if they need it."""
+    if issubclass(policy, MaskableActorCriticPolicy) and not is_vecenv_wrapped(env, ActionMasks):
+        env = ActionMasks(env)
+    if issubclass(policy, HybridActorCriticPolicy) and isinstance(env.action_space, spaces.Tuple | spaces.Dict):
+        env = HybridActions(env)
+    return env
+
+
+class TakesStructures(OnPolicyAlgorithm):
+    """An algorithm whose policies take the masks that its environments give, and actions of several parts."""
 
     policy_class: type[Any]
     deployed_policy: Any
 
     def _matched(self, policy: Any, env: GymEnv | str | None, verbose: int) -> tuple[Any, Any]:
-        """The policy, with masks where the environments give them, and the environments as it takes them."""
+        """The policy, for the masks and the actions that the environments have, and the environments as it takes them.
+
+        Raises:
+            ValueError: if the actions are of several parts, and the policy takes one.
+        """
         if env is None:
             return policy, None
         venv = self._wrap_env(maybe_make_env(env, verbose), verbose)
         known = self.policy_aliases.get(policy) if isinstance(policy, str) else policy
         if isinstance(policy, str) and known in _MASKED and gives_masks(venv):  # a class is taken at its word
             policy = known = _MASKED[known]
-        if isinstance(known, type) and issubclass(known, MaskableActorCriticPolicy):
-            return policy, with_masks(venv, known)
+        if is_hybrid(venv.action_space) and isinstance(known, type):
+            if isinstance(policy, str) and known in _HYBRID:
+                policy = known = _HYBRID[known]
+            if not issubclass(known, HybridActorCriticPolicy):
+                raise ValueError(
+                    f"the environments have the actions {venv.action_space}, which {policy!r} does not take: take "
+                    '"MlpPolicy" by its name, or a subclass of agents.hybrid.HybridActorCriticPolicy'
+                )
+        if isinstance(known, type):
+            venv = as_taken(venv, known)
+            if issubclass(known, MaskableActorCriticPolicy):
+                return policy, venv
         recurrent = isinstance(known, type) and issubclass(known, RecurrentPolicy)
         inside = ACTION_MASK in getattr(venv.observation_space, "spaces", {})  # which a policy may read by itself
         if known is not AfterstatePolicy and (recurrent or not inside) and gives_masks(venv):
@@ -259,7 +303,7 @@ class TakesMasks(OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As Stable-Baselines3's; with their masks, if the policy takes them."""
-        super().set_env(with_masks(self._wrap_env(env, self.verbose), self.policy_class), force_reset)
+        super().set_env(as_taken(self._wrap_env(env, self.verbose), self.policy_class), force_reset)
 
     def predict(
         self,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from agents.distributions import SquashedGaussian
+from agents.distributions import FlatProduct, SquashedGaussian
 from agents.heads import ActorHead, CriticHead
 from agents.recurrent import RecurrentPolicy
 from agents.sequences import RecurrentActor, RecurrentCritic
 from agents.standard import is_standard
-from npg.families import DiagonalGaussian, Geometry
+from npg.families import DiagonalGaussian, Geometry, Product
 from npg.transport import geometry
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Networks:
         metric, family = self._agent.metric, self.actor.family
         if type(family) is SquashedGaussian and metric == "wasserstein":
             family = DiagonalGaussian()  # in units of the actions before they are squashed
+        if type(family) is FlatProduct and metric == "wasserstein":
+            family = Product(family.parts, family.sizes)
         return geometry(metric, family)
 
     @property

@@ -14,13 +14,13 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import CombinedExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
 from agents.checks import flag, whole
+from agents.hybrid import HybridActorCriticPolicy
 from agents.recurrence import parts_of, run
 
 __all__ = [
@@ -45,7 +45,7 @@ class RNNStates(NamedTuple):
     vf: State
 
 
-class RecurrentPolicy(ActorCriticPolicy):
+class RecurrentPolicy(HybridActorCriticPolicy):
     """An actor-critic policy with memory.
 
     The state of the memory is zero where an episode begins.
@@ -250,7 +250,8 @@ class RecurrentPolicy(ActorCriticPolicy):
                 actions = self.unscale_action(actions)
             else:
                 actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        return actions if vectorized else actions.squeeze(axis=0), tuple(part.cpu().numpy() for part in after)
+        actions = self.structured(actions if vectorized else actions.squeeze(axis=0))
+        return actions, tuple(part.cpu().numpy() for part in after)
 
 
 #: What acting and updates do by `actor_latent` and `values`, and would not notice if a subclass did it otherwise.

@@ -45,6 +45,8 @@ _ADMITTED: dict[str, str] = {
     "gymnasium.spaces.discrete": "Discrete",
     "gymnasium.spaces.multi_binary": "MultiBinary",
     "gymnasium.spaces.multi_discrete": "MultiDiscrete",
+    "gymnasium.spaces.tuple": "Tuple",
+    "envs.hybrid": "FlatActions",
     "envs.tetris": "Placements VectorPlacements",
     # What an agent's networks, rollouts and schedules are made of.
     _POLICIES: "ActorCriticPolicy ActorCriticCnnPolicy MultiInputActorCriticPolicy",
@@ -52,6 +54,7 @@ _ADMITTED: dict[str, str] = {
     "stable_baselines3.common.buffers": "RolloutBuffer DictRolloutBuffer",
     "stable_baselines3.common.utils": "FloatSchedule ConstantSchedule LinearSchedule",
     "agents.afterstate": "AfterstatePolicy",
+    "agents.hybrid": "HybridActorCriticPolicy HybridActorCriticCnnPolicy HybridMultiInputActorCriticPolicy",
     "agents.masks": "MaskableActorCriticPolicy MaskableActorCriticCnnPolicy MaskableMultiInputActorCriticPolicy",
     "agents.buffer": "RolloutBuffer DictRolloutBuffer",
     "agents.sequences": "SequenceBuffer",

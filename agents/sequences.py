@@ -16,13 +16,13 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common import buffers
-from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor, nn
 
 from agents.buffer import RolloutBuffer, rows, stacked
-from agents.distributions import FAMILIES, described
+from agents.distributions import FAMILIES, described, with_deviations
 from agents.heads import ActorHead, CriticHead
 from agents.recurrent import RecurrentPolicy
 from agents.standard import aside
@@ -179,10 +179,7 @@ class RecurrentActor(ActorHead):
         policy = self.policy
         if type(self.distribution) not in FAMILIES:
             return described(policy._get_action_dist_from_latent(latent))[1]
-        outputs = policy.action_net(latent)
-        if type(self.distribution) is DiagGaussianDistribution:
-            return torch.cat([outputs, policy.log_std.expand_as(outputs)], -1)
-        return outputs
+        return with_deviations(policy, self.distribution, policy.action_net(latent))
 
     def forward(self, prepared: dict[str, Any]) -> Tensor:
         """Prepared sequences ↦ outputs (E, T, D)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from agents.afterstate import AfterstatePolicy, Afterstates
 from agents.distributions import FAMILIES
+from agents.hybrid import HybridActorCriticCnnPolicy, HybridActorCriticPolicy, HybridMultiInputActorCriticPolicy
 from agents.masks import (
     MaskableActorCriticCnnPolicy,
     MaskableActorCriticPolicy,
@@ -47,6 +48,9 @@ _KNOWN = {
     ActorCriticPolicy,
     ActorCriticCnnPolicy,
     MultiInputActorCriticPolicy,
+    HybridActorCriticPolicy,
+    HybridActorCriticCnnPolicy,
+    HybridMultiInputActorCriticPolicy,
     MaskableActorCriticPolicy,
     MaskableActorCriticCnnPolicy,
     MaskableMultiInputActorCriticPolicy,

@@ -14,6 +14,7 @@ from agents.checks import number, one_of, positive_or_none, whole
 from agents.natural_step import NaturalStepAlgorithm
 from agents.options import option
 from agents.update import Batch
+from envs.hybrid import is_hybrid
 from npg.step import StepReport
 from npg.trust_region import KLDirection, TrustRegion
 
@@ -77,8 +78,9 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
         )
         # ½sᵀ(F/n + λI)s ≤ δ, and a direction of (F/n + λI)⁻¹g, is the same step as with nδ, nλ and F.
         n = 1
-        if self.kl_reduction == "mean" and isinstance(self.action_space, spaces.Box | spaces.MultiBinary):
-            n = int(np.prod(self.action_space.shape))
+        space = self.action_space
+        if self.kl_reduction == "mean" and isinstance(space, spaces.Box | spaces.MultiBinary) and not is_hybrid(space):
+            n = int(np.prod(space.shape))
         return self.natural_step(
             batch,
             trust_region=replace(region, radius=n * region.radius),

@@ -112,8 +112,8 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
     record("train/value_loss", loss)
     record("train/explained_variance", explained_variance(agent))
     record("train/entropy_loss", -agent.entropy)
-    if hasattr(policy, "log_std"):
-        record("train/std", torch.exp(policy.log_std).mean().item())
+    if (log_std := getattr(policy, "log_std", None)) is not None:
+        record("train/std", torch.exp(log_std).mean().item())
     for name, value in others.items():
         record(name, value)
     record("time/collect_seconds", agent.collect_seconds)

@@ -40,8 +40,11 @@ class Batch(ABC):
         """Put the copies with the indices `which` into an initial state."""
 
     @abstractmethod
-    def step(self, actions: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Act once in every copy → rewards (n,), terminated (n,). A bad action raises before any copy has moved."""
+    def step(self, actions: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Act once in every copy → rewards (n,), terminated (n,). A bad action raises before any copy has moved.
+
+        Actions are an array (n, …), or where they are a Tuple a tuple of such arrays.
+        """
 
     @abstractmethod
     def observe(self) -> NDArray[Any]:
@@ -54,6 +57,11 @@ class Batch(ABC):
     @abstractmethod
     def picture(self, index: int) -> NDArray[np.uint8]:
         """Copy `index` drawn as an RGB image (height, width, 3)."""
+
+
+def _of_one(action: Any) -> Any:
+    """The action of one copy as those of a batch."""
+    return tuple(_of_one(part) for part in action) if isinstance(action, tuple) else np.asarray(action)[None]
 
 
 class SingleEnv(gym.Env[Any, Any]):
@@ -87,7 +95,7 @@ class SingleEnv(gym.Env[Any, Any]):
         """Act → (observation, reward, terminated, False, {})."""
         if not self._seeded:
             raise gym.error.ResetNeeded("step() before the first reset(): call reset() to begin an episode")
-        rewards, terminated = self.batch.step(np.asarray(action)[None])
+        rewards, terminated = self.batch.step(_of_one(action))
         return self._show(), float(rewards[0]), bool(terminated[0]), False, {}
 
     def _show(self) -> Any:
@@ -158,14 +166,15 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
         return self.batch.observe(), {}
 
     def step(
-        self, actions: NDArray[Any]
+        self, actions: Any
     ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Act in every copy → (observations, rewards, terminated, truncated, infos)."""
         if not self._seeded:
             raise gym.error.ResetNeeded("step() before the first reset(): call reset() to begin the episodes")
-        actions = np.asarray(actions)
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"actions must have the shape {self.action_space.shape}, got {actions.shape}")
+        if self.action_space.shape is not None:  # what has several parts is for the batch to check
+            actions = np.asarray(actions)
+            if actions.shape != self.action_space.shape:
+                raise ValueError(f"actions must have the shape {self.action_space.shape}, got {actions.shape}")
         rewards, terminated = self.batch.step(actions)
         self._elapsed += 1
         truncated = np.zeros(self.num_envs, dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""Registers our tasks with Gymnasium: the paper's, Connect Four, robots with a speed limit, tasks with no velocity."""
+"""Registers our tasks: the paper's, Connect Four, platforms, robots with a speed limit, tasks with no velocity."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ gym.register(
     "npg/ConnectFour-v0",
     entry_point="envs.connect_four:ConnectFourEnv",
     vector_entry_point="envs.connect_four:ConnectFourVectorEnv",
+)
+gym.register(
+    "npg/Platform-v0",
+    entry_point="envs.platform:PlatformEnv",
+    vector_entry_point="envs.platform:PlatformVectorEnv",
+    max_episode_steps=50,
 )
 # The time limits are those of the robots' own tasks, which `velocity_limited` makes.
 for _name in LIMITS:

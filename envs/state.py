@@ -33,7 +33,7 @@ _WRAPPERS: dict[type, tuple[str, ...]] = {
     VelocityCost: (),
     HideComponents: (),
 }
-_OURS = ("envs.connect_four", "envs.lqr", "envs.tetris", "envs.two_state_mdp")
+_OURS = ("envs.connect_four", "envs.lqr", "envs.platform", "envs.tetris", "envs.two_state_mdp")
 _GYMNASIUMS = ("gymnasium.envs.classic_control.", "gymnasium.envs.mujoco.")
 #: The arrays of MuJoCo's data, by the beginnings of their names, that a step or an observation reads; their sizes are
 #: the model's. Those of constraints and contacts are made anew in every step.

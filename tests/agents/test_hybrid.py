@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -102,12 +101,13 @@ class Picky(Strict):
     def _draw(self) -> None:
         self.allowed = []
         for n in mask_sizes(self.action_space):
-            allowed = self.np_random.random(n) < self.likely
-            allowed[self.np_random.integers(n)] = True
+            allowed = self.generator.random(n) < self.likely
+            allowed[self.generator.integers(n)] = True
             self.allowed.append(allowed)
 
     def reset(self, **options: Any) -> Any:
         result = super().reset(**options)
+        self.generator = np.random.default_rng(0)  # of its own, so that all else is as without masks
         self._draw()
         return result
 
@@ -262,7 +262,7 @@ def test_the_kl_stays_within_the_radius_on_many_random_policies(name):
     model = agent(vec(Strict, SPACES[name]), target_kl=0.02, n_steps=16, policy_kwargs={"net_arch": [8]})
     model.learn(32)
     generator, accepted = torch.Generator().manual_seed(1), 0
-    for scale in np.linspace(0.1, 3.0, 40):
+    for scale in np.linspace(0.1, 3.0, 20):
         with torch.no_grad():
             for p in model.policy.parameters():
                 p.copy_(float(scale) * torch.randn(p.shape, generator=generator))
@@ -279,7 +279,7 @@ def test_the_kl_stays_within_the_radius_on_many_random_policies(name):
         assert kl <= 0.02 * (1 + 1e-4) + 1e-7
         assert kl == pytest.approx(report.kl if report.accepted else 0.0, rel=1e-3, abs=1e-6)
         accepted += report.accepted
-    assert accepted >= 30
+    assert accepted >= 15
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -446,16 +446,11 @@ def test_where_all_is_allowed_a_training_is_that_without_masks(name, algorithm):
     class Open(Picky):
         likely = 2.0
 
-    masked, plain = (agent(vec(cls, SPACES[name]), algorithm) for cls in (Open, Strict))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        masked.learn(64)
-    plain.learn(64)
-    assert not np.array_equal(parameters(plain)[0], parameters(agent(vec(Strict, SPACES[name]), algorithm))[0])
-    a: Any = masked.rollout_buffer.observations["observation"]
-    if np.array_equal(a, plain.rollout_buffer.observations):  # the masks are drawn from another generator
-        for p, q in zip(parameters(masked), parameters(plain), strict=True):
-            assert torch.equal(p, q)
+    masked, plain = (agent(vec(cls, SPACES[name]), algorithm).learn(128) for cls in (Open, Strict))
+    for p, q in zip(parameters(masked), parameters(plain), strict=True):
+        assert torch.equal(p, q)
+    before = parameters(agent(vec(Strict, SPACES[name]), algorithm))
+    assert not all(torch.equal(p, q) for p, q in zip(before, parameters(plain)))
 
 
 def test_what_is_forbidden_has_probability_zero_wherever_its_part_stands():

@@ -40,6 +40,12 @@ RUNS = {
         "algo",
         {"trpo", "contrib-maskable-ppo"},
     ),
+    "hybrid": (
+        "--seeds 0 --timesteps 2048 --episodes 2",
+        "--csv",
+        "way",
+        {"hybrid", "flat", "contrib-flat"},
+    ),
     "critics": ("--env InvertedPendulum-v5 --before 2048 --rollouts 1", "--csv", "env", {"InvertedPendulum-v5"}),
     "end_to_end": (
         "CartPole-v1 --seconds 0.01 --rounds 1 --threads 1",

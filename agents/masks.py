@@ -271,11 +271,18 @@ class TakesStructures(OnPolicyAlgorithm):
         """The policy, for the masks and the actions that the environments have, and the environments as it takes them.
 
         Raises:
-            ValueError: if the actions are of several parts, and the policy takes one.
+            ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
+                from 0 along one axis.
         """
         if env is None:
             return policy, None
         venv = self._wrap_env(maybe_make_env(env, verbose), verbose)
+        start: Any = getattr(venv.action_space, "start", 0)
+        if np.any(start != 0) or np.ndim(start) > 1:
+            raise ValueError(
+                f"the environments have the actions {venv.action_space}, which Stable-Baselines3's policies would take "
+                "to count from 0 along one axis: make it a Tuple of this one part, which is given right"
+            )
         known = self.policy_aliases.get(policy) if isinstance(policy, str) else policy
         if isinstance(policy, str) and known in _MASKED and gives_masks(venv):  # a class is taken at its word
             policy = known = _MASKED[known]

@@ -642,6 +642,15 @@ def test_what_cannot_be_is_refused_before_work_starts():
         agent(vec(Picky, spaces.Tuple((REALS,))))
 
 
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(3, start=5), spaces.MultiDiscrete([2, 3], start=[0, 1]), spaces.MultiDiscrete([[2], [3]])]
+)
+def test_one_part_that_does_not_count_from_0_is_for_a_tuple(space):
+    with pytest.raises(ValueError, match=r"would take to count from 0 along one axis: make it a Tuple"):
+        agent(vec(Strict, space))
+    agent(vec(Strict, spaces.Tuple((space,))), n_steps=8, batch_size=8).learn(16)
+
+
 @pytest.mark.parametrize("format", ["onnx", "torchscript", "torch-export"])
 def test_an_export_is_refused_by_name(format, tmp_path):
     if format == "onnx":

@@ -31,7 +31,8 @@ MODULES = [
     "npg.curvature.preconditioners",
 ]
 MODULES += ["npg.mirror", "npg.transport", "npg.acceleration", "npg.vision", "agents", "agents.afterstate"]
-MODULES += ["agents.export", "agents.masks", "agents.recurrent", "agents.tuning", "envs", "envs.partial"]
+MODULES += ["agents.export", "agents.hybrid", "agents.masks", "agents.recurrent", "agents.tuning"]
+MODULES += ["envs", "envs.hybrid", "envs.partial"]
 
 once = pytest.mark.skipif(acceleration.mode.now == "off", reason="long, and the same without acceleration")
 

@@ -143,7 +143,7 @@ class HybridDistribution(DiagGaussianDistribution):
 
 
 def _beside(outputs: Tensor, log_std: Tensor) -> Tensor:
-    return torch.cat([outputs, log_std.expand(*outputs.shape[:-1], -1)], -1)
+    return torch.cat([outputs, log_std.expand(*outputs.shape[:-1], *log_std.shape)], -1)
 
 
 def with_deviations(policy: Any, distribution: Distribution, outputs: Tensor) -> Tensor:

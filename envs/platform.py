@@ -1,7 +1,7 @@
 """Platforms that slide to and fro over a void, crossed by running, hopping and leaping: a hybrid action in every step.
 
 The runner stands on the first of nine platforms, and has to come to the last. A step is a choice of a move and how far
-it goes: a run by up to 0.5, a hop by 0.5 to 1.4, or a leap by 1.4 to 2.2, each with its own number from −1, the
+it goes: a run by 0.1 to 0.5, a hop by 0.5 to 1.4, or a leap by 1.4 to 2.2, each with its own number from −1, the
 nearest, to 1. The action is ``(move, (of the run, of the hop, of the leap))``; the numbers of the two moves that were
 not chosen do nothing. The runner moves with the platform that it stands on. Where it comes down, one step later, there
 has to be a platform: else it falls, and the episode ends. Every platform that is reached pays 1, and the last one ends
@@ -32,8 +32,8 @@ from envs.batch import Batch, NativeVectorEnv, SingleEnv
 __all__ = ["PlatformEnv", "PlatformVectorEnv", "Platforms"]
 
 PLATFORMS = 9
-NEAREST, FARTHEST = np.array([0.0, 0.5, 1.4]), np.array([0.5, 1.4, 2.2])
-"""Of a run, a hop and a leap."""
+NEAREST, FARTHEST = np.array([0.1, 0.5, 1.4]), np.array([0.5, 1.4, 2.2])
+"""Of a run, a hop and a leap. Nobody can wait, or a policy that does not leap would wait for ever."""
 _TURN = 2 * np.pi / 12  # of the phase, in a step
 
 

@@ -23,7 +23,7 @@ def slow(begin, width, amplitude, phase, on, offset, move, amount):
     def edge(k, time):
         return begin[k] + amplitude[k] * np.sin(phase[k] + 2 * np.pi / 12 * time)
 
-    reach = [0.5, 0.9, 0.8][move] * (amount + 1) / 2 + [0.0, 0.5, 1.4][move]
+    reach = [0.4, 0.9, 0.8][move] * (amount + 1) / 2 + [0.1, 0.5, 1.4][move]
     place = edge(on, 0) + offset + reach
     if move == 0:
         place += edge(on, 1) - edge(on, 0)
@@ -42,7 +42,7 @@ def wise(batch):
     left = batch.widths[every, batch.on] - batch.offsets
     wanted = np.minimum(nearest + batch.widths[every, ahead] / 2, FARTHEST[2])
     far = wanted < nearest + 0.1
-    wanted = np.where(far, np.minimum(0.95 * left, 0.5), wanted)
+    wanted = np.where(far, np.minimum(0.8 * left, 0.5), wanted)
     moves = np.where(far, 0, np.where(wanted > FARTHEST[1], 2, 1))
     amounts = np.clip(2 * (wanted - NEAREST[moves]) / (FARTHEST - NEAREST)[moves] - 1, -1, 1)
     return moves, np.repeat(amounts[:, None], 3, 1).astype(np.float32)
@@ -138,11 +138,12 @@ def test_a_vector_is_its_copies_and_a_seed_says_all():
 
 
 def test_an_episode_without_an_end_is_cut_off():
-    env = gym.make("npg/Platform-v0")
+    assert gym.spec("npg/Platform-v0").max_episode_steps == 50
+    env = gym.make("npg/Platform-v0", max_episode_steps=2)
     env.reset(seed=0)
-    for step in range(50):
+    for step in range(2):
         _, reward, terminated, truncated, _ = env.step((0, np.full(3, -1, np.float32)))
-        assert (reward, terminated, truncated) == (0.0, False, step == 49)
+        assert (reward, terminated, truncated) == (0.0, False, step == 1)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,19 @@ def test_masked_policies_act_by_it():
     np.testing.assert_array_equal(actions, twin.predict(observation, deterministic=True)[0])
 
 
+def test_hybrid_actions_come_from_it():
+    def hybrid(**kwargs: Any) -> Any:
+        return TRPO("MlpPolicy", envs.make_vec_env("npg/Platform-v0", 2, seed=0), **{**SMALL, **kwargs})
+
+    model, twin = hybrid(ema=0.9).learn(320), hybrid()
+    twin.policy.load_state_dict(model.average.policy.state_dict())
+    observation = np.stack([model.observation_space.sample() for _ in range(20)])
+    assert repr(model.predict(observation, deterministic=True)) == repr(twin.predict(observation, deterministic=True))
+    assert repr(model.predict(observation, deterministic=True)) != repr(
+        model.policy.predict(observation, deterministic=True)
+    )
+
+
 def test_an_update_that_fails_leaves_it_as_it_was(monkeypatch):
     model = made(ema=0.9).learn(64)
     model.set_logger(Logger(None, []))

@@ -744,7 +744,7 @@ def test_one_step_cannot_be_normalised():
 
 def test_unsupported_action_space():
     with pytest.raises((AssertionError, ValueError), match="action"):
-        small(env=toy(action=spaces.Dict({"a": spaces.Discrete(2)})))
+        small(env=toy(action=spaces.Dict({"a": spaces.Text(2)})))
 
 
 def test_checkpoint_of_another_algorithm_or_a_truncated_one(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +17,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from agents import CPO, MDPO, NPG, TRPO, hybrid, masks
-from agents.config import resolve
 from agents.distributions import FlatProduct, HybridDistribution, described
-from agents.evaluation import evaluate, evaluate_saved
+from agents.evaluation import evaluate
 from agents.export import ExportError, export_agent
 from agents.heads import ActorHead
 from agents.recurrent import MlpLstmPolicy
-from agents.training import resume, start
 from agents.update import batch_of
 from envs import HybridActions, VecNormalize, make_vec_env
 from envs.hybrid import FlatActions, leaves
@@ -505,25 +502,6 @@ def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
         algorithm.load(tmp_path / "agent", env=vec(Strict, SPACES["platform"]))
     with pytest.raises(ValueError, match="Action spaces do not match"):
         model.set_env(vec(Strict, spaces.Dict(OrderedDict(reversed(NESTED.spaces.items())))))
-
-
-def test_a_run_is_trained_evaluated_and_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr("agents.training.FINAL_EPISODES", 2)
-    settings = {"n_steps": 32, "batch_size": 64, "normalize": {"norm_obs": True, "norm_reward": True}}
-    config = resolve(
-        "trpo", "npg/Platform-v0", settings=settings, timesteps=128, n_envs=2, eval_episodes=2, device="cpu"
-    )
-    run = start(config, tmp_path / "run")
-    assert type(run.model.policy) is hybrid.HybridActorCriticPolicy
-    assert run.config.exact_resume == "state"
-    run.train(progress=False)
-    assert evaluate_saved(run.folder.last, run.config, 2, seed=5).timesteps == 128
-    further = resume(tmp_path / "run", timesteps=256)
-    assert further.train(progress=False).timesteps == 256
-    whole = start(replace(config, timesteps=256, save_freq=10**6, eval_freq=128), tmp_path / "whole")
-    whole.train(progress=False)
-    for a, b in zip(parameters(further.model), parameters(whole.model), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_the_evaluations_and_callbacks_of_stable_baselines3_serve():

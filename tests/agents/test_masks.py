@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,11 +17,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import CPO, MDPO, NPG, TRPO, masks
-from agents.config import resolve
-from agents.evaluation import evaluate, evaluate_saved
+from agents.evaluation import evaluate
 from agents.export import DeployedPolicy, export_agent, load_exported
 from agents.heads import ActorHead
-from agents.training import resume, start
 from agents.update import batch_of
 from envs import ActionMasks, VecNormalize, make_vec_env
 from envs.masks import ACTION_MASK, mask_sizes
@@ -363,25 +360,6 @@ def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
     again = algorithm.load(tmp_path / "agent", env=VecNormalize(vec()), device="cpu")
     again.learn(64, reset_num_timesteps=False)
     assert again.num_timesteps == 192
-
-
-def test_a_run_of_connect_four_is_trained_evaluated_and_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr("agents.training.FINAL_EPISODES", 2)
-    settings = {"n_steps": 32, "batch_size": 64, "normalize": {"norm_obs": True, "norm_reward": True}}
-    config = resolve(
-        "trpo", "npg/ConnectFour-v0", settings=settings, timesteps=128, n_envs=2, eval_episodes=2, device="cpu"
-    )
-    run = start(config, tmp_path / "run")
-    assert type(run.model.policy) is masks.MaskableActorCriticPolicy
-    assert run.config.exact_resume == "state"
-    run.train(progress=False)
-    assert evaluate_saved(run.folder.last, run.config, 2, seed=5).timesteps == 128
-    further = resume(tmp_path / "run", timesteps=256)
-    assert further.train(progress=False).timesteps == 256
-    whole = start(replace(config, timesteps=256, save_freq=10**6, eval_freq=128), tmp_path / "whole")
-    whole.train(progress=False)
-    for a, b in zip(parameters(further.model), parameters(whole.model), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])

@@ -1,10 +1,14 @@
-"""Which environments a run and its evaluations draw."""
+"""Which environments a run and its evaluations draw; runs of policies with another structure."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from agents import hybrid, masks
 from agents.callbacks import evaluation_seed
 from agents.config import resolve
+from agents.evaluation import evaluate_saved
 from agents.state import begin_episodes
 from agents.training import resume, start
 from envs.seeding import Purpose, environment_seeds, purpose_seed
@@ -45,3 +49,26 @@ def test_evaluations_are_apart_from_training_and_from_each_other():
     keys = [key for c in configs for key in (c.seed, evaluation_seed(c), evaluation_seed(c, final=True))]
     streams = [seed for key in keys for seed in environment_seeds(key, 64)]
     assert len(set(streams)) == len(streams) == 10 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("env", "policy"),
+    [
+        ("npg/ConnectFour-v0", masks.MaskableActorCriticPolicy),
+        ("npg/Platform-v0", hybrid.HybridActorCriticPolicy),
+    ],
+)
+def test_a_run_with_another_structure_is_trained_evaluated_and_resumed(env, policy, tmp_path):
+    settings = {"n_steps": 32, "batch_size": 64, "normalize": {"norm_obs": True, "norm_reward": True}}
+    config = resolve("trpo", env, settings=settings, timesteps=128, n_envs=2, eval_episodes=2, device="cpu")
+    run = start(config, tmp_path / "run")
+    assert type(run.model.policy) is policy
+    assert run.config.exact_resume == "state"
+    run.train(progress=False)
+    assert evaluate_saved(run.folder.last, run.config, 2, seed=5).timesteps == 128
+    further = resume(tmp_path / "run", timesteps=256)
+    assert further.train(progress=False).timesteps == 256
+    whole = start(replace(config, timesteps=256, save_freq=10**6, eval_freq=128), tmp_path / "whole")
+    whole.train(progress=False)
+    for a, b in zip(further.model.policy.parameters(), whole.model.policy.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -186,6 +186,7 @@ class DeployedPolicy(nn.Module):
     Attributes:
         inputs: the names of the parts of an observation; of one that is no Dict, ``observation``.
         observation_space: of the raw observations.
+        keys: of a Dict observation; None of another one.
 
     Raises:
         ExportError: for what cannot be exported.
@@ -213,8 +214,8 @@ class DeployedPolicy(nn.Module):
         self.observation_space = deepcopy(_with_mask(raw, steps))
         modules = _pipeline(self.observation_space, steps)
         self.parts = nn.ModuleList(nn.Sequential(*part) for part in modules)
-        self._keys = _names(self.observation_space)
-        self.inputs = self._keys or ["observation"]
+        self.keys = _names(self.observation_space)
+        self.inputs = self.keys or ["observation"]
         with generators_kept(), io.BytesIO() as buffer:  # a copy on the CPU, by what it would be saved as
             agent.save(buffer)
             buffer.seek(0)
@@ -247,9 +248,9 @@ class DeployedPolicy(nn.Module):
         """``n`` observations drawn from the space, as arrays in the order of ``inputs``; masks allow an action."""
         self.observation_space.seed(seed)
         drawn: list[Any] = [self.observation_space.sample() for _ in range(n)]
-        if self._keys is None:
+        if self.keys is None:
             return [np.stack([np.asarray(x) for x in drawn])]
-        parts = {key: np.stack([np.asarray(x[key]) for x in drawn]) for key in self._keys}
+        parts = {key: np.stack([np.asarray(x[key]) for x in drawn]) for key in self.keys}
         if isinstance(self.policy, MaskableActorCriticPolicy):
             masks = parts[ACTION_MASK]
             allowed = with_one_allowed(np.round(masks).reshape(n, -1), mask_sizes(self.policy.action_space))
@@ -258,7 +259,7 @@ class DeployedPolicy(nn.Module):
 
     def _observation(self, parts: Sequence[Tensor]) -> Any:
         seen = [pipeline(x) for pipeline, x in zip(self.parts, parts)]
-        return seen[0] if self._keys is None else dict(zip(self._keys, seen))
+        return seen[0] if self.keys is None else dict(zip(self.keys, seen))
 
     def forward(self, *observations: Tensor) -> Tensor:
         """Raw observations ↦ actions, of the dtype that `predict` gives them."""

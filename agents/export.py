@@ -201,7 +201,7 @@ def _compare(policy: DeployedPolicy, act: Act, steps: list[VecEnvWrapper]) -> No
     for n in (1, 7):
         arrays = policy.example(n, seed=n)
         actions = act(*arrays)
-        seen: Any = arrays[0] if policy._keys is None else dict(zip(policy._keys, arrays))
+        seen: Any = arrays[0] if policy.keys is None else dict(zip(policy.keys, arrays))
         for step in steps:
             if isinstance(step, ActionMasks):
                 continue

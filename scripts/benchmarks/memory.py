@@ -27,9 +27,11 @@ from npg.runs.files import read_rows
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
-def looked_at(process: int) -> dict[str, float]:
-    """Resident memory in MB, open files and threads of a process."""
+def looked_at(process: int) -> dict[str, float] | None:
+    """Resident memory in MB, open files and threads of a process; None of one that is just ending."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    if "VmRSS" not in status:
+        return None
     return {
         "memory_mb": int(status["VmRSS"].split()[0]) / 1024,
         "files": len(list(Path(f"/proc/{process}/fd").iterdir())),
@@ -51,10 +53,10 @@ def watch(task: str, timesteps: int, every: float, folder: Path) -> list[dict[st
             time.sleep(every)
             progress = read_rows(run / "progress.csv") if (run / "progress.csv").exists() else []
             steps = [row["time/total_timesteps"] for row in progress[-1:]]
-            if process.poll() is None and steps and steps[0]:
+            if process.poll() is None and steps and steps[0] and (seen := looked_at(process.pid)):
                 seconds = round(time.perf_counter() - started, 1)
-                seen = {name: round(value, 2) for name, value in looked_at(process.pid).items()}
-                rows.append({"task": task, "step": int(float(steps[0])), "seconds": seconds, **seen})
+                rounded = {name: round(value, 2) for name, value in seen.items()}
+                rows.append({"task": task, "step": int(float(steps[0])), "seconds": seconds, **rounded})
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
     return rows

@@ -518,7 +518,7 @@ def test_the_evaluations_and_callbacks_of_stable_baselines3_serve():
 
 
 def test_environments_in_processes_of_their_own():
-    env = SubprocVecEnv([Strict, Strict])
+    env = SubprocVecEnv([Strict, Strict], start_method="fork")
     try:
         agent(env, n_steps=8, batch_size=8).learn(16)
     finally:

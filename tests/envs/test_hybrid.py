@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -163,7 +164,11 @@ def vector(space: Any) -> VectorEnvAdapter:
     return VectorEnvAdapter(SyncVectorEnv([lambda: Checked(space)] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
-@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv, "gymnasium"])
+@pytest.mark.parametrize(
+    "kind",
+    [DummyVecEnv, partial(SubprocVecEnv, start_method="fork"), "gymnasium"],
+    ids=["DummyVecEnv", "SubprocVecEnv", "gymnasium"],
+)
 def test_every_kind_of_environments_is_given_what_was_meant(kind):
     space: Any = NESTED
     if kind == "gymnasium":  # which has no vectors of an empty Dict

@@ -87,7 +87,7 @@ def test_what_fails_in_this_process_is_named(how, error, message, where, place):
     [
         (
             "raises",
-            "forkserver",
+            "spawn",
             RuntimeError,
             "Failing-v0, in step 3 .*: the process of environment 1 with 1 ended. Its traceback",
         ),

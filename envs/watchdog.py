@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import sleep
+from time import monotonic, sleep
 from types import FrameType
 from typing import Any
 
@@ -84,7 +84,8 @@ class Watchdog(VecEnvWrapper):
             self.failed, place = True, self._place()
             if isinstance(error, SystemExit):
                 raise RuntimeError(f"{place} called sys.exit({error.code!r})") from error
-            if ended := self._ended() if isinstance(error, EOFError | ConnectionError | TimeoutError) else "":
+            cut_off = isinstance(error, EOFError | ConnectionError)
+            if ended := self._ended(5.0 if cut_off else 0.2) if cut_off or isinstance(error, TimeoutError) else "":
                 raise RuntimeError(f"{place}: {ended}") from error
             if place not in str(error):
                 error.add_note(place)
@@ -111,10 +112,11 @@ class Watchdog(VecEnvWrapper):
         """Of Stable-Baselines3's SubprocVecEnv."""
         return getattr(self.unwrapped, "processes", [])
 
-    def _ended(self) -> str:
-        """Which environments' processes are over, and how they ended; empty if none is."""
-        if self._processes():
-            sleep(0.2)  # its pipe is closed a moment before its end
+    def _ended(self, patience: float) -> str:
+        """Which environments' processes are over, and how they ended; empty if none is within so many seconds."""
+        until = monotonic() + patience  # a pipe is closed some moments before its process ends
+        while self._processes() and all(p.exitcode is None for p in self._processes()) and monotonic() < until:
+            sleep(0.02)
         ends = [
             f"of environment {i} with {p.exitcode}" for i, p in enumerate(self._processes()) if p.exitcode is not None
         ]

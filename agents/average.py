@@ -49,10 +49,19 @@ class PolicyAverage(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.decay = decay
         self._of = (policy,)  # in a tuple, or PyTorch would make it a part of the average
+        self.mark()
+
+    def _written(self) -> list[tuple[int, int]]:
+        """Where the policy's parameters are, and how often they have been written to."""
+        return [(p.data_ptr(), p._version) for p in self._of[0].parameters()]
+
+    def mark(self) -> None:
+        """Say that the parameters as they are now are the last that it knows of."""
+        self._known = self._written()
 
     def follows(self, policy: ActorCriticPolicy) -> bool:
-        """Whether it is this policy's average."""
-        return self._of[0] is policy
+        """Whether it is this policy's average, and nobody else has written to its parameters since."""
+        return self._of[0] is policy and self._written() == self._known
 
     @torch.no_grad()
     def update(self) -> None:
@@ -66,6 +75,7 @@ class PolicyAverage(nn.Module):
             else:
                 mean.copy_(w)
         self.count += 1
+        self.mark()
 
 
 def acting_policy(model: BaseAlgorithm) -> Any:

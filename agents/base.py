@@ -22,7 +22,7 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.save_util import recursive_getattr
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
@@ -261,12 +261,16 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
     ) -> None:
         """As Stable-Baselines3's; an average begins anew where none was saved, and is left out where none is kept."""
-        if isinstance(load_path_or_dict, dict):
-            given = {name: state for name, state in load_path_or_dict.items() if name != "average"}
-            if self.average is not None:
-                given["average"] = load_path_or_dict.get("average") or self.average.state_dict()
-            load_path_or_dict = given
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        given = load_path_or_dict
+        if not isinstance(given, dict):
+            _, given, _ = load_from_zip_file(given, device=device, load_data=False)
+        given = dict(given)
+        average = given.pop("average", None)
+        if self.average is not None:
+            given["average"] = average or {**self.average.state_dict(), "count": torch.zeros_like(self.average.count)}
+        super().set_parameters(given, exact_match, device)
+        if self.average is not None:
+            self.average.mark()
 
     @property
     def deployed_policy(self) -> ActorCriticPolicy:
@@ -295,6 +299,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         if process_group is not None:
             for tensor in (*self.policy.parameters(), *self.policy.buffers()):
                 dist.broadcast(tensor.detach(), group=process_group, group_src=0)
+            if self.average is not None:
+                self.average.mark()
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "process_group", "networks"]

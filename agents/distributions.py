@@ -88,7 +88,7 @@ class FlatProduct(families.Product):
         modes: list[Tensor] = []
         for part, own in zip(self.parts, self._split(outputs)):
             if isinstance(part, families.MultiCategorical):
-                modes.append(torch.stack([logits.argmax(-1) for logits in part._split(own)], -1))
+                modes.append(torch.stack([logits.argmax(-1) for logits in own.split(part.sizes, -1)], -1))
             else:
                 modes.append((own > 0).to(own.dtype) if isinstance(part, families.Bernoulli) else own.chunk(2, -1)[0])
         return self._together(modes)

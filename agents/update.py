@@ -254,6 +254,8 @@ def restored_on_error(
             owner.load_state_dict(state)
         for p, before in parameters:
             p.data.copy_(before)
+        if agent.average is not None:
+            agent.average.mark()
         buffers.restore()
         vars(agent).update(attributes)
 

@@ -132,6 +132,7 @@ def test_an_update_that_fails_leaves_it_as_it_was(monkeypatch):
         model.train()
     for name, value in model.average.state_dict().items():
         assert torch.equal(value, before[name]), name
+    assert model.deployed_policy is model.average.policy
 
 
 def test_saved_models_with_and_without_it_load_either_way(tmp_path):
@@ -145,6 +146,27 @@ def test_saved_models_with_and_without_it_load_either_way(tmp_path):
     assert begun.deployed_policy is begun.policy
     for a, b in zip(weights(dropped.policy), weights(with_it.policy), strict=True):
         assert torch.equal(a, b)
+
+
+def test_parameters_of_elsewhere_begin_a_new_one(tmp_path):
+    """Given by set_parameters, from a dict or a file, or written to the policy: nothing of the former ones acts."""
+    other = made(seed=1).learn(64)
+    other.save(tmp_path / "other")
+    ways = [
+        lambda m: m.set_parameters(other.get_parameters()),
+        lambda m: m.set_parameters(tmp_path / "other"),
+        lambda m: m.policy.load_state_dict(other.policy.state_dict()),
+    ]
+    for way in ways:
+        model = made(ema=0.9).learn(96)
+        assert model.deployed_policy is not model.policy
+        way(model)
+        assert model.deployed_policy is model.policy
+        for a, b in zip(weights(model.policy), weights(other.policy), strict=True):
+            assert torch.equal(a, b)
+        model.learn(32)
+        for a, b in zip(weights(model.deployed_policy), weights(model.policy), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_another_policy_gets_an_average_of_its_own():

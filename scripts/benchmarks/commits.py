@@ -50,14 +50,18 @@ def pairs_of_turns(this: Path, other: Path, command: list[str], logs: Path) -> d
             )
         os.close(mine)
         os.close(theirs)
+    names = ("this", "other")
     while any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):  # the other would wait for its turn for ever
-            for process in processes:
+        if failed := [name for name, process in zip(names, processes) if process.poll()]:
+            for process in processes:  # the other would wait for its turn for ever
                 process.kill()
+                process.wait()
+            break
         time.sleep(0.1)
-    for name, process in zip(("this", "other"), processes):
-        if process.returncode > 0:
-            raise SystemExit(f"{name} commit, {' '.join(command)}:\n{(logs / f'{name}.txt').read_text()[-2000:]}")
+    else:
+        failed = [name for name, process in zip(names, processes) if process.returncode]
+    if failed:
+        raise SystemExit(f"{failed[0]} commit, {' '.join(command)}:\n{(logs / f'{failed[0]}.txt').read_text()[-2000:]}")
     a, b = ([line.split("\t") for line in (logs / name).read_text().splitlines()] for name in ("this", "other"))
     if [name for name, _ in a] != [name for name, _ in b]:
         raise SystemExit(f"{' '.join(command)} measures other things on the two commits: their turns do not match")

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Dimension", "Owner", "Stack", "batched", "normalised", "rows", "stacks"]
+__all__ = ["Dimension", "Owner", "Stack", "batched", "normalised", "power_of_two", "rows", "stacks"]
 
 #: What the factors of a batch have in common: their dimension, and the dtype and device of the arithmetic.
 Dimension: TypeAlias = tuple[int, torch.dtype, torch.device]
@@ -69,12 +69,13 @@ def rows(factors: _Factors, start: int, count: int) -> _Factors:
     return type(factors)(*(tensor[start : start + count] for tensor in factors))
 
 
-def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x / unit`` and the unit, a power of two for each x[n], (n, 1, …), so that no digit changes.
-
-    The largest entry is then in [1, 2); where that is 0, infinite or NaN, the unit is 1.
-    """
-    largest = x.reshape(len(x), -1).abs().amax(1).view(-1, *[1] * (x.ndim - 1))
+def power_of_two(largest: Tensor) -> Tensor:
+    """A power of two with largest / unit in [1, 2); 1 where that is 0, infinite or NaN."""
     mantissa, _ = torch.frexp(largest)  # in [½, 1)
-    unit = torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
+    return torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
+
+
+def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / unit`` and the unit, the `power_of_two` of the largest entry of each x[n], (n, 1, …): no digit changes."""
+    unit = power_of_two(x.reshape(len(x), -1).abs().amax(1).view(-1, *[1] * (x.ndim - 1)))
     return x / unit, unit

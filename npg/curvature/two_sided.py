@@ -34,15 +34,15 @@ gradient.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
-from math import prod
+from math import inf, prod
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from npg.curvature.stacks import Dimension, Owner, Stack, batched, normalised, rows, stacks
+from npg.curvature.stacks import Dimension, Owner, Stack, batched, power_of_two, stacks
 
 __all__ = ["Side", "TwoSidedCurvature"]
 
@@ -102,13 +102,15 @@ class TwoSidedCurvature:
         for state in states:
             if (saved := float(state.setdefault("power", torch.tensor(power, dtype=torch.float64)))) != power:
                 raise ValueError(f"power must stay {saved}, that of the factors; got {power}")
-        self.parts: list[_Diagonal | _Matrices] = []
         owners: dict[Dimension, list[Owner]] = defaultdict(list)
-        for stack in stacks(tensors):
+        diagonals: dict[_Kind, list[_Diagonal]] = defaultdict(list)
+        tiles: dict[_Kind, list[_Tiles]] = defaultdict(list)
+        for place, stack in enumerate(stacks(tensors)):
+            kind = (stack.dtype, stack.device)
             if sum(size > 1 for size in stack.shape) < 2:
-                self.parts.append(_Diagonal(stack, states, average))
+                diagonals[kind].append(_Diagonal(place, stack, states))
             else:
-                self.parts.append(_Matrices(stack, states, average, max_axis, owners))
+                tiles[kind] += _tiles(place, stack, max_axis, owners)
 
         def identities(count: int, key: Dimension) -> Side:
             dim, dtype, device = key
@@ -116,28 +118,28 @@ class TwoSidedCurvature:
             return Side(eye, eye.clone(), torch.full((count, dim), 1 + damping, dtype=dtype, device=device))
 
         self.sides = batched(owners, identities, states)
-        for part in self.parts:
-            part.find(self.sides)
+        kinds = dict.fromkeys([*diagonals, *tiles])
+        self._fields = [_Field(diagonals[kind], tiles[kind], self.sides, states, average, *kind) for kind in kinds]
 
     def moving(self, inverse: bool) -> Iterator[Tensor]:
         """The tensors of the state that `update`, or with ``inverse`` both it and `inverse`, will change."""
         for side in self.sides.values():
             yield from side if inverse else (side.factor, side.values)
-        for part in self.parts:
-            yield from part.moving()
+        for field in self._fields:
+            yield from (field.unit, *(part.square for part in field.diagonals))
 
     def update(self, gradients: Sequence[Tensor]) -> Tensor:
         """Let the factors take in gradients, (n, *shape) for each stack of tensors; whether all are finite, ().
 
         Where they are not, or are zero, the factors are as before.
         """
-        finite = [part.update(g) for part, g in zip(self.parts, gradients, strict=True)]
+        finite = [field.update(gradients) for field in self._fields]
         return torch.stack([each.to(finite[0].device) for each in finite]).all()
 
     def inverse(self, exact: bool = True) -> None:
         """Work out the powers of the factors as they are now; see the head of this module for ``exact``."""
-        for part in self.parts:
-            part.rescale()
+        for field in self._fields:
+            field.rescale()
         for side in self.sides.values():
             self._invert(side, exact)
 
@@ -163,7 +165,10 @@ class TwoSidedCurvature:
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """V of each M, (n, *shape) for each stack of tensors."""
-        return [part.apply(m, self.power, self.damping) for part, m in zip(self.parts, tensors, strict=True)]
+        out: dict[int, Tensor] = {}
+        for field in self._fields:
+            field.apply(tensors, self.power, self.damping, out)
+        return [out[place] for place in range(len(tensors))]
 
 
 def _iterate(factor: Tensor, basis: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,188 +180,226 @@ def _iterate(factor: Tensor, basis: Tensor, shift: Tensor) -> tuple[Tensor, Tens
     return triangle.diagonal(dim1=-2, dim2=-1).abs(), q
 
 
-class _Gradient(NamedTuple):
-    """Gradients (n, …), of one axis or more each, as they enter the factors."""
-
-    x: Tensor  #: over its own unit, zero where it is not finite
-    square: Tensor  #: the mean of x², (n,)
-    ratio: Tensor  #: its own unit over that of the factors, (n,)
-    unit: Tensor  #: what that is to become, (n,), float64
-    finite: Tensor  #: whether all are
-
-
-def _gradient(x: Tensor, unit: Tensor, fresh: Tensor) -> _Gradient:
-    """With the unit of the factors, and whether they have seen no gradient yet, (n,)."""
-    x, own = normalised(x)
-    square = x.square().flatten(1).mean(1)
-    finite = torch.isfinite(square)
-    square = torch.where(finite, square, 0.0)
-    own = own.flatten().double()
-    unit = torch.where(fresh & (square > 0), own, unit)
-    ratio = (own / unit).clamp_max(BURST).to(x.dtype)
-    return _Gradient(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0.0), square, ratio, unit, finite.all())
-
-
-def _kept(total: Tensor, average: float) -> Tensor:
-    """β where there is a gradient, 1 where it is zero, in its dtype."""
-    return 1 - (1 - average) * (total > 0).to(total.dtype)
-
-
-def _scaled(x: Tensor, unit: Tensor, power: float) -> Tensor:
-    """The product x · unit^(1 − 2p)."""
-    return x if power == 0.5 else x * (unit ** (1 - 2 * power)).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+#: What the parts of a field have in common.
+_Kind: TypeAlias = tuple[torch.dtype, torch.device]
 
 
 class _Diagonal:
-    """The curvature of the tensors of one shape that are no matrices: the mean of their squared gradients."""
+    """The curvature of the N tensors of one shape that are no matrices: the mean of their squared gradients.
 
-    def __init__(self, stack: Stack, states: Sequence[dict[str, Tensor]], average: float) -> None:
-        self.average = average
-        count, device = len(stack.indices), stack.device
-        self.square = torch.zeros(count, *stack.shape, dtype=stack.dtype, device=device)
-        self.unit = torch.ones(count, dtype=torch.float64, device=device)
-        _adopt(stack, states, {"square": self.square, "unit": self.unit})
+    Attributes:
+        place: of their stack.
+        owners: of each row: the place of its tensor in the list of tensors, and the name of its unit.
+        size: of a row.
+    """
 
-    def find(self, sides: dict[Dimension, Side]) -> None:
-        """It has no sides."""
+    def __init__(self, place: int, stack: Stack, states: Sequence[dict[str, Tensor]]) -> None:
+        self.place, self.size = place, (1, prod(stack.shape))
+        self.owners = [(i, "unit") for i in stack.indices]
+        self.square = torch.zeros(len(stack.indices), *stack.shape, dtype=stack.dtype, device=stack.device)
+        _adopt(self.square, states, [(i, "square") for i in stack.indices])
+        self.flat = self.square.view(len(self.owners), -1)
 
-    def moving(self) -> Iterator[Tensor]:
-        yield from (self.square, self.unit)
+    def cut(self, x: Tensor) -> Tensor:
+        """(n, *shape) → the rows, (N, numel)."""
+        return x.reshape(len(x), -1)
 
-    def update(self, x: Tensor) -> Tensor:
-        flat = self.square.view(len(x), -1)
-        fresh = ~(flat > 0).any(1)
-        g, mean, ratio, unit, finite = _gradient(x.reshape(flat.shape), self.unit, fresh)
-        self.unit.copy_(unit)
-        flat.add_(torch.where(fresh, mean, 0.0)[:, None])
-        flat.mul_(_kept(mean, self.average)[:, None])
-        flat.add_(g.square() * ((1 - self.average) * ratio.square())[:, None])
-        return finite
+    def put(self, v: Tensor, m: Tensor, out: dict[int, Tensor]) -> None:
+        """The rows back in the form of M, at their place."""
+        out[self.place] = v.view_as(m)
 
-    def rescale(self) -> None:
-        flat = self.square.view(len(self.unit), -1)
-        factor, root = _power_of_four(flat.mean(1))
-        flat.div_(factor[:, None])
-        self.unit.mul_(root)
+    def update(self, x: Tensor, start: Tensor, kept: Tensor, weight: Tensor) -> None:
+        """Make v kept (v + start) + (weight · x)², with a number for each row, (N, 1)."""
+        new = x * weight
+        self.flat.add_(start).mul_(kept).addcmul_(new, new)
 
-    def apply(self, m: Tensor, power: float, damping: float) -> Tensor:
-        flat = self.square.view(len(m), -1)
-        x = m.reshape(flat.shape) / self.unit.to(m.dtype)[:, None]
-        damped = flat + damping * flat.mean(1, keepdim=True)
-        x = x / damped.clamp_min(torch.finfo(m.dtype).tiny) ** power
-        return _scaled(x, self.unit, power).view_as(m)
+    def apply(self, x: Tensor, power: float, damping: float) -> Tensor:
+        """(N, numel) → V."""
+        damped = torch.add(self.flat, self.flat.mean(1, keepdim=True), alpha=damping)
+        return x / damped.clamp_min_(torch.finfo(x.dtype).tiny).pow_(power)
 
 
+#: Rows and columns of a tile.
 _Place: TypeAlias = tuple[slice, slice]
 
 
-class _Tiles(NamedTuple):
-    """The tiles of one size of the matrices of one shape, N of them."""
+class _Tiles:
+    """The curvature of the tiles of one size of the weights of one shape, or of those weights whole.
 
-    places: list[_Place]  #: of each tile in a matrix
-    left: Side
-    right: Side
-    unit: Tensor  #: L is in units of its square, (N,), float64
-
-
-class _Matrices:
-    """The curvature of the weights of one shape."""
+    Attributes:
+        place, owners, size: as of `_Diagonal`.
+        axes: of L and of R: the batch of their factors, and which rows of it they are.
+    """
 
     def __init__(
         self,
+        place: int,
         stack: Stack,
-        states: Sequence[dict[str, Tensor]],
-        average: float,
-        max_axis: int,
+        matrix: tuple[int, int],
+        places: dict[int, _Place],
         owners: dict[Dimension, list[Owner]],
     ) -> None:
-        self.average, self.stack, self.max_axis = average, stack, max_axis
-        lead = next(size for size in stack.shape if size > 1)
-        self.matrix = (lead, prod(stack.shape) // lead)
-        self.tiles: list[_Tiles] = []
-        self._rows: list[tuple[list[_Place], list[tuple[Dimension, int]], Tensor]] = []
-        places = list(product(_cuts(self.matrix[0], max_axis), _cuts(self.matrix[1], max_axis)))
-        sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, (r, c) in enumerate(places):
-            sizes[r.stop - r.start, c.stop - c.start].append(number)
-        for size, numbers in sizes.items():
-            starts = []
-            for dim, side in zip(size, ("left", "right"), strict=True):
-                key = (dim, stack.dtype, stack.device)
-                starts.append((key, len(owners[key])))
-                owners[key] += [(i, f"{side}_{number}") for number in numbers for i in stack.indices]
-            unit = torch.zeros(len(numbers), len(stack.indices), dtype=torch.float64, device=stack.device)
-            for row, number in zip(unit, numbers, strict=True):
-                _adopt(stack, states, {f"unit_{number}": row})
-            self._rows.append(([places[number] for number in numbers], starts, unit.view(-1)))
+        self.place, self.matrix, self.places = place, matrix, list(places.values())
+        rows, columns = self.places[0]
+        self.size = (rows.stop - rows.start, columns.stop - columns.start)
+        self.owners = [(i, f"unit_{number}") for number in places for i in stack.indices]
+        self.axes: list[tuple[Dimension, slice]] = []
+        for dim, side in zip(self.size, ("left", "right"), strict=True):
+            key = (dim, stack.dtype, stack.device)
+            start = len(owners[key])
+            owners[key] += [(i, f"{side}_{number}") for number in places for i in stack.indices]
+            self.axes.append((key, slice(start, len(owners[key]))))
 
-    def find(self, sides: dict[Dimension, Side]) -> None:
-        """Take the views of the batches that belong here; what has seen no gradient yet has the unit 0."""
-        for places, starts, unit in self._rows:
-            left, right = (rows(sides[key], start, len(unit)) for key, start in starts)
-            self.tiles.append(_Tiles(places, left, right, unit))
+    def of(self, batches: Mapping[Dimension, Tensor]) -> list[Tensor]:
+        """The rows of L and those of R."""
+        return [batches[key][rows] for key, rows in self.axes]
 
-    def moving(self) -> Iterator[Tensor]:
-        yield from (tiles.unit for tiles in self.tiles)
+    def find(self, sides: Mapping[Dimension, Side]) -> None:
+        """Take the views of the factors that belong here."""
+        self.left, self.right = (Side(*(tensor[rows] for tensor in sides[key])) for key, rows in self.axes)
 
-    def _cut(self, x: Tensor, tiles: _Tiles) -> Tensor:
-        """(n, *shape) → the tiles, (N, ·, ·)."""
+    def cut(self, x: Tensor) -> Tensor:
+        """(n, *shape) → the tiles, (N, numel)."""
         x = x.reshape(len(x), *self.matrix)
-        return torch.cat([x[:, r, c] for r, c in tiles.places]) if x[0].shape != _extent(tiles.places) else x
+        return (x if self.size == self.matrix else torch.cat([x[:, r, c] for r, c in self.places])).flatten(1)
 
-    def update(self, x: Tensor) -> Tensor:
-        finite = []
-        for tiles in self.tiles:
-            left, right, unit = tiles.left, tiles.right, tiles.unit
-            fresh = unit == 0
-            g, total, ratio, new_unit, ok = _gradient(self._cut(x, tiles), torch.where(fresh, 1.0, unit), fresh)
-            seen = total > 0
-            begins = fresh & seen
-            unit.copy_(torch.where(fresh & ~seen, 0.0, new_unit))
-            m, n = g.shape[1:]
-            # Before their first gradient L and R, and the powers, are those of the identity: the first sets L's scale.
-            scale = torch.where(begins, total, 1.0)
-            left.values.mul_(scale[:, None])
-            weight = (1 - self.average) ** 0.5 * ratio
-            columns = (g @ right.basis) * (right.values.rsqrt() * (weight / n**0.5)[:, None])[:, None, :]
-            lines = (left.basis.mT @ g) * (left.values.rsqrt() * (weight / m**0.5)[:, None])[:, :, None]
-            kept = _kept(total, self.average)
-            left.factor.mul_((scale * kept)[:, None, None]).baddbmm_(columns, columns.mT)
-            right.factor.mul_(kept[:, None, None]).baddbmm_(lines.mT, lines)
-            finite.append(ok)
-        return torch.stack(finite).all()
+    def put(self, v: Tensor, m: Tensor, out: dict[int, Tensor]) -> None:
+        """The tiles back where they were cut out of M, at its place."""
+        if self.size == self.matrix:
+            out[self.place] = v.view_as(m)
+            return
+        whole = out.setdefault(self.place, torch.empty_like(m)).view(len(m), *self.matrix)
+        for (r, c), tile in zip(self.places, v.view(-1, *self.size).split(len(m)), strict=True):
+            whole[:, r, c] = tile
+
+    def update(self, x: Tensor, roots: Mapping[Dimension, Tensor]) -> None:
+        """Add (x B_R diag(r_R))(…)ᵀ to L and (diag(r_L) B_Lᵀ x)ᵀ(…) to R; roots r (…, D) of each factor."""
+        g, (left, right) = x.view(len(x), *self.size), self.of(roots)
+        columns = (g @ self.right.basis).mul_(right[:, None, :])
+        lines = (self.left.basis.mT @ g).mul_(left[:, :, None])
+        self.left.factor.baddbmm_(columns, columns.mT)
+        self.right.factor.baddbmm_(lines.mT, lines)
+
+    def apply(self, x: Tensor, powers: Mapping[Dimension, Tensor]) -> Tensor:
+        """(N, numel) → V; powers d^(−p) (…, D) of each factor."""
+        m, (left, right) = x.view(len(x), *self.size), self.of(powers)
+        v = (self.left.basis.mT @ m @ self.right.basis).mul_(left[:, :, None]).mul_(right[:, None, :])
+        return (self.left.basis @ v @ self.right.basis.mT).flatten(1)
+
+
+def _tiles(place: int, stack: Stack, max_axis: int, owners: dict[Dimension, list[Owner]]) -> Iterator[_Tiles]:
+    """The tiles of the weights of a stack, by their sizes."""
+    lead = next(size for size in stack.shape if size > 1)
+    matrix = (lead, prod(stack.shape) // lead)
+    sizes: dict[tuple[int, int], dict[int, _Place]] = defaultdict(dict)
+    for number, (r, c) in enumerate(product(_cuts(matrix[0], max_axis), _cuts(matrix[1], max_axis))):
+        sizes[r.stop - r.start, c.stop - c.start][number] = (r, c)
+    for places in sizes.values():
+        yield _Tiles(place, stack, matrix, places, owners)
+
+
+class _Field:
+    """All of one dtype and device. What is one number for each row of its parts is a vector of all of them, (R,).
+
+    Attributes:
+        unit: L and v are in units of its square, float64; 0 where no gradient was seen yet.
+    """
+
+    def __init__(
+        self,
+        diagonals: list[_Diagonal],
+        tiles: list[_Tiles],
+        sides: dict[Dimension, Side],
+        states: Sequence[dict[str, Tensor]],
+        average: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.diagonals, self.tiles, self.sides, self.average = diagonals, tiles, sides, average
+        self.parts: list[_Diagonal | _Tiles] = [*diagonals, *tiles]
+        owners = [owner for part in self.parts for owner in part.owners]
+        self._rows = [len(part.owners) for part in self.parts]
+        self.unit = torch.zeros(len(owners), dtype=torch.float64, device=device)
+        _adopt(self.unit, states, owners)
+        for diagonal, unit in zip(diagonals, self.unit.split(self._rows), strict=False):
+            unit.mul_((diagonal.flat > 0).any(1))
+        size = torch.tensor([part.size for part in self.parts for _ in part.owners], dtype=dtype, device=device)
+        self._numel, self._rsqrt = size.prod(1), size.mT.flatten().rsqrt()
+        #: Where the numbers of each factor are in (2R,): those of L of all rows, and those of R.
+        places: dict[Dimension, list[Tensor]] = defaultdict(list)
+        order = torch.arange(len(owners), device=device).split(self._rows)[len(diagonals) :]
+        for part, row in zip(tiles, order, strict=True):
+            part.find(sides)
+            for (key, _), start in zip(part.axes, (0, len(owners)), strict=True):
+                places[key].append(start + row)
+        self._places = {key: torch.cat(found) for key, found in places.items()}
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        """(R,) → (N, 1) for each part."""
+        return x[:, None].split(self._rows)
+
+    def update(self, gradients: Sequence[Tensor]) -> Tensor:
+        x = [part.cut(gradients[part.place]) for part in self.parts]
+        largest = torch.cat([torch.linalg.vector_norm(each, inf, 1) for each in x])
+        finite, own = torch.isfinite(largest), power_of_two(largest)
+        masks = zip(x, self._split(finite), self._split(own), strict=True)
+        x = [torch.where(ok, each, 0.0).div_(unit) for each, ok, unit in masks]
+        square = torch.cat([torch.linalg.vector_norm(each, 2, 1) for each in x]).square() / self._numel
+        seen = square > 0
+        begins = (self.unit == 0) & seen
+        self.unit.copy_(torch.where(begins, own, self.unit))
+        ratio = torch.where(seen, (own / self.unit).clamp_max(BURST), 0.0).to(square.dtype)
+        weight = (1 - self.average) ** 0.5 * ratio
+        kept = 1 - (1 - self.average) * seen.to(square.dtype)
+        # Before their first gradient L and R, and the powers, are those of the identity: the first sets L's scale.
+        scale, one = torch.where(begins, square, 1.0), torch.ones_like(square)
+        factors, values, roots = (torch.cat(p) for p in ((scale * kept, kept), (scale, one), (weight, weight)))
+        numbers, of = torch.stack([factors, values, roots * self._rsqrt]), {}
+        for key, places in self._places.items():
+            side, (for_factor, for_values, for_root) = self.sides[key], numbers[:, places]
+            side.factor.mul_(for_factor[:, None, None])
+            side.values.mul_(for_values[:, None])
+            of[key] = side.values.rsqrt().mul_(for_root[:, None])
+        start = self._split(torch.where(begins, square, 0.0))
+        for part, *row in zip(self.diagonals, x, start, self._split(kept), self._split(weight), strict=False):
+            part.update(*row)
+        for tiles, each in zip(self.tiles, x[len(self.diagonals) :], strict=True):
+            tiles.update(each, of)
+        return finite.all()
 
     def rescale(self) -> None:
-        """Bring the mean eigenvalues of L and R to [1, 4) by powers of four: (cL, R/c) is the same curvature."""
-        for tiles in self.tiles:
-            for side in (tiles.left, tiles.right):
-                factor, root = _power_of_four(_mean_eigenvalue(side.factor))
-                side.factor.div_(factor[:, None, None])
-                tiles.unit.mul_(root)
+        """Bring the means of v and the mean eigenvalues of L and R to [1, 4) by powers of four: (cL, R/c) is L ⊗ R."""
+        count = len(self.unit)
+        roots = torch.ones(2 * count, dtype=torch.float64, device=self.unit.device)
+        for part, root in zip(self.diagonals, roots[:count].split(self._rows), strict=False):
+            factor, new = _power_of_four(part.flat.mean(1))
+            part.flat.div_(factor[:, None])
+            root.copy_(new)
+        for key, places in self._places.items():
+            side = self.sides[key]
+            factor, roots[places] = _power_of_four(_mean_eigenvalue(side.factor))
+            side.factor.div_(factor[:, None, None])
+        self.unit.mul_(roots[:count] * roots[count:])
 
-    def apply(self, m: Tensor, power: float, damping: float) -> Tensor:
-        out = torch.empty_like(m).view(len(m), *self.matrix)
-        for tiles in self.tiles:
-            left, right = tiles.left, tiles.right
-            unit = torch.where(tiles.unit == 0, 1.0, tiles.unit)
-            x = self._cut(m, tiles) / unit.to(m.dtype)[:, None, None]
-            x = left.basis.mT @ x @ right.basis
-            x *= (left.values**-power)[:, :, None] * (right.values**-power)[:, None, :]
-            x = _scaled(left.basis @ x @ right.basis.mT, unit, power)
-            if len(tiles.places) == 1 and len(self.tiles) == 1:
-                return x.view_as(m)
-            for (r, c), part in zip(tiles.places, x.split(len(m)), strict=True):
-                out[:, r, c] = part
-        return out.view_as(m)
+    def apply(self, tensors: Sequence[Tensor], power: float, damping: float, out: dict[int, Tensor]) -> None:
+        """Put V of each M into ``out``, by the place of the stack."""
+        unit = torch.where(self.unit == 0, 1.0, self.unit)
+        powers = {key: self.sides[key].values ** -power for key in self._places}
+        dtype = self._numel.dtype
+        before, after = (self._split(u.to(dtype)) for u in (unit, unit ** (1 - 2 * power)))
+        for part, u, w in zip(self.parts, before, after, strict=True):
+            m = tensors[part.place]
+            x = part.cut(m) / u
+            v = part.apply(x, power, damping) if isinstance(part, _Diagonal) else part.apply(x, powers)
+            part.put(v if power == 0.5 else v * w, m, out)
 
 
-def _adopt(stack: Stack, states: Sequence[dict[str, Tensor]], entries: dict[str, Tensor]) -> None:
-    """Take what the states hold under these names into stacked tensors, and make the states views of them."""
-    for name, stacked in entries.items():
-        for i, view in zip(stack.indices, stacked.unbind(), strict=True):
-            if (saved := states[i].get(name)) is not None:
-                view.copy_(saved)
-            states[i][name] = view
+def _adopt(stacked: Tensor, states: Sequence[dict[str, Tensor]], owners: Sequence[Owner]) -> None:
+    """Take what the states hold of these rows, and make the states views of them."""
+    for (i, name), view in zip(owners, stacked.unbind(), strict=True):
+        if (saved := states[i].get(name)) is not None:
+            view.copy_(saved)
+        states[i][name] = view
 
 
 def _cuts(size: int, longest: int) -> list[slice]:
@@ -364,8 +407,3 @@ def _cuts(size: int, longest: int) -> list[slice]:
     count = -(-size // longest)
     ends = [size * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]
-
-
-def _extent(places: list[_Place]) -> tuple[int, int]:
-    (r, c), *others = places
-    return (-1, -1) if others else (r.stop - r.start, c.stop - c.start)

@@ -236,9 +236,9 @@ class Plan:
 
     def is_finite(self, lr: float | Tensor, decay: float) -> Tensor:
         """Whether the directions, the state, and the parameters after the step, are finite, ()."""
-        changes = [d.reshape(len(d), -1).abs().amax(1) for d in self.directions]
+        changes = [torch.linalg.vector_norm(d.reshape(len(d), -1), inf, 1) for d in self.directions]
         change = torch.cat([c.to(self.device) for c in changes]).double()
-        sizes = torch._foreach_max(torch._foreach_abs(self._stacked))
+        sizes = torch._foreach_norm(self._stacked, inf)
         size = torch.stack([n.to(self.device) for n in sizes]).double()
         # A parameter that is not finite before the step is none of its making.
         size = torch.where(torch.isfinite(size), size, 0.0)
@@ -247,8 +247,10 @@ class Plan:
 
     def take(self, finite: bool | Tensor, lr: float | Tensor, decay: float) -> None:
         """Count the step, and move state and parameters, if ``finite``; the host need not know."""
-        for live, new, old in self.moves:
-            live.copy_(_either(finite, new, old))
+        moved = [(live, _either(finite, new, old)) for live, new, old in self.moves]
+        moved = [(live, value) for live, value in moved if value is not live]
+        if moved:
+            torch._foreach_copy_([live for live, _ in moved], [value for _, value in moved])
         changes: list[Tensor] = []
         for direction in self.directions:
             change = direction.mul_(_on(direction.device, lr))

@@ -43,10 +43,10 @@ class _TwoSidedPlan(Plan):
         self._finite = self.curvature.update(gradients)
         if due:
             self.curvature.inverse(exact=young)
-        means = [old.lerp(g, 1 - momentum) for old, g in zip(self.momenta, gradients, strict=True)]
+        means = torch._foreach_lerp(self.momenta, gradients, 1 - momentum)
         self.moves += [(live, new, live) for live, new in zip(self.momenta, means, strict=True)]
         if group["nesterov"]:
-            means = [g.lerp(mean, momentum) for g, mean in zip(gradients, means, strict=True)]
+            means = torch._foreach_lerp(gradients, means, momentum)
         self.directions = self.curvature.apply(means)
         for direction, is_matrix in zip(self.directions, self._is_matrix, strict=True):
             if not is_matrix:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from npg.curvature.two_sided import TwoSidedCurvature
-from npg.optim.base import BURN_IN, UPDATE_PERIOD, check, is_due
+from npg.optim.base import BURN_IN, check, is_due
 from npg.optim.gradients import GradientOptimizer, Plan
 
 __all__ = ["KLShampoo"]
@@ -117,7 +117,7 @@ class KLShampoo(GradientOptimizer):
         power: float = 0.5,
         average: float = 0.95,
         damping: float = 1e-3,
-        update_period: int = UPDATE_PERIOD,
+        update_period: int = 10,
         max_axis: int = 1024,
         vector_scale: float = 0.1,
         max_change: float | None = None,

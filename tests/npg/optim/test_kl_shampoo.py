@@ -61,9 +61,10 @@ def everything(model: nn.Module, optimizer: KLShampoo) -> list[Tensor]:
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_equals_a_loop_over_parameters(power, nesterov):
-    """Factors, powers on the steps 0, 1, 3, 9 and every fourth, momentum, decay, the rate of vectors."""
+    """Factors, powers on the steps 0, 1, 3, 9 and then every fourth, momentum, decay, the rate of vectors."""
     model, twin = make_model(), make_model()
-    optimizer = KLShampoo(model.parameters(), 0.01, 0.8, 0.1, nesterov=nesterov, power=power, vector_scale=0.3)
+    options = {"nesterov": nesterov, "power": power, "vector_scale": 0.3, "update_period": 4}
+    optimizer = KLShampoo(model.parameters(), 0.01, 0.8, 0.1, **options)
     params = list(twin.parameters())
     alone = [TwoSidedCurvature([p], [{}], power=power) for p in params]
     means = [torch.zeros_like(p) for p in params]

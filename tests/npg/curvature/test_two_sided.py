@@ -231,3 +231,16 @@ def test_tiles_are_weights_of_their_own(assert_close):
             one.update([g[:, r, c]])
             one.inverse(exact=t < 9)
             assert_close(out[:, r, c], one.apply([g[:, r, c]])[0])
+
+
+def test_a_vector_that_had_seen_nothing_when_its_state_was_saved_begins_with_its_first_gradient():
+    """Earlier versions gave it the unit 1, and its square was zero."""
+    old = {"square": torch.zeros(5), "unit": torch.ones((), dtype=torch.float64)}
+    new: dict = {}
+    g = 1e-3 * torch.arange(1.0, 6.0)[None]
+    for state in (old, new):
+        curvature = TwoSidedCurvature([torch.zeros(5)], [state])
+        assert curvature.update([g])
+    assert torch.equal(old["unit"], new["unit"])
+    assert torch.equal(old["square"], new["square"])
+    torch.testing.assert_close(float(new["unit"]) ** 2 * new["square"], 0.95 * g.square().mean() + 0.05 * g[0] ** 2)

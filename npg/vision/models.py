@@ -55,6 +55,27 @@ def _initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class _Classifier(nn.Module):
+    """Convolutional features, normalised, their mean over all places, and one linear layer.
+
+    Args:
+        features: images (B, 3, H, W) ↦ (B, channels, h, w), in order.
+        channels: of the last of them.
+        num_classes: the number of logits.
+    """
+
+    def __init__(self, features: list[nn.Module], channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(*features, nn.BatchNorm2d(channels), nn.ReLU())
+        self.classifier = nn.Linear(channels, num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, num_classes)."""
+        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
+        return logits
+
+
 class _DenseLayer(nn.Module):
     """x ↦ [x, conv3×3(x)], through a 1×1 bottleneck of 4·growth channels in the BC variant; dropout after each."""
 
@@ -72,8 +93,11 @@ class _DenseLayer(nn.Module):
         return torch.cat((x, self.grow(self.squeeze(x))), dim=1)
 
 
-class DenseNet(nn.Module):
-    """Three dense blocks with two transitions between them; build one with `densenet`."""
+class DenseNet(_Classifier):
+    """Three dense blocks with two transitions between them; build one with `densenet`.
+
+    Images are (B, 3, H, W), with H and W multiples of 4.
+    """
 
     def __init__(
         self,
@@ -84,7 +108,6 @@ class DenseNet(nn.Module):
         compression: float,
         dropout: float,
     ) -> None:
-        super().__init__()
         channels = 2 * growth_rate if bottleneck else 16
         features: list[nn.Module] = [_conv3x3(3, channels)]
         for block in range(3):
@@ -96,14 +119,7 @@ class DenseNet(nn.Module):
                 features += [nn.BatchNorm2d(channels), nn.ReLU(), _conv1x1(channels, kept)]
                 features += [nn.Dropout(dropout), nn.AvgPool2d(2)]
                 channels = kept
-        self.features = nn.Sequential(*features, nn.BatchNorm2d(channels), nn.ReLU())
-        self.classifier = nn.Linear(channels, num_classes)
-        _initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), H and W multiples of 4, to logits (B, num_classes)."""
-        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
-        return logits
+        super().__init__(features, channels, num_classes)
 
 
 def densenet(
@@ -167,13 +183,12 @@ class _WideBlock(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nn.Module):
+class WideResNet(_Classifier):
     """Three groups of wide residual blocks; build one with `wide_resnet`."""
 
     def __init__(
         self, blocks_per_group: int, widen_factor: int, num_classes: int, dropout: float, stem_stride: int
     ) -> None:
-        super().__init__()
         features: list[nn.Module] = [_conv3x3(3, 16, stem_stride)]
         channels = 16
         for group, width in enumerate((16, 32, 64)):
@@ -181,14 +196,7 @@ class WideResNet(nn.Module):
                 stride = 2 if group > 0 and block == 0 else 1
                 features.append(_WideBlock(channels, width * widen_factor, stride, dropout))
                 channels = width * widen_factor
-        self.features = nn.Sequential(*features, nn.BatchNorm2d(channels), nn.ReLU())
-        self.classifier = nn.Linear(channels, num_classes)
-        _initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, num_classes)."""
-        logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
-        return logits
+        super().__init__(features, channels, num_classes)
 
 
 def wide_resnet(

@@ -151,7 +151,19 @@ def _previous(x: Tensor, initial: Tensor, previous: Tensor) -> Tensor:
     return torch.cat([initial, x[previous]])
 
 
-class _LSTM(Function):
+class _Cell(Function):
+    """A layer of all steps, of whose outputs the hidden states alone are differentiable."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.sizes = inputs
+        saved = (*tensors[1:], *output)  # all but the input's part, which enters linearly
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+
+class _LSTM(_Cell):
     """(W x + b, U, h₀, c₀) ↦ h, c and the gates, for rows in the order of the steps."""
 
     @staticmethod
@@ -170,15 +182,6 @@ class _LSTM(Function):
             torch.mul(i, g, out=cell).addcmul_(f, c_)
             torch.mul(o, torch.tanh(cell, out=tanh), out=new)
         return hidden, cells, gates
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, U, h, c, previous, sizes = inputs
-        hidden, cells, gates = output
-        ctx.sizes = sizes
-        ctx.mark_non_differentiable(cells, gates)
-        ctx.save_for_backward(U, h, c, previous, hidden, cells, gates)
-        ctx.save_for_forward(U, h, c, previous, hidden, cells, gates)
 
     @staticmethod
     def _slopes(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -236,7 +239,7 @@ class _LSTM(Function):
         return flat, flat.t() @ h if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-class _GRU(Function):
+class _GRU(_Cell):
     """(W x + b, U, c, h₀) ↦ h, the gates r, z, n, and U h + c of n, for rows in the order of the steps."""
 
     @staticmethod
@@ -256,18 +259,9 @@ class _GRU(Function):
         return hidden, gates, recurrent[:, n].clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, U, _, h, previous, sizes = inputs
-        hidden, gates, to_n = output
-        ctx.sizes = sizes
-        ctx.mark_non_differentiable(gates, to_n)
-        ctx.save_for_backward(U, h, previous, hidden, gates, to_n)
-        ctx.save_for_forward(U, h, previous, hidden, gates, to_n)
-
-    @staticmethod
     def _slopes(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """U, the previous h, z, and the slopes of h in the gates' parts of the input, and in the recurrent ones."""
-        U, h, previous, hidden, gates, to_n = ctx.saved_tensors
+        U, _, h, previous, hidden, gates, to_n = ctx.saved_tensors
         r, z, n = gates.chunk(3, 1)
         before = _previous(hidden, h, previous)
         a_n = (1 - z) * (1 - n * n)

@@ -13,14 +13,12 @@ Microseconds per vector step; all take turns.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from interleaved import machine, measure, ratio, write_csv
+from interleaved import machine, make_parser, measure, ratio, write_csv
 from stable_baselines3.common import buffers, vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
@@ -100,14 +98,11 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=12)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--n-envs", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--steps", type=int, default=128, help="vector steps of a turn")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []

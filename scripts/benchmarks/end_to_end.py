@@ -13,7 +13,6 @@ All take turns; a turn is a whole number of rollouts with their updates. The rat
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -24,7 +23,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from interleaved import machine, one_turn, ratio, write_csv
+from interleaved import machine, make_parser, one_turn, ratio, write_csv
 from peers import trpo_settings
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_util import make_atari_env
@@ -189,13 +188,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5)
     parser.add_argument("tasks", nargs="*", default=TASKS, help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--seconds", type=float, default=4.0, help="of one turn")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     parser.add_argument("--png", type=Path, help="draw it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

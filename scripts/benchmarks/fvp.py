@@ -15,14 +15,12 @@ All take turns within one run; the ratio is taken within each round.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 
 import torch
-from interleaved import machine, measure, ratio, synchronize, write_csv
+from interleaved import machine, make_parser, measure, ratio, synchronize, write_csv
 from torch import nn
 from torch.func import functional_call, jvp
 
@@ -125,7 +123,7 @@ def rivals(model: nn.Module, x: torch.Tensor, family: families.Family) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=20)
     parser.add_argument(
         "problems",
         nargs="*",
@@ -133,9 +131,6 @@ def main() -> None:
         help="MODEL@BATCH",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import platform
@@ -14,6 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+
+
+def make_parser(description: str | None, rounds: int, threads: int = 2) -> argparse.ArgumentParser:
+    """A parser with ``--rounds``, ``--threads`` and ``--csv``, which measurements in turns have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each [%(default)s]")
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads of PyTorch [%(default)s]")
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    return parser
 
 
 def synchronize(device: torch.device | str = "cpu") -> None:

@@ -13,14 +13,12 @@ Factors are averages of the gradients of a weight of 64 outputs, damped by 1e-3.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
 import torch
-from interleaved import machine, measure, ratio, write_csv
+from interleaved import machine, make_parser, measure, ratio, write_csv
 from torch import Tensor
 
 from npg.curvature.two_sided import _iterate
@@ -68,12 +66,9 @@ def iterations_of_newton(s: Tensor) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=5, threads=1)
     parser.add_argument("--sizes", nargs="+", default=["8x64", "5x144", "4x288", "3x576"], metavar="NxD")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is not idle")
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -7,15 +7,13 @@ is taken within each round. A round is a multiple of OnlineNGD's update period, 
 are random: the time of a step does not depend on them.
 """
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
-from interleaved import machine, measure, ratio, write_csv
+from interleaved import machine, make_parser, measure, ratio, write_csv
 from torch import nn
 from torch.nn import functional
 
@@ -82,13 +80,11 @@ def time_steps(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=40)
     parser.add_argument("--models", nargs="+", default=["wrn-16-1", "densenet-19"])
     parser.add_argument("--optimizers", nargs="+", choices=[*GRADIENT, *MODEL], default=["online-ngd", "adam"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=4, help="steps per round, a multiple of 4")
     parser.add_argument(
         "--clock",
@@ -96,7 +92,6 @@ def main() -> None:
         default="wall",
         help="cpu: seconds of the processor spent by this process, for a machine that is not idle (use --threads 1)",
     )
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     options = parser.parse_args()
     if options.steps < 1 or options.steps % 4:
         parser.error(f"--steps {options.steps}: give a multiple of 4, OnlineNGD's update period")

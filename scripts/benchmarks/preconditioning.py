@@ -12,7 +12,6 @@ preconditioner costs, in products.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, count
@@ -22,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from interleaved import machine, measure, ratio, write_csv
+from interleaved import machine, make_parser, measure, ratio, write_csv
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -85,16 +84,13 @@ def image(path: Path | None, batches: int, seed: int) -> tuple[Fisher, Tensor, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=10)
     parser.add_argument("--systems", nargs="+", choices=("policy", "image"), default=["policy", "image"])
     parser.add_argument("--env", default="HalfCheetah-v5", help="of the policy")
     parser.add_argument("--before", type=int, default=200_000, help="steps of the agent's training")
     parser.add_argument("--batches", type=int, default=88, help="of the network's training")
     parser.add_argument("--data", type=Path, help="as for train_cifar.py [CIFAR-10, downloaded]")
-    parser.add_argument("--rounds", type=int, default=10, help="of the timing")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     parser.add_argument("--png", type=Path, help="draw it here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -10,7 +10,6 @@ thread each, the batch shared out) it is that of process 0.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from interleaved import machine, write_csv
+from interleaved import machine, make_parser, write_csv
 from torch import nn
 
 from npg import Fisher, families
@@ -191,11 +190,8 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser = make_parser(__doc__, rounds=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     parser.add_argument("--png", type=Path, help="draw it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

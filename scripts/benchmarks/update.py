@@ -11,7 +11,6 @@ which a critic is there.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from interleaved import machine, measure, ratio, write_csv
+from interleaved import machine, make_parser, measure, ratio, write_csv
 from peers import trpo_settings
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
@@ -69,13 +68,10 @@ def reset_of(agent: Any, weights: dict[str, torch.Tensor], buffer: RolloutBuffer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, rounds=10)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--before", type=int, default=100_000, help="steps of training before the rollout")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
     parser.add_argument("--png", type=Path, help="draw it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

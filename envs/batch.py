@@ -30,10 +30,11 @@ class Batch(ABC):
 
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
+    _generators: list[Any]  # one for each copy
 
-    @abstractmethod
     def seed(self, index: int, generator: np.random.Generator) -> None:
         """Give copy `index` its source of randomness."""
+        self._generators[index] = generator
 
     @abstractmethod
     def restart(self, which: NDArray[np.intp]) -> None:

@@ -54,10 +54,7 @@ class Games(Batch):
         """The agent's, and the opponent's."""
         self.heights = np.zeros((n, COLUMNS), dtype=np.int64)
         self.over = np.ones(n, dtype=np.bool_)
-        self._generators: list[Any] = [None] * n
-
-    def seed(self, index: int, generator: np.random.Generator) -> None:
-        self._generators[index] = generator
+        self._generators = [None] * n
 
     def restart(self, which: NDArray[np.intp]) -> None:
         self.discs[:, which] = 0

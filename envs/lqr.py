@@ -96,10 +96,7 @@ class LQR(Batch):
         self.states = np.zeros(n)
         self._noise = np.zeros((n, HORIZON))
         self._time = np.zeros(n, dtype=np.int64)
-        self._generators: list[np.random.Generator | None] = [None] * n
-
-    def seed(self, index: int, generator: np.random.Generator) -> None:
-        self._generators[index] = generator
+        self._generators = [None] * n
 
     def restart(self, which: NDArray[np.intp]) -> None:
         self.states[which] = 0.0

@@ -55,10 +55,7 @@ class Platforms(Batch):
         """The platform that the runner stands on, and how far from its left edge."""
         self.offsets = np.zeros(n)
         self.over = np.ones(n, dtype=np.bool_)
-        self._generators: list[Any] = [None] * n
-
-    def seed(self, index: int, generator: np.random.Generator) -> None:
-        self._generators[index] = generator
+        self._generators = [None] * n
 
     def restart(self, which: NDArray[np.intp]) -> None:
         drawn = np.array([self._generators[i].random((4, PLATFORMS)) for i in which]).reshape(-1, 4, PLATFORMS)

@@ -86,10 +86,7 @@ class TwoStateMDP(Batch):
         self.observation_space = spaces.Discrete(2)
         self.action_space = spaces.Discrete(2)
         self.states = np.zeros(n, dtype=np.int64)
-        self._generators: list[np.random.Generator | None] = [None] * n
-
-    def seed(self, index: int, generator: np.random.Generator) -> None:
-        self._generators[index] = generator
+        self._generators = [None] * n
 
     def restart(self, which: NDArray[np.intp]) -> None:
         for i in which:

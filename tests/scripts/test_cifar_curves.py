@@ -1,22 +1,13 @@
 """scripts/figures/cifar_curves.py: the bold line of several seeds. Its pictures are tested in test_train_cifar.py."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "scripts" / "figures"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("cifar_curves")
-    finally:
-        sys.path.remove(str(FOLDER))
+def script(load) -> ModuleType:
+    return load("figures", "cifar_curves")
 
 
 def test_the_middle_of_runs_is_the_median_where_all_of_them_are(script: ModuleType) -> None:

@@ -1,25 +1,17 @@
 """scripts/benchmarks/cifar_small.py without its training: which learning rates it tries, and its table."""
 
 import csv
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("cifar_small")
-    finally:
-        sys.path.remove(str(FOLDER))
+def script(load) -> ModuleType:
+    return load("benchmarks", "cifar_small")
 
 
 @pytest.mark.parametrize(

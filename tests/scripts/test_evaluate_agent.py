@@ -1,49 +1,28 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
 from agents import TRPO
-from agents.config import resolve
+from agents.cli.evaluate_agent import main
 from agents.evaluation import make_env
 from agents.runs import RunFolder, normalized, read_state
 from agents.state import set_statistics
-from agents.training import start
 from envs.seeding import Purpose, environment_seeds, purpose_seed
 
-SPEC = importlib.util.spec_from_file_location(
-    "evaluate_agent", Path(__file__).parents[2] / "scripts" / "evaluate_agent.py"
-)
-evaluate_agent = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(evaluate_agent)
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("agents.training.FINAL_EPISODES", 1)
-        settings = {"normalize": True, "use_sde": False, "n_steps": 32, "policy_kwargs.net_arch": [8]}
-        options = {"timesteps": 256, "n_envs": 2, "eval_episodes": 2, "backend": "gymnasium", "device": "cpu"}
-        config = resolve("trpo", "Pendulum-v1", settings=settings, **options)
-        run = start(config, tmp_path_factory.mktemp("runs") / "run")
-        run.train(progress=False)
-    return run.folder
-
-
-def evaluate(folder, *arguments):
-    assert evaluate_agent.main([str(folder.path), *map(str, arguments)]) == 0
-    newest = max(folder.path.glob("evaluation_*.json"), key=lambda path: path.stat().st_mtime_ns)
+def evaluate(trained, *arguments):
+    assert main([str(trained.path), *map(str, arguments)]) == 0
+    newest = max(trained.path.glob("evaluation_*.json"), key=lambda path: path.stat().st_mtime_ns)
     return json.loads(newest.read_text())
 
 
-def test_the_return_is_that_of_the_bare_environment(folder):
-    written = evaluate(folder, "--episodes", 1, "--seed", 5, "--model", "last")
-    model = TRPO.load(folder.last.model)
-    statistics = normalized(make_env(folder.config, 1, 0, evaluation=True), folder.config, training=False)
-    set_statistics(statistics, read_state(folder.last)["statistics"])
+def test_the_return_is_that_of_the_bare_environment(trained):
+    written = evaluate(trained, "--episodes", 1, "--seed", 5, "--model", "last")
+    model = TRPO.load(trained.last.model)
+    statistics = normalized(make_env(trained.config, 1, 0, evaluation=True), trained.config, training=False)
+    set_statistics(statistics, read_state(trained.last)["statistics"])
     env = gym.make("Pendulum-v1")
     observation, _ = env.reset(seed=environment_seeds(purpose_seed(5, Purpose.EVALUATION_BY_HAND), 1)[0])
     total, done = 0.0, False
@@ -56,37 +35,37 @@ def test_the_return_is_that_of_the_bare_environment(folder):
     assert written["lengths"] == [200]
 
 
-def test_an_evaluation_changes_no_agent_and_can_be_repeated(folder):
-    agents = {path: path.read_bytes() for path in (folder.last.model, folder.best.model)}
-    first, again = (evaluate(folder, "--episodes", 3, "--seed", 1)["returns"] for _ in range(2))
+def test_an_evaluation_changes_no_agent_and_can_be_repeated(trained):
+    agents = {path: path.read_bytes() for path in (trained.last.model, trained.best.model)}
+    first, again = (evaluate(trained, "--episodes", 3, "--seed", 1)["returns"] for _ in range(2))
     assert first == again
-    assert evaluate(folder, "--episodes", 3, "--seed", 2)["returns"] != first
+    assert evaluate(trained, "--episodes", 3, "--seed", 2)["returns"] != first
     assert {path: path.read_bytes() for path in agents} == agents
 
 
-def test_stochastic_actions_differ_from_deterministic_ones(folder):
-    mode = evaluate(folder, "--episodes", 2)
-    sample = evaluate(folder, "--episodes", 2, "--stochastic")
+def test_stochastic_actions_differ_from_deterministic_ones(trained):
+    mode = evaluate(trained, "--episodes", 2)
+    sample = evaluate(trained, "--episodes", 2, "--stochastic")
     assert (mode["deterministic"], sample["deterministic"]) == (True, False)
     assert mode["returns"] != sample["returns"]
-    assert evaluate(folder, "--episodes", 2, "--stochastic")["returns"] == sample["returns"]
+    assert evaluate(trained, "--episodes", 2, "--stochastic")["returns"] == sample["returns"]
 
 
-def test_the_table_says_what_the_file_says(folder, capsys):
-    written = evaluate(folder, "--episodes", 2)
+def test_the_table_says_what_the_file_says(trained, capsys):
+    written = evaluate(trained, "--episodes", 2)
     out = capsys.readouterr().out
     assert f"{written['mean_return']:.1f} ± {written['std_return']:.1f}" in out
     assert max(map(len, out.splitlines()[:5])) <= 80
 
 
-def test_a_video_shows_the_first_episode_of_the_evaluation(folder, capsys):
+def test_a_video_shows_the_first_episode_of_the_evaluation(trained, capsys):
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
     from moviepy.video.io.VideoFileClip import VideoFileClip
 
-    written = evaluate(folder, "--episodes", 1, "--seed", 3, "--video")
+    written = evaluate(trained, "--episodes", 1, "--seed", 3, "--video")
     assert f"(return {written['mean_return']:.1f})" in capsys.readouterr().out
-    with VideoFileClip(str(folder.path / "video" / "best_deterministic_seed3.mp4")) as clip:
+    with VideoFileClip(str(trained.path / "video" / "best_deterministic_seed3.mp4")) as clip:
         assert clip.n_frames == pytest.approx(200, abs=3)  # some encoders leave out the last ones
         frame = clip.get_frame(1.0)
     assert frame.std() > 1
@@ -101,18 +80,13 @@ def test_a_video_shows_the_first_episode_of_the_evaluation(folder, capsys):
         (["--episode", "3"], "did you mean --episodes"),
     ],
 )
-def test_bad_input_is_refused(folder, arguments, message, capsys):
-    before = sorted(folder.path.rglob("*"))
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate_agent.main([str(folder.path), *arguments])
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
-    assert sorted(folder.path.rglob("*")) == before
+def test_bad_input_is_refused(refused, arguments, message):
+    assert message in refused(main, *arguments)
 
 
-def test_a_run_without_a_best_agent_is_told(folder, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_bytes((folder.path / "config.yaml").read_bytes())
+def test_a_run_without_a_best_agent_is_told(trained, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes((trained.path / "config.yaml").read_bytes())
     with pytest.raises(SystemExit):
-        evaluate_agent.main([str(tmp_path)])
+        main([str(tmp_path)])
     assert "best_model.zip" in capsys.readouterr().err
-    assert RunFolder(tmp_path).config == folder.config
+    assert RunFolder(tmp_path).config == trained.config

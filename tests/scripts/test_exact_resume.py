@@ -3,7 +3,6 @@
 The runs are real, and so are the kills. `scripts/benchmarks/soak.py` kills before each event and at more moments.
 """
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +29,8 @@ def test_a_killed_run_ends_as_the_undisturbed_one(case):
     assert f"{case}: 3 of 3 resumed runs are the undisturbed one" in done.stdout
 
 
-def test_the_comparison_finds_what_differs(tmp_path):
-    spec = importlib.util.spec_from_file_location("soak", SOAK)
-    soak = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(soak)
+def test_the_comparison_finds_what_differs(load, tmp_path):
+    soak = load("benchmarks", "soak")
     a, b = {"x": [1.0], "y": {"z": float("nan")}}, {"x": [1.0], "y": {"z": float("nan")}}
     assert soak.differences(a, b) == []
     assert soak.differences(a, b | {"x": [1.0 + 1e-15]}) == ["x"]

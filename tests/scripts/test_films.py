@@ -1,7 +1,5 @@
 """scripts/figures/films.py: a small GIF of a run."""
 
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,16 +10,10 @@ from PIL import Image
 from agents.config import resolve
 from agents.training import start
 
-FOLDER = Path(__file__).parents[2] / "scripts" / "figures"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module("films")
-    finally:
-        sys.path.remove(str(FOLDER))
+def script(load) -> ModuleType:
+    return load("figures", "films")
 
 
 def test_a_gif_is_scaled_and_keeps_its_speed(script: ModuleType, tmp_path: Path) -> None:

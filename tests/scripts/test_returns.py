@@ -2,9 +2,6 @@
 
 import argparse
 import csv
-import importlib
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,29 +15,15 @@ from agents.config import RunConfig
 from agents.results import Curve
 from agents.runs import RunFolder
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def load(folder: str, name: str) -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS / folder))
-    try:
-        spec = importlib.util.spec_from_file_location(f"{folder}_{name}", SCRIPTS / folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look it up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SCRIPTS / folder))
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script(load) -> ModuleType:
     pytest.importorskip("sb3_contrib")
     return load("benchmarks", "returns")
 
 
 @pytest.fixture(scope="module")
-def figures() -> ModuleType:
+def figures(load) -> ModuleType:
     return load("figures", "returns")
 
 
@@ -194,7 +177,7 @@ def test_runs_of_ours_and_of_peers_leave_the_same(
     assert len(rows_of(tmp_path / "r.csv")) == 3
 
 
-def test_peers_have_the_discount_of_their_normaliser(script: ModuleType) -> None:
+def test_peers_have_the_discount_of_their_normaliser(load, script: ModuleType) -> None:
     peers = load("benchmarks", "peers")
     for algo, settings in peers.ZOO.items():
         for task in settings:
@@ -280,7 +263,7 @@ def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path
 
 def test_the_pages_tables_are_known(figures: ModuleType, table: Path, tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
-    page.write_text((SCRIPTS.parent / "docs" / "benchmarks.md").read_text())
+    page.write_text((Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text())
     assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
     assert page.read_text().count("| --- |") + page.read_text().count("| ---") >= 4
 

@@ -1,7 +1,6 @@
 import base64
 import csv
 import errno
-import importlib.util
 import json
 import os
 import pickle
@@ -26,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents import NPG, TRPO
 from agents.callbacks import Saver, evaluation_seed
+from agents.cli.train_agent import main
 from agents.config import RunConfig, resolve
 from agents.evaluation import evaluate_saved, make_env
 from agents.runs import RunFolder, normalized, read_state, save_agent
@@ -36,9 +36,6 @@ from npg.parallel import World
 from npg.runs.plain import to_text
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_agent.py"
-SPEC = importlib.util.spec_from_file_location("train_agent", SCRIPT)
-train_agent = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(train_agent)
 
 # 64 steps in an update; Pendulum is normalised, and its episodes have 200 steps.
 TINY = [
@@ -61,19 +58,19 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agents.training.FINAL_EPISODES", 2)
         path = tmp_path_factory.mktemp("runs") / "pendulum"
-        assert train_agent.main([*PENDULUM, "--run-dir", str(path)]) == 0
+        assert main([*PENDULUM, "--run-dir", str(path)]) == 0
     return RunFolder(path)
 
 
 def run(arguments, path):
-    assert train_agent.main([*arguments, "--run-dir", str(path)]) == 0
+    assert main([*arguments, "--run-dir", str(path)]) == 0
     return RunFolder(path)
 
 
 def refused(arguments, capsys):
     """The message of a command that must be refused in one line."""
     with pytest.raises(SystemExit) as exit_info:
-        train_agent.main([str(a) for a in arguments])
+        main([str(a) for a in arguments])
     assert exit_info.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -184,7 +181,7 @@ def test_the_curve_is_a_picture(finished):
 def test_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert train_agent.main(CARTPOLE) == 0
+        assert main(CARTPOLE) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["trpo-CartPole-v1-s0-1", "trpo-CartPole-v1-s0-2"]
 
 
@@ -248,7 +245,7 @@ def test_records_are_continued_and_not_overwritten(copy):
     names = ["monitor.csv", "progress.csv", "evaluations.csv", "command.txt", "versions.yaml"]
     before = {name: (copy.path / name).read_text() for name in names}
     checkpoints = contents(copy.checkpoints)
-    assert train_agent.main(["--resume", str(copy.path), "--timesteps", "1000", "--no-progress"]) == 0
+    assert main(["--resume", str(copy.path), "--timesteps", "1000", "--no-progress"]) == 0
     for name in names:
         assert (copy.path / name).read_text().startswith(before[name])
     assert len((copy.path / "command.txt").read_text().splitlines()) == 2
@@ -269,7 +266,7 @@ def test_an_earlier_checkpoint_continues_in_a_folder_of_its_own(copy, tmp_path, 
     assert "--run-dir NEW" in message
     branch = tmp_path / "branch"
     arguments = ["--resume", str(checkpoint), "--run-dir", str(branch), "--timesteps", "400", "--no-progress"]
-    assert train_agent.main(arguments) == 0
+    assert main(arguments) == 0
     assert contents(copy.path) == before
     assert TRPO.load(RunFolder(branch).last.model).num_timesteps == 448
     assert list(RunFolder(branch).evaluations()["timesteps"]) == [448]
@@ -298,7 +295,7 @@ def test_a_run_that_lacks_its_final_evaluation_gets_it(stopped, tmp_path, monkey
                     signal.raise_signal(signal.SIGINT)
 
             patch.setattr(TRPO, "train", interrupted)
-            assert train_agent.main([*CARTPOLE, "--run-dir", str(path)]) == 130
+            assert main([*CARTPOLE, "--run-dir", str(path)]) == 130
         else:
 
             def interrupted(*args):
@@ -306,12 +303,12 @@ def test_a_run_that_lacks_its_final_evaluation_gets_it(stopped, tmp_path, monkey
 
             patch.setattr("agents.training.evaluate_saved", interrupted)
             with pytest.raises(SystemExit) as exit_info:
-                train_agent.main([*CARTPOLE, "--run-dir", str(path)])
+                main([*CARTPOLE, "--run-dir", str(path)])
             assert exit_info.value.code == 130
     folder = RunFolder(path)
     assert folder.final_timesteps is None
     updates = (path / "progress.csv").read_text()
-    assert train_agent.main(["--resume", str(path), "--no-progress"]) == 0
+    assert main(["--resume", str(path), "--no-progress"]) == 0
     assert folder.final_timesteps == TRPO.load(folder.last.model).num_timesteps == 256
     assert list(folder.evaluations()["timesteps"]).count(256) == 1
     assert (path / "progress.csv").read_text() == updates
@@ -327,7 +324,7 @@ def test_a_full_disk_ends_with_a_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Saver, "_act", full)
     monkeypatch.setattr("agents.training.learning_curve", full)
     with pytest.raises(SystemExit) as exit_info:
-        train_agent.main([*CARTPOLE, "--save-freq", "100", "--run-dir", str(path)])
+        main([*CARTPOLE, "--save-freq", "100", "--run-dir", str(path)])
     assert exit_info.value.code == 1
     message = capsys.readouterr().err
     assert "No space left on device" in message
@@ -339,7 +336,7 @@ def test_a_run_continues_on_a_machine_without_its_device(copy, capsys):
     (copy.path / "config.yaml").write_text(yaml.safe_dump(config))
     assert "CUDA devices" in refused(["--resume", copy.path, "--timesteps", "700"], capsys)
     arguments = ["--resume", str(copy.path), "--timesteps", "700", "--device", "cpu", "--no-progress"]
-    assert train_agent.main(arguments) == 0
+    assert main(arguments) == 0
     assert copy.config.device == "cpu"
 
 
@@ -348,13 +345,13 @@ def test_an_interrupt_saves_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys
     handler = signal.getsignal(signal.SIGINT)  # a shell in the background starts us with another than Python's own
     with monkeypatch.context() as patch:
         patch.setattr(Saver, "_act", lambda self: signal.raise_signal(signal.SIGINT))
-        assert train_agent.main([*CARTPOLE, "--save-freq", "100", "--run-dir", str(path)]) == 130
+        assert main([*CARTPOLE, "--save-freq", "100", "--run-dir", str(path)]) == 130
     assert f"--resume {path}" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
     # The update under way was finished, then a single step was taken.
     assert TRPO.load(RunFolder(path).last.model).num_timesteps == 130
     assert (path / "learning_curve.png").is_file()
-    assert train_agent.main(["--resume", str(path), "--no-progress"]) == 0
+    assert main(["--resume", str(path), "--no-progress"]) == 0
     assert TRPO.load(RunFolder(path).last.model).num_timesteps >= 256
 
 
@@ -476,7 +473,7 @@ def test_a_damaged_last_agent_is_passed_over_and_nothing_is_lost(copy, finished,
         path.write_bytes({"truncated": content[:-200], "garbage": b"garbage"}.get(damage, content))
     before = {name: (copy.path / name).read_text() for name in ("progress.csv", "monitor.csv", "evaluations.csv")}
     with pytest.warns(UserWarning, match=r"last_model\.zip.*The run goes on from .*model_448_steps\.zip"):
-        assert train_agent.main(["--resume", str(copy.path), "--no-progress"]) == 0
+        assert main(["--resume", str(copy.path), "--no-progress"]) == 0
     states = [TRPO.load(folder.last.model).policy.state_dict() for folder in (copy, finished)]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name])
@@ -511,7 +508,7 @@ def test_a_second_run_is_kept_out_of_the_folder(copy, capsys):
     assert "is in use: another process trains in it" in refused(["--resume", copy.path, "--timesteps", "900"], capsys)
     assert contents(copy.path) == before
     first.train(progress=False)
-    assert train_agent.main(["--resume", str(copy.path), "--timesteps", "1100", "--no-progress"]) == 0
+    assert main(["--resume", str(copy.path), "--timesteps", "1100", "--no-progress"]) == 0
 
 
 class Code:
@@ -592,7 +589,7 @@ def test_an_agent_of_another_algorithm_is_refused_and_left(copy, capsys):
 
 def test_help_fits_a_terminal(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        train_agent.main(["--help"])
+        main(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
@@ -761,7 +758,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     monkeypatch.setenv("BREAKS", "yes")
     arguments = ["trpo", breakable, "--timesteps", "256", *TINY, "--save-freq", "100", "--eval-freq", "256"]
     arguments += ["--threads", "1"]
-    assert train_agent.main([*arguments, "--seeds", "0-2", "--jobs", "2", "--run-dir", str(path)]) == 1
+    assert main([*arguments, "--seeds", "0-2", "--jobs", "2", "--run-dir", str(path)]) == 1
     found, numbers = statuses(path)
     assert found == {0: "done", 1: "failed", 2: "killed"}
     assert (numbers["seeds"], numbers["interval"]) == (1, None)
@@ -778,7 +775,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     assert trained == 198  # as it was when its 200th step of one environment failed
 
     monkeypatch.setenv("BREAKS", "no")
-    assert train_agent.main(["trpo", breakable, "--resume", str(path), "--seeds", "3", "--threads", "1"]) == 0
+    assert main(["trpo", breakable, "--resume", str(path), "--seeds", "3", "--threads", "1"]) == 0
     assert contents(path / "s0") == before
     found, numbers = statuses(path)
     assert found == {0: "done before", 1: "done", 2: "done", 3: "done"}
@@ -863,12 +860,12 @@ def test_the_clock_of_training_goes_on_where_it_can(copy):
     first = copy.evaluations()
     assert all(np.diff(first["train_seconds"]) > 0)
     assert all(np.diff(first["train_cpu_seconds"]) > 0)
-    assert train_agent.main(["--resume", str(copy.path), "--timesteps", "1000", "--no-progress"]) == 0
+    assert main(["--resume", str(copy.path), "--timesteps", "1000", "--no-progress"]) == 0
     seconds = copy.evaluations()["train_seconds"]
     assert all(np.diff(seconds) > 0)  # 640 steps were evaluated: nothing is lost
     # From a checkpoint that was not evaluated in this folder nobody knows.
     branch = RunFolder(copy.path.parent / "branch")
     checkpoint = copy.checkpoints / "model_256_steps.zip"
     arguments = ["--resume", str(checkpoint), "--run-dir", str(branch.path), "--timesteps", "400", "--no-progress"]
-    assert train_agent.main(arguments) == 0
+    assert main(arguments) == 0
     assert np.isnan(branch.evaluations()["train_seconds"]).all()

@@ -1,13 +1,12 @@
 import csv
 import errno
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,11 @@ import torch
 import yaml
 from PIL import Image
 
+from npg.vision.cli import evaluate_cifar, train_cifar
 from npg.vision.cli.train_cifar import configure
 from npg.vision.run_folder import RunFolder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_cifar.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_cifar", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def status(script: ModuleType, arguments: list[str]) -> int:
+def status(arguments: list[str], main: Callable[[list[str]], int] = train_cifar.main) -> int:
     """The exit status of a command, whether its main function returns or exits."""
     try:
-        return int(script.main(arguments))
+        return int(main(arguments))
     except SystemExit as end:
         return int(end.code or 0)
 
@@ -72,11 +62,11 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 
 
 def test_train_then_resume_from_the_first_epoch(
-    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     asked = ["--preset", "report", "--set", "rank=4", "alpha=2", "--lr", "1e-2", "--seed", "3"]
-    assert status(script, ["wrn-10-1", "online-ngd", *arguments(folder, run), *asked]) == 0
+    assert status(["wrn-10-1", "online-ngd", *arguments(folder, run), *asked]) == 0
     output = capsys.readouterr().out
     assert "epoch   2/2" in output
     assert "test top-1" in output
@@ -94,21 +84,21 @@ def test_train_then_resume_from_the_first_epoch(
     whole = torch.load(newest)["model"]
     before = rows(run)
     first = run / "checkpoints" / "epoch_0001.pt"
-    assert status(script, ["--resume", str(first)]) == 2
+    assert status(["--resume", str(first)]) == 2
     assert f"the run has trained to {newest}" in capsys.readouterr().err
     again = tmp_path / "again"
-    assert status(script, ["--resume", str(first), "--run-dir", str(again)]) == 0
+    assert status(["--resume", str(first), "--run-dir", str(again)]) == 0
     timeless = ("epoch", "lr", "train_loss", "validation_loss", "validation_top1")
     assert [[row[k] for k in timeless] for row in rows(again)] == [[row[k] for k in timeless] for row in before]
     assert all(torch.equal(v, whole[k]) for k, v in torch.load(again / "checkpoints" / newest.name)["model"].items())
     # A newest checkpoint that is damaged stands in nobody's way.
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.warns(UserWarning, match=r"epoch_0002.pt is truncated or damaged: it is passed over"):
-        assert status(script, ["--resume", str(run)]) == 0
+        assert status(["--resume", str(run)]) == 0
     assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
 
 
-def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(folder: Path, tmp_path: Path) -> None:
     run, asked = tmp_path / "run", ["wrn-10-1", "sgd", "--seed", "3", "--preset", "report"]
     killed = "import os; from npg.vision.training import Trainer; Trainer.evaluate = lambda *_: os.kill(os.getpid(), 9)"
     call = f"import runpy, sys; {killed}; sys.argv = {[str(SCRIPT), *asked, *arguments(folder, run)]}"
@@ -116,46 +106,45 @@ def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(script: ModuleType
     assert ended.returncode == -9
     assert (run / "config.yaml").exists()
     undisturbed = tmp_path / "undisturbed"
-    assert status(script, [*asked, *arguments(folder, undisturbed)]) == 0
+    assert status([*asked, *arguments(folder, undisturbed)]) == 0
     expected = torch.load(undisturbed / "checkpoints" / "epoch_0002.pt")["model"]
     again = tmp_path / "again"
     shutil.copytree(run, again)
     for path, command in ((run, ["--resume", str(run)]), (again, [*asked, *arguments(folder, again)])):
-        assert status(script, command) == 0
+        assert status(command) == 0
         found = torch.load(path / "checkpoints" / "epoch_0002.pt")["model"]
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_a_checkpoint_outside_of_a_run_needs_a_folder(
-    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run), "--epochs", "1"]) == 0
+    assert status(["wrn-10-1", "sgd", *arguments(folder, run), "--epochs", "1"]) == 0
     (tmp_path / "kept").mkdir()
     kept = (run / "checkpoints" / "epoch_0001.pt").rename(tmp_path / "kept" / "best.pt")
     capsys.readouterr()
-    assert status(script, ["--resume", str(kept), "--epochs", "2"]) == 2
+    assert status(["--resume", str(kept), "--epochs", "2"]) == 2
     assert f"{kept} is not in a run folder: give --run-dir NEW" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["best.pt"]
-    assert status(script, ["--resume", str(kept), "--epochs", "2", "--run-dir", str(tmp_path / "new")]) == 0
+    assert status(["--resume", str(kept), "--epochs", "2", "--run-dir", str(tmp_path / "new")]) == 0
     assert [row["epoch"] for row in rows(tmp_path / "new")] == ["2"]
 
 
-def test_a_run_that_stop_above_ended_stays_ended(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_stop_above_ended_stays_ended(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run), "--stop-above", "0"]) == 0
+    assert status(["wrn-10-1", "sgd", *arguments(folder, run), "--stop-above", "0"]) == 0
     before = rows(run)
     assert len(before) == 1
-    assert status(script, ["--resume", str(run)]) == 0
+    assert status(["--resume", str(run)]) == 0
     assert rows(run) == before
-    assert status(script, ["--resume", str(run), "--stop-above", "99.9"]) == 0
+    assert status(["--resume", str(run), "--stop-above", "99.9"]) == 0
     assert len(rows(run)) == 2
 
 
 @pytest.mark.parametrize("ema", ["0", "0.5"])
 def test_a_trained_model_is_evaluated_as_the_run_did(
     ema: str,
-    script: ModuleType,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,18 +153,13 @@ def test_a_trained_model_is_evaluated_as_the_run_did(
     run = tmp_path / "run"
     monkeypatch.chdir(folder.parent)  # a relative path goes on meaning the same
     asked = [*arguments(Path(folder.name), run), "--ema", ema, "--threads", "1"]
-    assert status(script, ["wrn-10-1", "sgd", *asked]) == 0
+    assert status(["wrn-10-1", "sgd", *asked]) == 0
     monkeypatch.chdir(run)
     capsys.readouterr()
-    spec = importlib.util.spec_from_file_location("evaluate_cifar", SCRIPT.parent / "evaluate_cifar.py")
-    assert spec
-    assert spec.loader
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
-    assert evaluate.main([str(run), "--device", "cpu"]) == 0
+    assert evaluate_cifar.main([str(run), "--device", "cpu"]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert f"top-1 {summary['test_top1']:.2f}" in capsys.readouterr().out
-    assert status(evaluate, [str(tmp_path)]) == 2
+    assert status([str(tmp_path)], evaluate_cifar.main) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
 
 
@@ -191,11 +175,11 @@ def test_a_trained_model_is_evaluated_as_the_run_did(
     ],
 )
 def test_presets_with_values_of_another_kind_are_refused(
-    text: str, message: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preset = tmp_path / "mine.yaml"
     preset.write_text(text)
-    assert status(script, ["wrn-10-1", "sgd", "--preset", str(preset), "--lr", "0.1"]) == 2
+    assert status(["wrn-10-1", "sgd", "--preset", str(preset), "--lr", "0.1"]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -233,25 +217,22 @@ def test_a_preset_may_leave_the_optimizers_empty(tmp_path: Path) -> None:
 def test_bad_input_ends_in_one_line(
     asked: list[str],
     message: str,
-    script: ModuleType,
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert status(script, [*asked[:2], *arguments(folder, tmp_path / "run"), *asked[2:]]) == 2
+    assert status([*asked[:2], *arguments(folder, tmp_path / "run"), *asked[2:]]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{Path(sys.argv[0]).name}: error: {message}")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_resume_may_not_change(
-    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_resume_may_not_change(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
+    assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
     capsys.readouterr()
-    assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run)]) == 2
+    assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == 2
     assert "exists: continue it with --resume" in capsys.readouterr().err
     for asked, message in (
         (["wrn-16-1", "sgd"], "is of model wrn-10-1, not of wrn-16-1"),
@@ -259,17 +240,17 @@ def test_what_a_resume_may_not_change(
         (["--batch-size", "4"], "batch_size is 8 in"),
         (["--lr", "5"], "optimizer_options is"),
     ):
-        assert status(script, [*asked, "--resume", str(run)]) == 2
+        assert status([*asked, "--resume", str(run)]) == 2
         assert message in capsys.readouterr().err
     assert len(rows(run)) == 2
-    assert status(script, ["--resume", str(run), "--epochs", "3"]) == 0
+    assert status(["--resume", str(run), "--epochs", "3"]) == 0
     assert len(rows(run)) == 3
 
 
 def test_a_loss_that_explodes_ends_with_status_1(
-    script: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(script, ["wrn-10-1", "sgd", *arguments(folder, tmp_path / "run"), "--lr", "1e38"]) == 1
+    assert status(["wrn-10-1", "sgd", *arguments(folder, tmp_path / "run"), "--lr", "1e38"]) == 1
     assert "is not finite. No epoch was finished" in capsys.readouterr().err
 
 
@@ -284,7 +265,6 @@ def test_what_ends_a_run_is_told_with_the_way_to_go_on(
     error: BaseException,
     expected: int,
     message: str,
-    script: ModuleType,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -300,17 +280,17 @@ def test_what_ends_a_run_is_told_with_the_way_to_go_on(
             return write(self, epoch, state)
 
         patch.setattr(RunFolder, "write_checkpoint", fail_after_the_first)
-        assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run)]) == expected
+        assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == expected
     told = capsys.readouterr().err
     assert message in told
     assert f"--resume {run}" in told
-    assert status(script, ["--resume", str(run)]) == 0
+    assert status(["--resume", str(run)]) == 0
     assert [row["epoch"] for row in rows(run)] == ["1", "2"]
 
 
-def test_curves_are_drawn_from_runs_and_from_a_csv(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+def test_curves_are_drawn_from_runs_and_from_a_csv(folder: Path, tmp_path: Path) -> None:
     run, table = tmp_path / "run", tmp_path / "curves.csv"
-    assert status(script, ["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
+    assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
     lines = [f"net-1-ngd/7,valid_prec,{i},{100 + i},{50 + i}" for i in range(3)]
     table.write_text("\n".join(["run,tag,step,wall_time,value", "net-1-ngd/7,lr,0,99,0.1", *lines]))
     draw = [sys.executable, str(SCRIPT.parent / "figures" / "cifar_curves.py")]

@@ -5,7 +5,6 @@ Run as a script, this file is one of two processes that learn together.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from math import inf, nan
 from pathlib import Path
@@ -145,25 +144,13 @@ def test_a_policy_far_beyond_the_limit_comes_back():
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
-def test_advantages_and_episodes_are_those_written_out():
+def test_advantages_and_episodes_are_those_written_out(steps_of):
     env = costly(3, early=0.05)
     model = small(CPO, env, n_steps=30, gamma=0.9, gae_lambda=0.8, cost_limit=5.0)
     with torch.no_grad():
         for p in model.cost_policy.value_net.parameters():
             p.fill_(0.1)
-    seen: list[Any] = []
-    step = env.step_wait
-
-    def noted() -> Any:
-        result = step()
-        # what is there after the step, with the last observations of the episodes that it ended
-        observations, _, dones, infos = result
-        last = [infos[i].get("terminal_observation", observations[i]) for i in range(3)]
-        cut = [infos[i].get("TimeLimit.truncated", False) for i in range(3)]
-        seen.append(([info["cost"] for info in infos], dones.copy(), np.stack(last), cut))
-        return result
-
-    env.step_wait = noted
+    seen = steps_of(env)
     value = CriticHead(model.cost_policy)
 
     def values(observations: Any) -> np.ndarray:
@@ -178,11 +165,11 @@ def test_advantages_and_episodes_are_those_written_out():
         acted = values(model.rollout_buffer.observations.reshape(90, -1)).reshape(30, 3)
         advantages, following, done_episodes = np.zeros((30, 3)), np.zeros(3), []
         for t in reversed(range(30)):
-            costs, dones, last, cut = seen[t]
-            ahead = values(last) * np.where(dones & ~np.array(cut), 0.0, 1.0)  # a time limit ends nothing
-            delta = np.array(costs) + 0.9 * ahead - acted[t]
-            advantages[t] = following = delta + 0.72 * following * ~dones
-        for costs, dones, *_ in seen:
+            step = seen[t]
+            ahead = values(step.last) * np.where(step.dones & ~step.cut, 0.0, 1.0)  # a time limit ends nothing
+            delta = step.costs + 0.9 * ahead - acted[t]
+            advantages[t] = following = delta + 0.72 * following * ~step.dones
+        for _, costs, dones, *_ in seen:
             sums, lengths = sums + costs, lengths + 1
             done_episodes += [(sums[i], lengths[i]) for i in np.flatnonzero(dones)]
             sums, lengths = np.where(dones, 0.0, sums), np.where(dones, 0.0, lengths)
@@ -375,19 +362,17 @@ def test_a_run_records_what_an_episode_costs(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_have_one_limit_and_one_cost_critic(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path / "store"), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_processes_have_one_limit_and_one_cost_critic(two_processes, tmp_path):
+    one, other = two_processes(__file__, tmp_path)
     assert torch.equal(one["policy"], other["policy"])
     assert torch.equal(one["costs"], other["costs"])
     assert one["cost"] == other["cost"]
     assert one["own"] != other["own"]
 
 
-def _process(store: str, folder: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     env = costly(2, early=0.05)
     env.seed(rank)
     model = small(CPO, env, cost_limit=3.0, seed=rank)
@@ -398,9 +383,9 @@ def _process(store: str, folder: str, rank: int) -> None:
     model.learn(3 * 160)
     costs = torch.cat([p.detach().flatten() for p in model.cost_policy.parameters()])
     saved = {"policy": vector(model), "costs": costs, "cost": model.episode_cost, "own": own}
-    torch.save(saved, Path(folder) / f"{rank}.pt")
+    torch.save(saved, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _process(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -14,9 +13,9 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from agents import CPO, MDPO, NPG, TRPO, hybrid, masks
+from agents import MDPO, NPG, TRPO, hybrid, masks
 from agents.distributions import FlatProduct, HybridDistribution, described
 from agents.evaluation import evaluate
 from agents.export import ExportError, export_agent
@@ -27,10 +26,11 @@ from envs import HybridActions, VecNormalize, make_vec_env
 from envs.hybrid import FlatActions, leaves
 from envs.masks import mask_sizes
 from npg import Fisher, acceleration, families
+from tests.agents.models import ALGORITHMS, BOX, OPTIONS, Noise, agent, parameters, vec
 
+pytestmark = pytest.mark.usefixtures("untraced")
 torch.set_num_threads(1)
 
-BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
 REALS = spaces.Box(-2.0, 2.0, (2,), np.float32)
 ALONE: dict[str, Any] = {
     "Discrete": spaces.Discrete(5),
@@ -51,14 +51,6 @@ SPACES: dict[str, Any] = {
     "discrete": spaces.Tuple((spaces.MultiBinary(2), spaces.Discrete(3, start=5))),
     "reals": spaces.Dict({"a": REALS, "b": spaces.Box(-np.inf, np.inf, (1,), np.float32)}),
 }
-ALGORITHMS = [NPG, TRPO, MDPO, CPO]
-
-
-@pytest.fixture(autouse=True)
-def untraced():
-    """A trace takes longer than most of these tests; some of them ask for it."""
-    with acceleration.mode("off"):
-        yield
 
 
 def total(space: spaces.Space, action: Any) -> float:
@@ -69,25 +61,15 @@ def total(space: spaces.Space, action: Any) -> float:
     return float(np.sum(np.clip(action, -2, 2) if isinstance(space, spaces.Box) else action))
 
 
-class Strict(gym.Env):
+class Strict(Noise):
     """Refuses what is not of its space; the larger the numbers in an action, the better."""
 
-    def __init__(self, action_space: spaces.Space = NESTED, space: Any = BOX) -> None:
-        self.action_space, self.observation_space = action_space, space
+    def __init__(self, action_space: spaces.Space = NESTED, space: spaces.Space = BOX) -> None:
+        super().__init__(action_space, space)
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        self.steps = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
+    def _reward(self, action: Any) -> float:
         assert self.action_space.contains(action), action
-        self.steps += 1
-        over = bool(self.np_random.random() < 0.05)
-        reward = total(self.action_space, action)
-        return self.observation_space.sample(), reward, over, not over and self.steps == 25, {"cost": float(reward > 0)}
+        return total(self.action_space, action)
 
 
 class Picky(Strict):
@@ -131,21 +113,6 @@ def parts_of(space: Any, action: Any) -> list[Any]:
     if isinstance(space, spaces.Dict):
         return [p for key, part in space.spaces.items() for p in parts_of(part, action[key])]
     return [action]
-
-
-def vec(cls: Any = Strict, *args: Any, n: int = 2, **options: Any) -> DummyVecEnv:
-    env = DummyVecEnv([lambda: cls(*args, **options)] * n)
-    env.seed(0)
-    return env
-
-
-def agent(env: Any = None, cls: Any = TRPO, policy: Any = "MlpPolicy", **options: Any) -> Any:
-    options = {"n_steps": 32, "batch_size": 32, "n_critic_updates": 2, "seed": 0, "device": "cpu", **options}
-    return cls(policy, vec() if env is None else env, **options)
-
-
-def parameters(model: Any) -> list[torch.Tensor]:
-    return [p.detach() for p in model.policy.parameters()]
 
 
 def far(space: Any, seed: int = 0, cls: Any = hybrid.HybridActorCriticPolicy) -> Any:
@@ -344,7 +311,7 @@ def test_a_training_takes_actions_of_the_space(name, algorithm):
 
 def test_it_learns_all_parts_at_once():
     with acceleration.mode("auto"):
-        model = agent(vec(n=8), n_steps=64, target_kl=0.05, gamma=0.0, batch_size=128).learn(20 * 512)
+        model = agent(vec(Strict, n=8), n_steps=64, target_kl=0.05, gamma=0.0, batch_size=128).learn(20 * 512)
     for action in model.predict(BOX.high * np.linspace(-1, 1, 9)[:, None], deterministic=True)[0]:
         assert action["both"][0].tolist() == [1, 1, 1]
         assert action["both"][1] == 3
@@ -355,19 +322,11 @@ def test_it_learns_all_parts_at_once():
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"metric": "wasserstein"},
-        {"metric": "euclidean"},
-        {"preconditioner": "kfac"},
-        {"preconditioner": "diagonal"},
-        {"critic": "natural"},
-        {"kl_reduction": "mean"},
-        {"policy_kwargs": {"share_features_extractor": False, "log_std_init": -1.0}},
-    ],
+    [*OPTIONS, {"kl_reduction": "mean"}, {"policy_kwargs": {"log_std_init": -1.0}}],
     ids=lambda options: str(*options.values()),
 )
 def test_the_options_of_the_plain_policy_work(options):
-    model = agent(**options)
+    model = agent(vec(Strict), **options)
     model.learn(128)
     assert model.logger.name_to_value["train/accepted"] in (0, 1)
     assert all(bool(torch.isfinite(p).all()) for p in parameters(model))
@@ -375,7 +334,7 @@ def test_the_options_of_the_plain_policy_work(options):
 
 def test_the_mean_of_components_is_for_one_box_alone():
     """It is what sb3-contrib bounds, which has no such actions."""
-    mean, whole = (agent(kl_reduction=reduction).learn(64) for reduction in ("mean", "sum"))
+    mean, whole = (agent(vec(Strict), kl_reduction=reduction).learn(64) for reduction in ("mean", "sum"))
     for a, b in zip(parameters(mean), parameters(whole), strict=True):
         assert torch.equal(a, b)
 
@@ -485,7 +444,7 @@ def test_predict_gives_actions_of_the_space(name):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
-    model = agent(VecNormalize(vec()), algorithm).learn(128)
+    model = agent(VecNormalize(vec(Strict)), algorithm).learn(128)
     model.save(tmp_path / "agent")
     seen: Any = model.get_env().reset()
     alone = algorithm.load(tmp_path / "agent", device="cpu")
@@ -493,9 +452,9 @@ def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
     taken, again = (m.predict(seen, deterministic=True)[0] for m in (alone, model))
     np.testing.assert_array_equal([flat.flatten(a) for a in taken], [flat.flatten(a) for a in again])
     assert alone.action_space == flat
-    alone.set_env(VecNormalize(vec()))
+    alone.set_env(VecNormalize(vec(Strict)))
     alone.learn(64)
-    further = algorithm.load(tmp_path / "agent", env=VecNormalize(vec()), device="cpu")
+    further = algorithm.load(tmp_path / "agent", env=VecNormalize(vec(Strict)), device="cpu")
     further.learn(64, reset_num_timesteps=False)
     assert further.num_timesteps == 192
     with pytest.raises(ValueError, match="Action spaces do not match"):
@@ -505,11 +464,11 @@ def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
 
 
 def test_the_evaluations_and_callbacks_of_stable_baselines3_serve():
-    model = agent()
-    callback = EvalCallback(HybridActions(vec(n=1)), n_eval_episodes=1, eval_freq=32, verbose=0, warn=False)
+    model = agent(vec(Strict))
+    callback = EvalCallback(HybridActions(vec(Strict, n=1)), n_eval_episodes=1, eval_freq=32, verbose=0, warn=False)
     model.learn(64, callback)
     assert np.isfinite(callback.last_mean_reward)
-    for env in (model.get_env(), vec(), Strict()):
+    for env in (model.get_env(), vec(Strict), Strict()):
         mean, _ = evaluate_policy(model, env, n_eval_episodes=2, warn=False)
         assert np.isfinite(mean)
     platform = agent(make_vec_env("npg/Platform-v0", 2, seed=0))
@@ -528,7 +487,7 @@ def test_environments_in_processes_of_their_own():
 def test_one_environment_and_its_id_are_enough():
     assert type(agent(Strict()).learn(32).policy) is hybrid.HybridActorCriticPolicy
     assert agent("npg/Platform-v0").learn(32).num_timesteps == 32
-    wrapped = HybridActions(vec())
+    wrapped = HybridActions(vec(Strict))
     assert agent(wrapped).get_env() is wrapped
 
 
@@ -543,7 +502,7 @@ class Doubled(hybrid.HybridActorCriticPolicy):
 
 
 def test_a_policy_of_ones_own_is_asked():
-    model, plain = agent(policy=Doubled).learn(128), agent().learn(128)
+    model, plain = agent(vec(Strict), policy=Doubled).learn(128), agent(vec(Strict)).learn(128)
     assert not model.networks.actor.standard
     assert type(model.networks.actor.family) is FlatProduct
     for a, b in zip(parameters(model), parameters(plain), strict=True):
@@ -572,7 +531,7 @@ def test_only_exact_parts_are_taken_for_what_is_known():
         def log_prob(self, actions):
             return 2 * super().log_prob(actions)
 
-    model = agent()
+    model = agent(vec(Strict))
     seen: Any = model.policy.obs_to_tensor(model.get_env().reset())[0]
     assert model.networks.actor.acting(seen) is not None
     model.policy.action_dist = Other(model.action_space)
@@ -612,10 +571,10 @@ def test_what_cannot_be_is_refused_before_work_starts():
     with pytest.raises(ValueError, match="has no part"):
         agent(vec(Strict, spaces.Dict({})))
     with pytest.raises(ValueError, match="use_sde=True is for actions that are one Box, not for Dict"):
-        agent(use_sde=True)
+        agent(vec(Strict), use_sde=True)
     for policy in (ActorCriticPolicy, "AfterstatePolicy"):
         with pytest.raises(ValueError, match=r"does not take: take \"MlpPolicy\" by its name, or a subclass of agents"):
-            agent(policy=policy)
+            agent(vec(Strict), policy=policy)
     with pytest.raises(ValueError, match="not for Tuple"):
         agent(vec(Picky, spaces.Tuple((REALS,))))
 
@@ -635,4 +594,4 @@ def test_an_export_is_refused_by_name(format, tmp_path):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     with pytest.raises(ExportError, match="HybridActorCriticPolicy cannot be exported: its actions have several parts"):
-        export_agent(agent(), tmp_path / "agent", format)
+        export_agent(agent(vec(Strict)), tmp_path / "agent", format)

@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents import CPO, MDPO, NPG, TRPO, masks
+from agents import masks
 from agents.evaluation import evaluate
 from agents.export import DeployedPolicy, export_agent, load_exported
 from agents.heads import ActorHead
@@ -24,38 +24,24 @@ from agents.update import batch_of
 from envs import ActionMasks, VecNormalize, make_vec_env
 from envs.masks import ACTION_MASK, mask_sizes
 from npg import Fisher, acceleration
+from tests.agents.models import ALGORITHMS, BOX, OPTIONS, Noise, agent, parameters, vec
 
+pytestmark = pytest.mark.usefixtures("untraced")
 torch.set_num_threads(1)
 
-BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
 ACTIONS = {
     "Discrete": spaces.Discrete(5),
     "MultiDiscrete": spaces.MultiDiscrete([2, 3, 4]),
     "MultiBinary": spaces.MultiBinary(4),
 }
-ALGORITHMS = [NPG, TRPO, MDPO, CPO]
 
 
-@pytest.fixture(autouse=True)
-def untraced():
-    """A trace takes longer than most of these tests; two of them ask for it."""
-    with acceleration.mode("off"):
-        yield
-
-
-class Picky(gym.Env):
+class Picky(Noise):
     """Draws what is allowed anew in every step, and refuses everything else; to take a larger number pays."""
 
     def __init__(self, action_space: spaces.Space = ACTIONS["Discrete"], likely: float = 0.5, space: Any = BOX) -> None:
-        self.action_space, self.likely, self.observation_space = action_space, likely, space
-        self.sizes = mask_sizes(action_space)
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        if seed is not None:
-            self.observation_space.seed(seed)
-        self.steps = 0
-        return self._observe(), {}
+        super().__init__(action_space, space)
+        self.likely, self.sizes = likely, mask_sizes(action_space)
 
     def _observe(self) -> Any:
         self.allowed = []
@@ -63,15 +49,12 @@ class Picky(gym.Env):
             allowed = self.np_random.random(n) < self.likely
             allowed[self.np_random.integers(n)] = True
             self.allowed.append(allowed)
-        return self.observation_space.sample()
+        return super()._observe()
 
-    def step(self, action: Any) -> Any:
+    def _reward(self, action: Any) -> float:
         for allowed, taken in zip(self.allowed, np.ravel(action).astype(int), strict=True):
             assert allowed[taken], f"{action} is forbidden by {self.allowed}"
-        self.steps += 1
-        over = bool(self.np_random.random() < 0.05)
-        info = {"cost": float(np.ravel(action)[0] > 0)}
-        return self._observe(), float(np.sum(action)), over, not over and self.steps == 25, info
+        return float(np.sum(action))
 
 
 class Asked(Picky):
@@ -91,21 +74,6 @@ class Told(Picky):
     def _observe(self) -> Any:
         seen = super()._observe()
         return {**seen, ACTION_MASK: np.concatenate(self.allowed).astype(np.int8)}
-
-
-def vec(cls: Any = Asked, *args: Any, n: int = 2, **options: Any) -> DummyVecEnv:
-    env = DummyVecEnv([lambda: cls(*args, **options)] * n)
-    env.seed(0)
-    return env
-
-
-def agent(env: Any = None, cls: Any = TRPO, policy: Any = "MlpPolicy", **options: Any) -> Any:
-    options = {"n_steps": 32, "batch_size": 32, "n_critic_updates": 2, "seed": 0, "device": "cpu", **options}
-    return cls(policy, vec() if env is None else env, **options)
-
-
-def parameters(model: Any) -> list[torch.Tensor]:
-    return [p.detach() for p in model.policy.parameters()]
 
 
 def policy_and_batch(space: spaces.Space, n: int = 6, seed: int = 0) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -315,18 +283,7 @@ def test_it_learns_what_is_best_of_what_is_allowed():
     assert np.mean(right) > 0.95
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"metric": "wasserstein"},
-        {"metric": "euclidean"},
-        {"preconditioner": "kfac"},
-        {"preconditioner": "diagonal"},
-        {"critic": "natural"},
-        {"policy_kwargs": {"share_features_extractor": False}},
-    ],
-    ids=lambda options: str(*options.values()),
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(*options.values()))
 def test_the_options_of_the_plain_policy_work(options):
     model = agent(vec(Asked, ACTIONS["MultiDiscrete"]), **options)
     model.learn(128)
@@ -346,7 +303,7 @@ def test_masks_in_the_observation_are_the_same_policy():
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
-    model = agent(VecNormalize(vec()), algorithm).learn(128)
+    model = agent(VecNormalize(vec(Asked)), algorithm).learn(128)
     model.save(tmp_path / "agent")
     seen: Any = model.get_env().reset()
     alone = algorithm.load(tmp_path / "agent", device="cpu")
@@ -355,9 +312,9 @@ def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
     np.testing.assert_array_equal(
         taken, alone.predict(seen["observation"], deterministic=True, action_masks=seen[ACTION_MASK] == 1)[0]
     )
-    alone.set_env(VecNormalize(vec()))
+    alone.set_env(VecNormalize(vec(Asked)))
     alone.learn(64)
-    again = algorithm.load(tmp_path / "agent", env=VecNormalize(vec()), device="cpu")
+    again = algorithm.load(tmp_path / "agent", env=VecNormalize(vec(Asked)), device="cpu")
     again.learn(64, reset_num_timesteps=False)
     assert again.num_timesteps == 192
 
@@ -417,7 +374,7 @@ def test_a_state_without_a_legal_action_ends_the_training_and_changes_nothing():
 
 
 def test_observations_without_a_mask_or_with_a_bad_one_are_refused():
-    model = agent()
+    model = agent(vec(Asked))
     seen: Any = model.get_env().reset()
     for observation, given, message in (
         (seen["observation"], None, r"no action_mask: take it from .*get_env.*action_masks="),
@@ -469,10 +426,10 @@ def test_a_policy_of_ones_own_is_told_that_it_takes_no_masks():
         pass
 
     with pytest.warns(UserWarning, match=r"give action masks, which .*Own.* does not take"):
-        agent(vec(), policy=Own)
+        agent(vec(Asked), policy=Own)
     with pytest.warns(UserWarning, match="give action masks"):
-        assert type(agent(vec(), policy=ActorCriticPolicy).policy) is ActorCriticPolicy
-    for env, policy in ((vec(), "MlpLstmPolicy"), (vec(Told), "MultiInputLstmPolicy")):
+        assert type(agent(vec(Asked), policy=ActorCriticPolicy).policy) is ActorCriticPolicy
+    for env, policy in ((vec(Asked), "MlpLstmPolicy"), (vec(Told), "MultiInputLstmPolicy")):
         with pytest.warns(UserWarning, match=f"give action masks, which '{policy}' does not take"):
             agent(env, policy=policy)
     with warnings.catch_warnings():
@@ -482,7 +439,7 @@ def test_a_policy_of_ones_own_is_told_that_it_takes_no_masks():
     class OwnMasked(masks.MaskableActorCriticPolicy):
         pass
 
-    model = agent(vec(), policy=OwnMasked).learn(128)
+    model = agent(vec(Asked), policy=OwnMasked).learn(128)
     assert type(model.policy) is OwnMasked
 
 
@@ -519,4 +476,4 @@ def test_a_feature_extractor_of_ones_own_sees_no_mask():
             assert observations.shape[1:] == (3,)
             return observations
 
-    agent(vec(), policy_kwargs={"features_extractor_class": Sees}).learn(64)
+    agent(vec(Asked), policy_kwargs={"features_extractor_class": Sees}).learn(64)

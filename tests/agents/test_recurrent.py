@@ -5,7 +5,6 @@ Run as a script, this file is one of two processes that learn together.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -192,34 +191,23 @@ def test_an_update_sees_the_policy_that_acted(policy, options):
         model.train()
 
 
-def test_values_and_bootstraps_are_those_of_a_critic_that_remembers():
+def test_values_and_bootstraps_are_those_of_a_critic_that_remembers(steps_of):
     env = ragged(2, ends=0.1)
     model = small(env=env, n_steps=20, gamma=0.9)
-    seen: list[Any] = []
-    step = env.step_wait
-
-    def noted() -> Any:
-        result = step()
-        observations, rewards, dones, infos = result
-        last = [infos[i].get("terminal_observation", observations[i]) for i in range(2)]
-        cut = [infos[i].get("TimeLimit.truncated", False) for i in range(2)]
-        seen.append((rewards.copy(), dones.copy(), np.stack(last), cut))
-        return result
-
-    env.step_wait = noted
+    seen = steps_of(env)
     rollout(model)
     seen.clear()
     rollout(model)
-    assert any(any(cut) for *_, cut in seen)
+    assert any(step.cut.any() for step in seen)
     buffer, policy = model.rollout_buffer, model.policy
     state = buffer.states[1].permute(1, 2, 0, 3)
     with torch.no_grad():
-        for t, (rewards, _, last, cut) in enumerate(seen):
+        for t, step in enumerate(seen):
             starts = torch.as_tensor(buffer.episode_starts[t])
             values, state = policy._values(torch.as_tensor(buffer.observations[t]), tuple(state), starts)
             np.testing.assert_allclose(buffer.values[t], values[:, 0], atol=1e-6)
-            after, _ = policy._values(torch.as_tensor(last), state, torch.zeros(2))
-            expected = rewards + np.where(cut, 0.9 * after[:, 0].numpy(), 0.0)
+            after, _ = policy._values(torch.as_tensor(step.last), state, torch.zeros(2))
+            expected = step.rewards + np.where(step.cut, 0.9 * after[:, 0].numpy(), 0.0)
             np.testing.assert_allclose(buffer.rewards[t], expected, atol=1e-5)
     np.testing.assert_allclose(model._last_states[1], torch.stack(state).permute(2, 0, 1, 3), atol=1e-6)
 
@@ -644,18 +632,16 @@ def test_all_policies_are_known_by_name():
 # ----------------------------------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_learn_as_one(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path / "store"), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_processes_learn_as_one(two_processes, tmp_path):
+    one, other = two_processes(__file__, tmp_path)
     assert torch.equal(one["policy"], other["policy"])
     assert not torch.equal(one["memory"], other["memory"])
     assert not torch.equal(one["policy"], one["before"])
 
 
-def _process(store: str, folder: str, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     env = ragged(2)
     env.seed(rank)
     model = small(env=env, seed=rank, batch_size=16)
@@ -663,9 +649,9 @@ def _process(store: str, folder: str, rank: int) -> None:
     before = vector(model)
     model.learn(3 * 32)
     saved = {"policy": vector(model), "before": before, "memory": torch.as_tensor(model._last_states[0])}
-    torch.save(saved, Path(folder) / f"{rank}.pt")
+    torch.save(saved, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _process(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]))

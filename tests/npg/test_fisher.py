@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npg import Fisher, conjugate_gradient, families
 from npg.model import replayed_randomness
+from tests.npg.models import Cube
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -74,20 +75,6 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x)[0])
-
-
-class Cube(torch.autograd.Function):
-    """A custom function with a backward that can be differentiated, and without a jvp."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, u):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * u
 
 
 class Custom(nn.Module):

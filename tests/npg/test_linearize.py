@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from npg import Fisher, acceleration, families, linearize, optim
 from npg.linearize import Linearization
 from npg.model import frozen_statistics, replayed_randomness
+from tests.npg.models import Cube
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -63,18 +64,6 @@ def traces(monkeypatch, accelerated):
 
 
 # ------------------------------------------------------------------------------------------------------- the fall-back
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, u):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * u
 
 
 class WithoutForwardRule(nn.Module):

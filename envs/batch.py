@@ -30,7 +30,7 @@ class Batch(ABC):
 
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
-    _generators: list[Any]  # one for each copy
+    _generators: list[Any]  # one for each copy; a subclass makes the list, or has a `seed` of its own
 
     def seed(self, index: int, generator: np.random.Generator) -> None:
         """Give copy `index` its source of randomness."""

@@ -5,6 +5,7 @@ Run as a script, this file is one of two processes that learn together.
 
 from __future__ import annotations
 
+import os
 import sys
 from math import inf, nan
 from pathlib import Path
@@ -24,11 +25,14 @@ from agents import CPO, TRPO
 from agents.config import resolve
 from agents.heads import CriticHead
 from agents.training import start
-from agents.update import copy_of_state
+from agents.update import batch_of, copy_of_state
 from npg import acceleration
 from npg.runs.files import read_rows
 
 torch.set_num_threads(1)
+
+#: Policies that KL is measured for, of each structure; NPG_POLICIES=1000 takes so many.
+COUNT = int(os.environ.get("NPG_POLICIES", "21"))
 
 
 class Costly(gym.Env):
@@ -142,6 +146,40 @@ def test_a_policy_far_beyond_the_limit_comes_back():
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_kl_stays_within_the_radius_on_many_random_policies(discrete):
+    """Whether the limit binds, cannot be met, or does not matter."""
+    model = small(CPO, costly(discrete=discrete), n_steps=16, target_kl=0.02, policy_kwargs={"net_arch": [8]})
+    model.learn(64)
+    generator, accepted, limits = torch.Generator().manual_seed(1), 0, set()
+    for i, scale in enumerate(np.linspace(0.1, 3.0, COUNT)):
+        with torch.no_grad():
+            for p in model.policy.parameters():
+                p.copy_(float(scale) * torch.randn(p.shape, generator=generator))
+        model.cost_limit = (1.0, 8.0, 100.0)[i % 3]
+        model.collect()
+        batch = batch_of(model, next(model.rollout_buffer.get(None)))
+        with torch.no_grad():
+            before = model.networks.actor(batch.inputs).double()
+            report = model.actor_step(batch)
+            after = model.networks.actor(batch.inputs).double()
+        if discrete:
+            p, q = (torch.distributions.Categorical(logits=logits) for logits in (before, after))
+            kl = float(torch.distributions.kl_divergence(p, q).mean())
+        else:
+            p, q = (
+                torch.distributions.Normal(mean, log_std.exp())
+                for mean, log_std in (before.chunk(2, -1), after.chunk(2, -1))
+            )
+            kl = float(torch.distributions.kl_divergence(p, q).sum(-1).mean())
+        assert kl <= 0.02 * (1 + 1e-4) + 1e-7
+        assert kl == pytest.approx(report.kl if report.accepted else 0.0, rel=1e-3, abs=1e-6)
+        accepted += report.accepted
+        limits.add(report.limit)
+    assert accepted >= 0.75 * COUNT
+    assert {"infeasible", "bound"} < limits
 
 
 def test_advantages_and_episodes_are_those_written_out(steps_of):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -30,6 +31,9 @@ from tests.agents.models import ALGORITHMS, BOX, OPTIONS, Noise, agent, paramete
 
 pytestmark = pytest.mark.usefixtures("untraced")
 torch.set_num_threads(1)
+
+#: Policies that KL is measured for, of each structure; NPG_POLICIES=1000 takes so many.
+COUNT = int(os.environ.get("NPG_POLICIES", "20"))
 
 REALS = spaces.Box(-2.0, 2.0, (2,), np.float32)
 ALONE: dict[str, Any] = {
@@ -226,7 +230,7 @@ def test_the_kl_stays_within_the_radius_on_many_random_policies(name):
     model = agent(vec(Strict, SPACES[name]), target_kl=0.02, n_steps=16, policy_kwargs={"net_arch": [8]})
     model.learn(32)
     generator, accepted = torch.Generator().manual_seed(1), 0
-    for scale in np.linspace(0.1, 3.0, 20):
+    for scale in np.linspace(0.1, 3.0, COUNT):
         with torch.no_grad():
             for p in model.policy.parameters():
                 p.copy_(float(scale) * torch.randn(p.shape, generator=generator))
@@ -243,7 +247,7 @@ def test_the_kl_stays_within_the_radius_on_many_random_policies(name):
         assert kl <= 0.02 * (1 + 1e-4) + 1e-7
         assert kl == pytest.approx(report.kl if report.accepted else 0.0, rel=1e-3, abs=1e-6)
         accepted += report.accepted
-    assert accepted >= 15
+    assert accepted >= 0.75 * COUNT
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

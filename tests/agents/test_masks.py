@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +29,9 @@ from tests.agents.models import ALGORITHMS, BOX, OPTIONS, Noise, agent, paramete
 
 pytestmark = pytest.mark.usefixtures("untraced")
 torch.set_num_threads(1)
+
+#: Policies that KL is measured for, of each structure; NPG_POLICIES=1000 takes so many.
+COUNT = int(os.environ.get("NPG_POLICIES", "40"))
 
 ACTIONS = {
     "Discrete": spaces.Discrete(5),
@@ -179,7 +183,7 @@ def test_the_kl_stays_within_the_radius_on_many_random_policies(action):
     model = agent(vec(Asked, space), target_kl=0.02, n_steps=16, policy_kwargs={"net_arch": [8]})
     model.learn(32)
     generator, accepted = torch.Generator().manual_seed(1), 0
-    for scale in np.linspace(0.1, 4.0, 40):
+    for scale in np.linspace(0.1, 4.0, COUNT):
         with torch.no_grad():
             for p in model.policy.parameters():
                 p.copy_(float(scale) * torch.randn(p.shape, generator=generator))
@@ -196,7 +200,7 @@ def test_the_kl_stays_within_the_radius_on_many_random_policies(action):
         assert kl <= 0.02 * (1 + 1e-4) + 1e-7
         assert kl == pytest.approx(report.kl if report.accepted else 0.0, rel=1e-3, abs=1e-6)
         accepted += report.accepted
-    assert accepted >= 30
+    assert accepted >= 0.75 * COUNT
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -5,6 +5,7 @@ Run as a script, this file is one of two processes that learn together.
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,9 @@ from npg.solvers import conjugate_gradient
 from npg.step import natural_step
 
 torch.set_num_threads(1)
+
+#: Policies that KL is measured for, of each structure; NPG_POLICIES=1000 takes so many.
+COUNT = int(os.environ.get("NPG_POLICIES", "40"))
 
 ACTIONS: dict[str, spaces.Space[Any]] = {
     "discrete": spaces.Discrete(3),
@@ -216,7 +220,7 @@ def test_the_kl_stays_within_the_radius_for_many_policies_and_rollouts():
     env, radius, accepted = ragged(actions="discrete"), 0.02, 0
     model = small(env=env, n_steps=5)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
+    for _ in range(COUNT):
         with torch.no_grad():
             for p in model.policy.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.7)
@@ -243,7 +247,7 @@ def test_the_kl_stays_within_the_radius_for_many_policies_and_rollouts():
             assert report.actual_gain > 0
         else:
             assert kl == 0
-    assert accepted > 33
+    assert accepted > 0.8 * COUNT
 
 
 class OneStep(BaseFeaturesExtractor):

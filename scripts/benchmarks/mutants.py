@@ -5,8 +5,9 @@ left out. Messages of errors, annotations and docstrings are left alone. No file
 that imports the changed module in the place of the one on disk.
 
 1. Every test runs once, unchanged, while the lines that it reaches are recorded; one that fails is not used.
-2. Each mutant meets the tests that reach its statement, the quickest first, until one fails (killed), all pass
-   (survived), or it takes several times as long as they do (timeout). ``--seconds`` bounds how many tests it meets.
+2. Each mutant meets the tests that reach its statement, the quickest first, until one fails (killed) or all pass
+   (survived). One that takes several times as long as they do is one that was noticed (timeout). ``--seconds``
+   bounds how many tests it meets.
 
 The table is written row by row; the same command goes on where it was stopped. The column ``why`` is for you: the
 reason for which a survivor is no fault. ``--again`` gives the survivors that have none to the tests once more.
@@ -18,7 +19,6 @@ import argparse
 import ast
 import csv
 import gc
-import importlib.util
 import json
 import os
 import random
@@ -31,6 +31,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from hashlib import sha256
+from importlib.abc import InspectLoader, MetaPathFinder
+from importlib.util import spec_from_file_location
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -115,6 +117,7 @@ class Mutant:
         self.mutation = " → ".join(text if len(text) < 100 else text[:97] + "…" for text in head)
 
     def code(self) -> Any:
+        """The changed module."""
         tree: Any = ast.parse((ROOT / self.module).read_text())
         *path, last = self.path
         node = tree
@@ -169,21 +172,23 @@ def _left_alone(node: ast.AST) -> bool:
     return isinstance(node, ast.Raise | ast.JoinedStr) or getattr(node, "name", "") in ("__repr__", "Protocol")
 
 
-class Changed:
-    """A finder that gives one module other code."""
+class Changed(InspectLoader, MetaPathFinder):
+    """Gives one module other code."""
 
     def __init__(self, mutant: Mutant) -> None:
         self.name = mutant.module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         self.file, self.code = str(ROOT / mutant.module), mutant.code()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.util.spec_from_file_location(name, self.file, loader=self) if name == self.name else None
+        """Of this module alone."""
+        return spec_from_file_location(name, self.file, loader=self) if name == self.name else None
 
-    def create_module(self, spec: Any) -> None:
-        return None
+    def get_source(self, name: str) -> None:
+        """None: what stands in the file is another."""
 
-    def exec_module(self, module: Any) -> None:
-        exec(self.code, module.__dict__)
+    def get_code(self, name: str) -> Any:
+        """The changed code."""
+        return self.code
 
 
 class Reached:
@@ -201,6 +206,7 @@ class Reached:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
+        """Around each test."""
         self.lines, started = set(), time.process_time()
         self.passed = True
         sys.settrace(self._enter)
@@ -212,6 +218,7 @@ class Reached:
                 self.tests[item.nodeid] = [time.process_time() - started, sorted(self.lines)]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Of its start, the test itself and its end."""
         self.passed = self.passed and not report.failed
 
 
@@ -222,13 +229,16 @@ class Killer:
         self.order, self.killer = {test: i for i, test in enumerate(tests)}, ""
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Choose and order."""
         items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Of its start, the test itself and its end."""
         if report.failed:
             self.killer = self.killer or report.nodeid
 
     def pytest_collectreport(self, report: Any) -> None:
+        """A module that cannot be imported, too, is a mutant that was noticed."""
         if report.failed:
             self.killer = self.killer or "import"
 

@@ -239,6 +239,20 @@ def test_a_trial_that_breaks_the_limit_is_shortened_or_refused():
     assert 0 < report.actual_cost <= 1e-5
 
 
+def test_the_search_begins_at_the_limit_where_that_is_nearer_than_the_radius():
+    """What is to be gained is the cost itself, so the best step is the shortest one to the limit."""
+    model, x, family, _, cost = setting()
+    report = natural_step(
+        model, x, family, cost, trust_region=TrustRegion(1e-4), damping=1e-3, solver=dense_solve,
+        constraint=Constraint(lambda outputs: cost(outputs), -1e-4),
+    )  # fmt: skip
+    assert report.accepted
+    assert report.limit == "bound"
+    assert report.predicted_kl < 0.1 * 1e-4
+    assert report.scale == pytest.approx(0.8**report.backtracks)
+    assert report.predicted_cost == pytest.approx(1e-4 * report.scale)
+
+
 @pytest.mark.parametrize("value", [nan, inf])
 def test_a_cost_that_is_not_finite_refuses_the_step(value):
     model, x, family, gain, cost = setting()

@@ -362,6 +362,13 @@ def test_empirical_and_sampled_equal_their_twins(name, case, twin, assert_close)
         assert_close(fisher.quadratic(V), (V * (F @ V)).sum(0))
         assert_close(fisher.dense(), F)
         assert_close(fisher.diagonal(), F.diagonal())
+        scores, u = (
+            torch.stack(list(several)).reshape(len(ys), -1, case.size)
+            for several in ((case.family.score(fisher.outputs, y) for y in ys), fisher.factor_vectors(None))
+        )
+        blocks = torch.einsum("sni,snj->nij", scores, scores) / len(ys)
+        assert_close(torch.einsum("kni,knj->nij", u, u), blocks)  # within every event
+        assert len(list(fisher.factor_vectors())) == 1
 
 
 def within_five_errors(draws: Tensor, expected: Tensor) -> None:

@@ -396,6 +396,15 @@ def test_a_solution_smaller_than_its_dtype_is_not_converged(solver):
     assert solver(A, 1e-5 * torch.ones(3, dtype=torch.float32)).status is Status.CONVERGED
 
 
+def test_a_small_solution_that_is_cut_short_is_no_breakdown(spd):
+    """What is said of the digits of the dtype is said of a solve that came to its end, column by column."""
+    A, b = 1e20 * spd(20, 100.0).float(), 1e-20 * randn(20, 2).float()
+    b[:, 1] *= 1e15
+    solution = conjugate_gradient(A, b, max_iterations=2)
+    assert (solution.x[:, 0] != 0).any()
+    assert solution.statuses == (Status.ITERATION_LIMIT, Status.ITERATION_LIMIT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_largest_numbers_are_scaled_without_a_logarithm(dtype):
     """log₂ of the largest number rounds up to the exponent after the last."""

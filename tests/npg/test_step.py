@@ -97,6 +97,7 @@ def test_every_field_equals_its_definition(regression, damping, curvature, lengt
     }[length]
     assert report.scale == pytest.approx(full * 0.8**report.backtracks, rel=1e-7)
     assert report.damping == damping
+    assert (report.predicted_cost, report.actual_cost, report.limit) == (0.0, 0.0, "none")
     assert report.solve_seconds > 0
     assert report.search_seconds > 0
 

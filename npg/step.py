@@ -25,7 +25,7 @@ from npg.families.mistakes import is_mistaken
 from npg.fisher import Fisher
 from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
-from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, uncompiled, undone_on_error
+from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, undone_on_error
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.trust_region import SearchResult, Trial, TrustRegion
@@ -165,7 +165,6 @@ def natural_step(
     """
     _check(objective, trust_region, learning_rate, damping, constraint)
     geometry = geometry_of(family if metric is None else metric)
-    model = uncompiled(model)
     buffers = Buffers(model)
     with buffers.restored_on_error():
         started = perf_counter()

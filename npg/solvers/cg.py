@@ -207,7 +207,7 @@ def _solve(system: _System, x0: Tensor | None, stop: _Stop) -> Solution:
     rz = dot(r, z)
     state = settle(state, ~xp.isfinite(rz), Status.NON_FINITE)
     state = settle(state, ~(rz > 0), Status.BREAKDOWN)
-    model: list[Any] = [-0.5 * dot(x, B + r)]
+    model: list[Any] = []
 
     iterations = xp.zeros_like(state)
     with np.errstate(all="ignore"):  # what is divided by zero is not taken

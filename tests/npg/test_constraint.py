@@ -1,5 +1,6 @@
 """The step under a cost: against a generic solver, its optimality conditions, and in `natural_step`."""
 
+from dataclasses import replace
 from functools import partial
 from math import inf, nan, sqrt
 
@@ -239,18 +240,40 @@ def test_a_trial_that_breaks_the_limit_is_shortened_or_refused():
     assert 0 < report.actual_cost <= 1e-5
 
 
-def test_the_search_begins_at_the_limit_where_that_is_nearer_than_the_radius():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_begins_at_the_limit_where_that_is_nearer_than_the_radius(dtype):
     """What is to be gained is the cost itself, so the best step is the shortest one to the limit."""
     model, x, family, _, cost = setting()
     report = natural_step(
-        model, x, family, cost, trust_region=TrustRegion(1e-4), damping=1e-3, solver=dense_solve,
+        model.to(dtype), x.to(dtype), family, cost, trust_region=TrustRegion(1e-4), damping=1e-3, solver=dense_solve,
         constraint=Constraint(lambda outputs: cost(outputs), -1e-4),
     )  # fmt: skip
     assert report.accepted
     assert report.limit == "bound"
     assert report.predicted_kl < 0.1 * 1e-4
     assert report.scale == pytest.approx(0.8**report.backtracks)
-    assert report.predicted_cost == pytest.approx(1e-4 * report.scale)
+    assert report.predicted_cost == pytest.approx(1e-4 * report.scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_of_two_solves_the_report_has_the_sum_the_larger_residual_and_the_worse_status(which):
+    solutions = []
+
+    def solver(A, b, **options):
+        found = dense_solve(A, b, **options)
+        status = Status.ITERATION_LIMIT if len(solutions) == which else Status.CONVERGED
+        residual = torch.tensor([1e-3, 1e-4])[len(solutions)]
+        solutions.append(replace(found, iterations=3 + len(solutions), status=status, residual_norm=residual))
+        return solutions[-1]
+
+    model, x, family, gain, cost = setting()
+    report = natural_step(
+        model, x, family, gain, trust_region=TrustRegion(1e-4), damping=1e-3, solver=solver,
+        constraint=Constraint(cost, 1.0),
+    )  # fmt: skip
+    assert report.limit == "infeasible"
+    assert (len(solutions), report.iterations, report.residual) == (2, 7, pytest.approx(1e-3))
+    assert report.status is Status.ITERATION_LIMIT
 
 
 @pytest.mark.parametrize("value", [nan, inf])

@@ -187,6 +187,12 @@ def test_a_generator_decides_the_sample_and_the_global_stream_stays(case):
     assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_the_draws_of_a_distribution_of_pytorch_do_not_repeat():
+    family, generator = families.from_torch(lambda o: D.Normal(o[..., 0], 1.0)), torch.Generator().manual_seed(0)
+    draws = torch.cat([family.sample(torch.zeros(1, 1), generator) for _ in range(500)])
+    assert len(draws.unique()) == 500
+
+
 # ------------------------------------------------------------------------------------------------- independent parts
 
 
@@ -385,6 +391,9 @@ def test_from_torch_refuses_what_gives_no_geometry():
     laplace = families.from_torch(lambda o: D.Independent(D.Laplace(o, 1.0), 1))
     with pytest.raises(ValueError, match="finds no curvature"):
         laplace.metric(outputs)
+    wide = families.from_torch(lambda o: D.Laplace(o[..., 0], o[..., 1].exp()))  # so wide that one event has no kink
+    with pytest.raises(ValueError, match="finds no curvature"):
+        wide.metric(torch.tensor([[0.0, 0.0], [0.0, 20.0]]))
     shifted = families.from_torch(lambda o: D.Independent(D.Normal(o + torch.rand_like(o), 1.0), 1))
     with pytest.raises(ValueError, match="has no minimum there"):
         shifted.metric(outputs)

@@ -653,6 +653,7 @@ def test_bad_vectors_are_refused(mlp):
             fisher @ bad
         with pytest.raises(ValueError, match="vector must have shape"):
             fisher.quadratic(bad)
+    assert (fisher @ torch.zeros(P, 0)).shape == (P, 0)  # no column is a number of columns
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,9 @@ def test_what_a_warm_start_has_found_costs_one_product_to_look_at(spd):
     assert solution.status is Status.CONVERGED
     assert A.products == 1 + solution.iterations + 1
     A.products = 0
+    assert conjugate_gradient(A, b, x0=solution.x).iterations == 0
+    assert A.products == 1  # the residual of the start is a true one
+    A.products = 0
     solution = conjugate_gradient(A, b, max_iterations=500, residual_refresh=1000)
     assert A.products == solution.iterations
 

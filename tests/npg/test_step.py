@@ -1,6 +1,7 @@
 """natural_step: the report equals its definitions, refusals leave no trace, and the step is geometric."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 
@@ -170,6 +171,7 @@ def test_the_kl_is_within_the_radius_always(mlp, radius, seed, damping, directio
     pair = (old, new) if direction == "old_new" else (new, old)
     if report.accepted:
         assert float(FAMILY.kl(*pair).mean()) <= radius * (1 + 1e-9)
+        assert report.kl == pytest.approx(float(FAMILY.kl(*pair).mean()), rel=1e-9, abs=1e-14)
         assert report.actual_gain > 0
         assert report.predicted_kl <= radius * (1 + 1e-9)
     else:
@@ -324,6 +326,23 @@ def test_a_stationary_point_is_left_alone(problem):
         report = natural_step(model, x, FAMILY, lambda outputs: 0 * outputs.sum(), damping=0.1, **options)
         assert report.gradient_norm == report.step_norm == 0
         assert bits(model) == origin
+
+
+def test_a_compiled_model_takes_the_step_of_what_is_behind_it(problem, monkeypatch):
+    # torch.compile turns the checks of torch.distributions off, for good
+    validate = torch.distributions.Distribution._validate_args
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", validate)
+    model, x, objective = problem
+    model.append(nn.BatchNorm1d(4))
+    for at in (x, x * math.nan):  # taken, and refused
+        twin = deepcopy(model)
+        compiled = torch.compile(model, backend="eager")
+        reports = [
+            natural_step(m, at, FAMILY, objective, trust_region=TrustRegion(0.01), damping=0.1)
+            for m in (compiled, twin)
+        ]
+        assert reports[0].accepted == reports[1].accepted == (at is x)
+        assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
 
 
 def test_a_descent_direction_is_refused(problem):

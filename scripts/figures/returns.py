@@ -350,7 +350,7 @@ def fraction(value: float, target: float) -> float:
 
 
 def table_configurations(rows: list[Row]) -> str:
-    """What each change of the preset is worth, on the seeds that it and the preset have in common."""
+    """What each change of the preset is worth, on the seeds that it and the preset have in common, two at least."""
     head = ("task", "", "changed", "interquartile mean", "worst seed", "the preset's", "its worst", "seeds")
     groups: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -359,7 +359,7 @@ def table_configurations(rows: list[Row]) -> str:
     for (task, algo, steps, config), found in groups.items():
         preset = groups.get((task, algo, steps, "preset"), {})
         common = sorted(found.keys() & preset.keys(), key=int)
-        if config != "preset" and common:
+        if config != "preset" and len(common) > 1:
             both = [np.array([runs[seed] for seed in common]) for runs in (found, preset)]
             cells = [cell for values in both for cell in (summary(values), number(values.min()))]
             lines.append((task, named(algo)[0], f"`{config}`", *cells, ", ".join(common)))

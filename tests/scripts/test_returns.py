@@ -209,6 +209,7 @@ def table(tmp_path: Path, figures: ModuleType) -> Path:
     rows += [line("trpo", "Reacher-v5", 0, -4.0, timesteps=2_000_000, **more)]
     rows += [line("trpo", "Reacher-v5", 1, -9.0, timesteps=2_000_000)]
     rows += [line("trpo", "Hopper-v5", seed, 1000.0 * seed, config="gamma=0.9") for seed in (1, 2, 3)]
+    rows += [line("trpo", "Hopper-v5", 1, 1.0, config="gamma=0.8")]
     points: list[dict[str, str]] = [
         {name: row[name] for name in ("config", "algo", "task", "seed", "timesteps", "commit")}
         | {"step": str(step), "seconds": "1", "cpu_seconds": str(step / 1000), "return": str(step / 300)}
@@ -253,6 +254,7 @@ def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path
     changed = cells(parts["configurations"], 0)
     assert changed[:3] == ["Hopper-v5", "TRPO", "`gamma=0.9`"]
     assert (changed[4], changed[6], changed[7]) == ("1,000", "2,600", "1, 2, 3")
+    assert "gamma=0.8" not in text
     again = text
     assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
     assert page.read_text() == again

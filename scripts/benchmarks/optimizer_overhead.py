@@ -3,8 +3,8 @@
     python scripts/benchmarks/optimizer_overhead.py --csv docs/results/optimizer_overhead.csv
 
 The optimizers take turns, over and over, so that whatever else slows the machine down slows all of them, and the ratio
-is taken within each round. A round is a multiple of OnlineNGD's update period, so that its updates count in full. Data
-are random: the time of a step does not depend on them.
+is taken within each round. A round is a multiple of the update periods, 4 of OnlineNGD and 10 of KLShampoo, so that
+their updates count in full. Data are random: the time of a step does not depend on them.
 """
 
 import copy
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=[*GRADIENT, *MODEL], default=["online-ngd", "adam"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4, help="steps per round, a multiple of 4")
+    parser.add_argument("--steps", type=int, help="steps per round, a multiple of 4 [4; 20 with kl-shampoo]")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
@@ -93,8 +93,10 @@ def main() -> None:
         help="cpu: seconds of the processor spent by this process, for a machine that is not idle (use --threads 1)",
     )
     options = parser.parse_args()
-    if options.steps < 1 or options.steps % 4:
-        parser.error(f"--steps {options.steps}: give a multiple of 4, OnlineNGD's update period")
+    period = 20 if {"kl-shampoo", "kl-shampoo-natural"} & {*options.optimizers} else UPDATE_PERIOD
+    options.steps = period if options.steps is None else options.steps
+    if options.steps < 1 or options.steps % period:
+        parser.error(f"--steps {options.steps}: give a multiple of {period}, which holds whole update periods")
     if options.rounds < 2:
         parser.error(f"--rounds {options.rounds}: give at least 2")
 

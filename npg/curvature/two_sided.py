@@ -42,7 +42,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from npg.curvature.stacks import Dimension, Owner, Stack, batched, power_of_two, stacks
+from npg.curvature.stacks import Dimension, Owner, Stack, batched, power_of_two, rows, stacks
 
 __all__ = ["Side", "TwoSidedCurvature"]
 
@@ -240,8 +240,8 @@ class _Tiles:
         owners: dict[Dimension, list[Owner]],
     ) -> None:
         self.place, self.matrix, self.places = place, matrix, list(places.values())
-        rows, columns = self.places[0]
-        self.size = (rows.stop - rows.start, columns.stop - columns.start)
+        r, c = self.places[0]
+        self.size = (r.stop - r.start, c.stop - c.start)
         self.owners = [(i, f"unit_{number}") for number in places for i in stack.indices]
         self.axes: list[tuple[Dimension, slice]] = []
         for dim, side in zip(self.size, ("left", "right"), strict=True):
@@ -252,11 +252,11 @@ class _Tiles:
 
     def of(self, batches: Mapping[Dimension, Tensor]) -> list[Tensor]:
         """The rows of L and those of R."""
-        return [batches[key][rows] for key, rows in self.axes]
+        return [batches[key][part] for key, part in self.axes]
 
     def find(self, sides: Mapping[Dimension, Side]) -> None:
         """Take the views of the factors that belong here."""
-        self.left, self.right = (Side(*(tensor[rows] for tensor in sides[key])) for key, rows in self.axes)
+        self.left, self.right = (rows(sides[key], part.start, len(self.owners)) for key, part in self.axes)
 
     def cut(self, x: Tensor) -> Tensor:
         """(n, *shape) → the tiles, (N, numel)."""
@@ -339,6 +339,7 @@ class _Field:
         return x[:, None].split(self._rows)
 
     def update(self, gradients: Sequence[Tensor]) -> Tensor:
+        """As `TwoSidedCurvature.update`, of what belongs here."""
         x = [part.cut(gradients[part.place]) for part in self.parts]
         largest = torch.cat([torch.linalg.vector_norm(each, inf, 1) for each in x])
         finite, own = torch.isfinite(largest), power_of_two(largest)

@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from math import inf
 from threading import Event, Thread
 from time import monotonic, sleep
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["World", "average_", "equal", "mean_", "moments", "open_world", "size"]
+__all__ = ["World", "average_", "equal", "mean_", "moments", "open_world", "restarted", "size"]
 
 T = TypeVar("T")
 
@@ -181,6 +183,41 @@ def _watch(store: Any, rank: int, world_size: int, ended: Event) -> None:
         store.set(f"alive {rank}", "ended")
 
 
+@cache
+def _meet() -> tuple[Any, int, int, bool]:
+    """Meet the processes that were started with this one: their store, rank, world size, and whether it is a restart.
+
+    ``torchrun`` keeps one store over its restarts, where the keys of processes that have ended would be taken for those
+    of their successors, and ``TORCHELASTIC_RESTART_COUNT`` counts on each machine what ended there alone. So process 0
+    gives all the name of their part of the store: to each that asks, until all have said that they heard it. One that
+    has ended may have asked too, and does not say so.
+    """
+    store, rank, world_size = next(rendezvous("env://"))
+    own = uuid4().hex
+    if rank:
+        store.set(f"asks {rank}", own)
+        name, again = store.get(f"answer to {own}").decode().split()
+        store.set(f"{name} heard {rank}", "")
+    else:
+        name, again = own, str(store.check(["met"]) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        for other in range(1, world_size):
+            while not store.check([f"{name} heard {other}"]):
+                asks = store.get(f"asks {other}").decode()
+                store.set(f"answer to {asks}", f"{name} {again}")
+                sleep(0.02)
+        store.set("met", "")
+    return dist.PrefixStore(name, store), rank, world_size, again == "True"  # type: ignore[attr-defined]
+
+
+def restarted() -> bool:
+    """Whether ``torchrun`` has started these processes again, on this or another machine; it waits for all of them."""
+    return _launched() and _meet()[3]
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 @contextmanager
 def open_world(device: str | None = None) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, on NCCL for CUDA and on Gloo for CPU; or be alone.
@@ -194,7 +231,7 @@ def open_world(device: str | None = None) -> Iterator[World]:
     Raises:
         ValueError: the device is not available.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    launched = _launched()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -216,10 +253,7 @@ def open_world(device: str | None = None) -> Iterator[World]:
     if not launched:
         yield World(chosen)
         return
-    store, rank, world_size = next(rendezvous("env://"))
-    # After a restart by torchrun the keys of the attempt before are still there, and would be taken for this one's.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    store, rank, world_size, _ = _meet()
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
     ended = Event()
     watch = Thread(target=_watch, args=(store, rank, world_size, ended), daemon=True)

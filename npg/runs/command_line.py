@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from npg import parallel
 from npg.runs.presets import check_names
 
 __all__ = ["MISTAKES", "Parser", "again", "command", "restarted", "steady_console"]
@@ -55,8 +56,7 @@ def version() -> str:
 
 def restarted(run_dir: Path | None) -> bool:
     """Whether ``torchrun --max-restarts`` has started this command again, whose run had begun in `run_dir`."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return again and run_dir is not None and (run_dir / "config.yaml").is_file()
+    return run_dir is not None and (run_dir / "config.yaml").is_file() and parallel.restarted()
 
 
 # The console ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -622,7 +623,8 @@ class Fragile(CartPoleEnv):
         if Fragile.steps == 100 and os.environ["RANK"] == "1":
             if os.environ["BREAKS"] == "by a signal":
                 os.kill(os.getpid(), signal.SIGTERM)
-            elif os.environ["BREAKS"] == "by a kill" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            elif os.environ["BREAKS"] == "by a kill" and not os.path.exists("killed"):
+                open("killed", "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
             elif os.environ["BREAKS"] == "by an error":
                 raise OSError("the pole broke")
@@ -633,20 +635,23 @@ gymnasium.register("Fragile-v0", entry_point=Fragile, max_episode_steps=50)
 BOTH = ["--timesteps", "600", "--eval-freq", "200", "--save-freq", "200", *TINY, "--set", "normalize=true"]
 
 
-def two_processes(arguments, breaks, folder, restarts=0):
+def two_processes(arguments, breaks, folder, where=("--standalone", "--nproc_per_node=2")):
     """Train in an environment that breaks in the 100th step of the second process."""
+    process = start_processes(arguments, breaks, folder, where)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start_processes(arguments, breaks, folder, where):
     (folder / "fragile.py").write_text(FRAGILE)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += [f"--max-restarts={restarts}", str(SCRIPT)]
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [*launch, *arguments, "--no-progress"],
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *where, str(SCRIPT), *arguments, "--no-progress"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "BREAKS": breaks},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        timeout=240,
-        check=False,
     )
 
 
@@ -678,22 +683,50 @@ def test_two_processes_stop_as_one_and_go_on(tmp_path):
     assert 640 <= read_state(folder.last)["statistics"]["observations"][""]["count"] <= 650
 
 
+RESTARTED = [*BOTH, "--save-freq", "64", "--run-dir"]
+
+
+def outcome_of(path, starts):
+    folder = RunFolder(path)
+    assert len((path / "command.txt").read_text().splitlines()) == starts
+    model, state = TRPO.load(folder.last.model), read_state(folder.last)
+    evaluations = folder.evaluations()["mean_return"].tolist()
+    return to_text({name: value.numpy() for name, value in model.policy.state_dict().items()}), to_text(
+        [state["statistics"], evaluations]
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = two_processes(["trpo", "fragile:Fragile-v0", *RESTARTED, str(folder / "run")], "not", folder)
+    assert done.returncode == 0, done.stderr
+    return outcome_of(folder / "run", starts=1)
+
+
 @pytest.mark.slow
-def test_two_processes_that_torchrun_restarts_end_as_the_undisturbed_ones(tmp_path):
-    agents = []
-    for breaks in ("not", "by a kill"):
-        path = tmp_path / breaks
-        arguments = ["trpo", "fragile:Fragile-v0", *BOTH, "--save-freq", "64", "--run-dir", str(path)]
-        done = two_processes(arguments, breaks, tmp_path, restarts=1)
-        assert done.returncode == 0, done.stderr
-        folder = RunFolder(path)
-        agents.append((TRPO.load(folder.last.model), read_state(folder.last)["statistics"], folder.evaluations()))
-        assert len((path / "command.txt").read_text().splitlines()) == (1 if breaks == "not" else 2)
-    (a, statistics, evaluations), (b, *others) = agents
-    for name, value in a.policy.state_dict().items():
-        assert torch.equal(value, b.policy.state_dict()[name])
-    assert to_text(statistics) == to_text(others[0])
-    assert evaluations["mean_return"].tolist() == others[1]["mean_return"].tolist()
+def test_two_processes_that_torchrun_restarts_end_as_the_undisturbed_ones(undisturbed, tmp_path):
+    arguments = ["trpo", "fragile:Fragile-v0", *RESTARTED, str(tmp_path / "run")]
+    where = ("--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    done = two_processes(arguments, "by a kill", tmp_path, where)
+    assert done.returncode == 0, done.stderr
+    assert outcome_of(tmp_path / "run", starts=2) == undisturbed
+
+
+@pytest.mark.slow
+def test_processes_of_two_machines_that_are_restarted_end_as_the_undisturbed_ones(undisturbed, tmp_path):
+    # Only the torchrun of the killed process counts this as a restart.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--local-addr=127.0.0.1"]
+    where += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    arguments = ["trpo", "fragile:Fragile-v0", *RESTARTED, str(tmp_path / "run")]
+    both = [start_processes(arguments, "by a kill", tmp_path, where) for _ in range(2)]
+    for process in both:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    assert outcome_of(tmp_path / "run", starts=2) == undisturbed
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 import yaml
 
-from npg.runs.files import PARTIAL, replacing
+from npg.runs.files import PARTIAL, read_rows, replacing
 
 try:
     import fcntl
@@ -25,8 +25,8 @@ except ImportError:  # Windows
 __all__ = ["FolderInUse", "RunFolder", "begun_only", "refuse_existing", "run_of", "versions"]
 
 _LOCK = ".lock"
-# What a run writes before there is anything to go on from; and TensorBoard's file, which is empty then.
-_AT_THE_START = {_LOCK, "checkpoints", "config.yaml", "command.txt", "versions.yaml", "versions.txt"}
+# What a run writes before there is anything to go on from; TensorBoard's file; and the row of a first epoch.
+_AT_THE_START = {_LOCK, "checkpoints", "config.yaml", "command.txt", "versions.yaml", "versions.txt", "metrics.csv"}
 
 
 class FolderInUse(FileExistsError):
@@ -112,7 +112,11 @@ class RunFolder:
 
 def begun_only(path: Path) -> bool:
     """Whether a run was ended during its start: it made the folder, and left nothing to go on from."""
-    names = [file.name for file in path.rglob("*")] if (path / _LOCK).is_file() else [""]
+    if not (path / _LOCK).is_file():
+        return False
+    names = [file.name for file in path.rglob("*")]
+    if "metrics.csv" in names and len(read_rows(path / "metrics.csv")) > 1:  # then there were checkpoints
+        return False
     return all(name in _AT_THE_START or name.endswith(PARTIAL) or name.startswith("events.out") for name in names)
 
 

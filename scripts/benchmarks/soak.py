@@ -1,4 +1,10 @@
-"""Kill runs at every kind of moment, resume them, and compare with the undisturbed run: `soak.py kills cartpole`."""
+r"""Kill runs at every kind of moment, resume them, and compare with the undisturbed run: `soak.py kills cartpole`.
+
+    python scripts/benchmarks/soak.py kills --moments 50 --csv docs/results/kills.csv
+
+CSV, a row for each case: ``events`` in the run's folder before each of which it was killed, drawn ``moments`` at which
+it was, and ``exact``, the resumed runs whose models and records are those of the undisturbed one but for times.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.backends.backend_agg  # noqa: F401 - here and below what the forks need, once for all
 import numpy as np
-import torch
+import torch._dynamo
+import torch.utils.tensorboard
+from interleaved import machine, write_csv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -237,8 +246,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [name for name in a if repr(a[name]) != repr(b.get(name))]
 
 
-def kills(case: str, n_events: int, n_moments: int, seed: int, keep: bool) -> int:
-    """Kill and resume a case; returns how many resumed runs differ from the undisturbed one."""
+def kills(case: str, n_events: int, n_moments: int, seed: int, keep: bool) -> dict[str, Any]:
+    """Kill and resume a case; returns how many resumed runs are the undisturbed one."""
     folder, bad = Path(tempfile.mkdtemp(prefix=f"soak-{case}-")), 0
     arguments = command_of(case, folder)
     started = time.perf_counter()
@@ -267,11 +276,12 @@ def kills(case: str, n_events: int, n_moments: int, seed: int, keep: bool) -> in
     print(f"{case}: {len(moments) - bad} of {len(moments)} resumed runs are the undisturbed one ({count} events)")
     if not (bad or keep):
         shutil.rmtree(folder)
-    return bad
+    done = {"events": len(chosen), "moments": n_moments, "exact": len(moments) - bad, "seed": seed}
+    return {"case": case, **done, "torch": torch.__version__, "machine": machine()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=("kills",))
     add("case", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)} (default: all)")
@@ -279,10 +289,14 @@ def main() -> int:
     add("--moments", type=int, default=10, metavar="N", help="kill at N random moments (default: 10)")
     add("--seed", type=int, default=0)
     add("--keep", action="store_true", help="keep the folders")
+    add("--csv", type=Path, help="write the rows here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bad = [kills(case, args.events, args.moments, args.seed, args.keep) for case in args.case]
-    return int(any(bad))
+    rows = []
+    for case in args.case:
+        rows.append(kills(case, args.events, args.moments, args.seed, args.keep))
+        write_csv(args.csv, rows)
+    return int(any(row["exact"] < row["events"] + row["moments"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,11 @@ def test_a_run_that_was_ended_during_its_start_begins_anew(tmp_path: Path) -> No
         with pytest.raises(FileExistsError, match="continue it with --resume"):
             refuse_existing(path)
         (path / name).unlink()
+    (path / "metrics.csv").write_text("epoch\n1\n")  # killed before its first checkpoint
+    assert begun_only(path)
+    (path / "metrics.csv").write_text("epoch\n1\n2\n")  # whoever took the checkpoints away keeps the rows
+    assert not begun_only(path)
+    (path / "metrics.csv").unlink()
     (path / ".lock").unlink()  # a folder that is not ours
     assert not begun_only(path)
 

@@ -159,6 +159,14 @@ SILENT = 45.0
 """Seconds after which a process that gave no sign of life is taken for lost; each gives one every two seconds."""
 
 
+_BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+"""What Gloo and NCCL say of a peer that is gone."""
+
+
+def _say(what: str) -> None:
+    print(f"{what}, and the others end. What was last saved goes on with --resume", file=sys.stderr, flush=True)
+
+
 def _watch(store: Any, rank: int, world_size: int, ended: Event) -> None:
     """Give signs of life until the end, and end this process at once if a peer gives none: it would wait for ever."""
     peers = {r: ("", monotonic()) for r in range(world_size) if r != rank}
@@ -173,12 +181,8 @@ def _watch(store: Any, rank: int, world_size: int, ended: Event) -> None:
                 peers[r] = (new, now) if new != sign or new == "ended" or asleep else (sign, since)
             if lost := [r for r, (_, since) in peers.items() if now - since > SILENT]:
                 if rank == min({*range(world_size)} - {*lost}):
-                    print(
-                        f"process {', '.join(map(str, lost))} has given no sign of life for {SILENT:.0f} s: it was "
-                        "lost or stopped, and the others end. What was last saved goes on with --resume",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    who = ", ".join(map(str, lost))
+                    _say(f"process {who} has given no sign of life for {SILENT:.0f} s: it was lost or stopped")
                 os._exit(1)
         store.set(f"alive {rank}", "ended")
 
@@ -261,7 +265,11 @@ def open_world(device: str | None = None) -> Iterator[World]:
     try:
         yield World(chosen, rank, world_size, dist.group.WORLD)
     except BaseException as error:
-        if store.add("failed", 1) > 1 and isinstance(error, Exception):
+        first = store.add("failed", 1) == 1
+        broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
+        if first and broken:
+            _say("the connection to another process broke: it was killed or lost")
+        if isinstance(error, Exception) and (broken or not first):
             raise SystemExit(1) from None
         raise
     finally:

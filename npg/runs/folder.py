@@ -115,7 +115,7 @@ def begun_only(path: Path) -> bool:
     if not (path / _LOCK).is_file():
         return False
     names = [file.name for file in path.rglob("*")]
-    if "metrics.csv" in names and len(read_rows(path / "metrics.csv")) > 1:  # then there were checkpoints
+    if "metrics.csv" in names and len(read_rows(path / "metrics.csv")) != 1:  # with more there were checkpoints
         return False
     return all(name in _AT_THE_START or name.endswith(PARTIAL) or name.startswith("events.out") for name in names)
 

@@ -200,15 +200,17 @@ with npg.parallel.open_world("cpu") as world:
         os.kill(os.getpid(), signal.SIGSTOP)
     if world.rank == 1 and sys.argv[1] == "ends early":
         sys.exit()
-    if sys.argv[1] == "stopped":
+    if world.rank == 1 and sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] in ("stopped", "killed"):
         world.sum_(torch.ones(1))
     time.sleep(9)
     print("the end", flush=True)
 """
 
 
-@pytest.mark.parametrize("what", ["stopped", "ends early"])
-def test_a_process_that_is_stopped_ends_the_others_with_one_message(what):
+@pytest.mark.parametrize("what", ["stopped", "killed", "ends early"])
+def test_a_process_that_is_lost_ends_the_others_with_one_message(what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -229,9 +231,11 @@ def test_a_process_that_is_stopped_ends_the_others_with_one_message(what):
         second.kill()
         second.communicate()
     message = "process 1 has given no sign of life for 4 s: it was lost or stopped"
-    if what == "stopped":
+    if what in ("stopped", "killed"):
         assert first.returncode == 1
-        assert err.count(message) == 1
+        assert (
+            err.count(message if what == "stopped" else "the connection to another process broke: it was killed") == 1
+        )
         assert "Traceback" not in err
     else:  # a process that has done its part is not missed
         assert first.returncode == 0, err

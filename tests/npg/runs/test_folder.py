@@ -35,7 +35,7 @@ def test_what_a_run_begins_with(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_taken_and_anything_else_is_left(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").make()
-    (tmp_path / "new" / "metrics.csv").touch()
+    (tmp_path / "new" / "summary.json").touch()
     (tmp_path / "empty").mkdir()
     RunFolder(tmp_path / "empty").make()
     (tmp_path / "file").touch()

@@ -263,9 +263,15 @@ def published(entry: dict[str, Any]) -> str:
 
 
 def met(values: np.ndarray, entry: dict[str, Any]) -> str:
-    """Whether all that shall be reached is."""
-    worst = entry.get("worst", -np.inf)
-    return "yes" if interquartile_mean(values) >= entry["target"] and values.min() >= worst else "no"
+    """Whether all that shall be reached is; fewer than five seeds cannot say so."""
+    if interquartile_mean(values) < entry["target"] or values.min() < entry.get("worst", -np.inf):
+        return "no"
+    return "yes" if len(values) >= 5 else "–"
+
+
+def seeds(values: Sequence[Any] | np.ndarray) -> str:
+    """How many there are."""
+    return f"{len(values)} seed{'s' if len(values) != 1 else ''}"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -295,7 +301,7 @@ def table_algorithms(rows: list[Row]) -> str:
     for task in tasks():
         found = [returns(rows, task=task, algo=algo) for algo in algos]
         if any(len(mine) for mine in found):
-            cells = [f"{summary(mine)}, {len(mine)} seeds" if len(mine) else "–" for mine in found]
+            cells = [f"{summary(mine)}, {seeds(mine)}" if len(mine) else "–" for mine in found]
             lines.append((task, *cells))
     return markdown(("task", *(named(algo)[0] for algo in algos)), lines)
 
@@ -319,7 +325,7 @@ def table_seconds(rows: list[Row], points: list[Row]) -> str:
                 first.setdefault(point["seed"], float(point["cpu_seconds"] or "nan"))
         took = [seconds([float(row["cpu_seconds"] or "nan") for row in runs]) for runs in (theirs, mine)]
         reached = seconds(list(first.values()))
-        by = f"{len(first)} of {len(mine)} seeds"
+        by = f"{len(first)} of {seeds(mine)}"
         lines.append((task, number(goal), took[0], str(len(theirs)), reached, by, took[1]))
     return markdown(head, lines)
 
@@ -338,7 +344,7 @@ def table_stability(rows: list[Row]) -> str:
         reached = [int(row["first_step_at_target"]) for row in group if row["first_step_at_target"]]
         after = [float(row["lowest_after_target"]) for row in group if row["lowest_after_target"]]
         lowest = (number(min(after)), f"{100 * fraction(min(after), target):.0f}") if after else ("–", "–")
-        by = f"{len(reached)} of {len(group)} seeds"
+        by = f"{len(reached)} of {seeds(group)}"
         latest = f"{max(reached):,}" if reached else "–"
         lines.append((task, named(algo)[0], f"{int(steps):,}", latest, by, *lowest))
     return markdown(head, lines)

@@ -246,6 +246,7 @@ def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path
     reacher = cells(parts["returns"], 1)
     assert reacher[3].startswith("−5.00 [−6.00, −4.00]")
     assert reacher[4:8] == ["−6.00", "2", "−4.1 (−5)", "no"]
+    assert figures.met(np.array(HOPPER[:4]) + 9e3, {"target": 3400}) == "–"
     assert cells(parts["algorithms"], 0)[2].startswith("1,250 [1,200, 1,300], 2 seeds")
     assert cells(parts["algorithms"], 1)[2] == "–"
     # The curves of both have 1,667 after 500,000 steps, which are 500 seconds there.

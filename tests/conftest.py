@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from npg import acceleration
 
-# The same cases every time; NPG_CASES=25000 draws as many new ones for the properties of test_robustness.py.
+# The same cases every time; NPG_CASES=20000 draws as many new ones for the properties of test_robustness.py.
 settings.register_profile("npg", derandomize="NPG_CASES" not in os.environ, deadline=None)
 settings.load_profile("npg")
 

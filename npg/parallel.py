@@ -265,6 +265,7 @@ def open_world(device: str | None = None) -> Iterator[World]:
     try:
         yield World(chosen, rank, world_size, dist.group.WORLD)
     except BaseException as error:
+        store.set(f"done {rank}", "")
         first = store.add("failed", 1) == 1
         broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
         if first and broken:
@@ -272,6 +273,12 @@ def open_world(device: str | None = None) -> Iterator[World]:
         if isinstance(error, Exception) and (broken or not first):
             raise SystemExit(1) from None
         raise
+    else:
+        # If it left, and another were then stopped, torchrun would wait for that one for ever: nobody watched it.
+        with suppress(RuntimeError):
+            store.set(f"done {rank}", "")
+            while not store.check([f"done {r}" for r in range(world_size)]):
+                sleep(0.05)
     finally:
         ended.set()
         watch.join()

@@ -41,6 +41,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 import agents.callbacks
+import agents.evaluation
 
 PLACES = {"an epoch": "cifar-online-ngd", "a rollout": "cartpole", "an evaluation": "cartpole"}
 """Where the signal falls, and the case of soak.py that is trained."""
@@ -81,8 +82,9 @@ def watched_train(plan: dict[str, Any]) -> None:
     def optimizer_step(optimizer: Optimizer, arguments: Any, named: Any) -> None:
         reached("an epoch")
 
-    stepped, evaluated = VecEnv.step, agents.callbacks.evaluate
-    VecEnv.step, agents.callbacks.evaluate = step, evaluate  # type: ignore[method-assign]
+    stepped, evaluated = VecEnv.step, agents.evaluation.evaluate
+    VecEnv.step = step  # type: ignore[method-assign]
+    agents.evaluation.evaluate = agents.callbacks.evaluate = evaluate
     register_optimizer_step_pre_hook(optimizer_step)
     torch.set_num_threads(1)
     try:

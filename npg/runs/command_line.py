@@ -55,8 +55,14 @@ def version() -> str:
 
 
 def restarted(run_dir: Path | None) -> bool:
-    """Whether ``torchrun --max-restarts`` has started this command again, whose run had begun in `run_dir`."""
-    return run_dir is not None and (run_dir / "config.yaml").is_file() and parallel.restarted()
+    """Whether ``torchrun --max-restarts`` has started this command again, whose run had begun in `run_dir`.
+
+    A run there of other arguments is not it: it was refused at the first start, and is again.
+    """
+    if run_dir is None or not (run_dir / "config.yaml").is_file() or not parallel.restarted():
+        return False
+    *_, last = ["", *(run_dir / "command.txt").read_text(encoding="utf-8").splitlines()]
+    return last.endswith(" " + shlex.join(sys.argv[1:]))  # Python and script may lie elsewhere on another machine
 
 
 # The console ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npg.runs.command_line import Parser, command
+from npg.runs.command_line import Parser, command, restarted
 
 
 @pytest.fixture
@@ -114,6 +114,27 @@ def test_other_errors_keep_their_traceback(error: Exception, parser: Parser) -> 
 def test_the_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--set", "a=[1, 2]"])
     assert shlex.split(command()) == [sys.executable, "train.py", "--set", "a=[1, 2]"]
+
+
+def test_only_a_run_of_the_same_arguments_is_taken_for_a_restarted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, others = "python /there/train.py trpo 'My Env'\n", "python /there/train.py mdpo 'My Env'\n"
+    again: list[bool] = [True]
+    monkeypatch.setattr("npg.parallel.restarted", lambda: again[0])
+    monkeypatch.setattr(sys, "argv", ["/here/train.py", "trpo", "My Env"])
+    assert not restarted(None)
+    assert not restarted(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "command.txt").write_text(others + ours)
+    assert restarted(tmp_path)
+    again[0] = False
+    assert not restarted(tmp_path)
+    again[0] = True
+    (tmp_path / "command.txt").write_text(ours + others)
+    assert not restarted(tmp_path)
+    (tmp_path / "command.txt").write_text("")
+    assert not restarted(tmp_path)
 
 
 def test_bad_input_and_ctrl_c_before_the_work(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:

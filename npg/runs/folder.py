@@ -112,9 +112,9 @@ class RunFolder:
 
 def begun_only(path: Path) -> bool:
     """Whether a run was ended during its start: it made the folder, and left nothing to go on from."""
-    if not (path / _LOCK).is_file():
-        return False
     names = [file.name for file in path.rglob("*")]
+    if not (path / _LOCK).is_file():
+        return names == ["checkpoints"]  # it was killed before it made the lock
     if "metrics.csv" in names and len(read_rows(path / "metrics.csv")) != 1:  # with more there were checkpoints
         return False
     return all(name in _AT_THE_START or name.endswith(PARTIAL) or name.startswith("events.out") for name in names)

@@ -104,6 +104,8 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_was_ended_during_its_start_begins_anew(tmp_path: Path) -> None:
     path = tmp_path / "run"
     assert not begun_only(path)
+    (path / "checkpoints").mkdir(parents=True)  # killed before it made the lock
+    assert begun_only(path)
     RunFolder(path).make()
     RunFolder(path).begin({}, "first")
     (path / "checkpoints" / f".1.pt.1{PARTIAL}").touch()

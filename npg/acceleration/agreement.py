@@ -14,7 +14,7 @@ from npg.parameters import Parameters
 __all__ = ["Recorded", "close"]
 
 _ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
-_DRAWS = 4  # of the rounding errors of the recorded derivative, before a difference is called one
+_DRAWS = 4  # of the rounding errors of both derivatives, before a difference is called one
 
 
 class Recorded:
@@ -79,7 +79,7 @@ class Recorded:
 
         1. Each parameter's part of Jᵀu must be the recorded one, relative to its own size: to 10√ε, since of E
            activations rounding puts some εE on the other side of a kink, each with a share of 1/√E; or to what rounding
-           does to the recorded one, as before a normalisation that takes all of it out.
+           does to either, as before a normalisation that takes all of it out.
         2. The push forward must be the adjoint of that, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, up to rounding, which kinks have no part
            in. Each parameter has its share of the sum: v is its part of Jᵀu by its square.
 
@@ -100,9 +100,10 @@ class Recorded:
         for attempt in range(_DRAWS):  # rounding is a matter of luck: a single draw of it may be zero
             if not wrong:
                 break
-            jitter = _generic(u).add_(attempt).cos_().mul_(2 * epsilon).add_(1)
-            noise = self._norms(p.flatten(self._pull(u * jitter)) - expected)
-            wrong = [i for i in wrong if not errors[i] <= 8 * noise[i]]
+            jittered = _generic(u).add_(attempt).cos_().mul_(2 * epsilon).add_(1).mul_(u)
+            for pull, unjittered in ((self._pull, expected), (maps.pull, pulled)):  # the other way rounds otherwise
+                noise = self._norms(p.flatten(pull(jittered)) - unjittered)
+                wrong = [i for i in wrong if not errors[i] <= 8 * noise[i]]
         if wrong:
             return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
         weights = [(1 + i % 7 / 7) * size / max(norm, 1e-3 * size, 1e-300) ** 2 for i, norm in enumerate(norms)]

@@ -12,7 +12,7 @@ from functools import cache, partial
 
 import torch
 import torch.distributions as D
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -91,8 +91,23 @@ def test_a_step_is_finite_within_its_radius_or_not_taken(seed, family, weights, 
         assert float(kl) <= 10**radius * (1 + 1e-6) + 1e-12
 
 
+def test_a_derivative_that_is_rounding_in_one_way_of_computing_it_and_nothing_in_another():
+    """Before BatchNorm autograd's is 3e-20 here, and that of its derivatives 5e-15, beside others of 55."""
+    network(4, torch.float64)
+    torch.manual_seed(50812)
+    model, x, of, objective = problem(50812, "diagonal gaussian", 1.0526435304916735, 1e-6, torch.float64)
+    fisher = Fisher(model, x, of)
+    g = torch.autograd.grad(objective(model(x)), list(model.parameters()))
+    v = torch.cat([part.flatten() for part in g])
+    expected = fisher.dense() @ v
+    torch.testing.assert_close(fisher @ v, expected, rtol=0, atol=1e-10 * float(expected.norm()))
+    report = natural_step(model, x, of, objective, trust_region=TrustRegion(radius=1.0), damping=1e-3)
+    assert report.iterations > 0
+
+
 @CASES
 @given(seed=seeds, family=st.sampled_from(list(FAMILIES)), weights=exponents, inputs=exponents)
+@example(seed=6334, family="categorical", weights=1.8386334502741866, inputs=-2.2982217854827387)  # F u is 1e-164
 def test_a_fisher_is_symmetric_and_positive(seed, family, weights, inputs):
     model, x, of, _ = problem(seed, family, weights, inputs, torch.float64)
     fisher = Fisher(model.eval(), x, of)
@@ -101,8 +116,11 @@ def test_a_fisher_is_symmetric_and_positive(seed, family, weights, inputs):
     if not (fu.isfinite().all() and fv.isfinite().all()):  # 1/σ² beyond the numbers of the type
         assert not fisher.dense().isfinite().all()
         return
+    unit = float(torch.cat([fu, fv]).abs().amax())
+    if unit > 1e-290:  # below, numbers lose their digits
+        fu, fv = fu / unit, fv / unit
     scale = float(fu.norm() * v.norm() + fv.norm() * u.norm())
-    assert abs(float(u @ fv - v @ fu)) <= 1e-10 * scale
+    assert abs(float(u @ fv - v @ fu)) <= 1e-10 * scale or unit <= 1e-290
     assert float(u @ fu) >= -1e-12 * float(u.norm() * fu.norm())
 
 
@@ -146,6 +164,7 @@ def test_what_is_not_finite_moves_nothing(seed, value, place):
     value=st.sampled_from([20.0, 90.0, -90.0, -1e4, 1e38, float("inf"), float("nan")]),
     everywhere=st.booleans(),
 )
+@example(seed=3248, family="geometric", kind="sampled", value=float("inf"), everywhere=False)  # its gradient is 0
 def test_extreme_outputs_of_any_family_are_a_step_or_a_refused_one(seed, family, kind, value, everywhere):
     torch.manual_seed(seed)
     of, width = EVERY[family]
@@ -162,8 +181,8 @@ def test_extreme_outputs_of_any_family_are_a_step_or_a_refused_one(seed, family,
         damping=1e-3,
         fisher=partial(Fisher, kind=kind),
     )
-    if report.accepted:
+    if report.accepted and report.step_norm > 0:
         assert report.kl <= 0.01
         assert all(torch.isfinite(p).all() for p in model.parameters())
-    else:
+    else:  # refused, or of length zero
         assert all(torch.equal(a.nan_to_num(7.0), before[k].nan_to_num(7.0)) for k, a in model.state_dict().items())

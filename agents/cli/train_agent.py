@@ -244,6 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.jobs is not None:
         parser.error("--jobs is for several seeds: give --seeds, such as --seeds 0-9")
     if restarted(args.run_dir):  # the same command goes on from the last checkpoint
+        with parser.preparing(*MISTAKES):
+            over = RunFolder.open(args.run_dir).is_over
+        if over:  # a process was lost when the others were done
+            with open_world("cpu") as world:
+                if world.is_main:
+                    print(f"{args.run_dir} was over before the restart: nothing is left to do")
+            return 0
         args.resume, args.run_dir = args.run_dir, None
         args.seed = args.n_envs = args.backend = args.exact_resume = args.preset = None
         args.set = []

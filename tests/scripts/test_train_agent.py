@@ -729,6 +729,14 @@ def test_processes_of_two_machines_that_are_restarted_end_as_the_undisturbed_one
     assert outcome_of(tmp_path / "run", starts=2) == undisturbed
 
 
+def test_a_run_that_was_over_before_a_restart_is_left_as_it_is(trained, monkeypatch, capsys):
+    monkeypatch.setattr("agents.cli.train_agent.restarted", lambda run_dir: run_dir == trained.path)
+    before = {path: path.read_bytes() for path in trained.path.rglob("*") if path.is_file()}
+    assert main(["trpo", "Pendulum-v1", "--run-dir", str(trained.path)]) == 0
+    assert capsys.readouterr().out == f"{trained.path} was over before the restart: nothing is left to do\n"
+    assert {path: path.read_bytes() for path in trained.path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_both_and_is_shown_once(tmp_path):
     path = tmp_path / "run"

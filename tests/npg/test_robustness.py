@@ -108,13 +108,14 @@ def test_a_derivative_that_is_rounding_in_one_way_of_computing_it_and_nothing_in
 @CASES
 @given(seed=seeds, family=st.sampled_from(list(FAMILIES)), weights=exponents, inputs=exponents)
 @example(seed=6334, family="categorical", weights=1.8386334502741866, inputs=-2.2982217854827387)  # F u is 1e-164
+@example(seed=575, family="diagonal gaussian", weights=1.640625, inputs=1.0)  # F is 1e307
 def test_a_fisher_is_symmetric_and_positive(seed, family, weights, inputs):
     model, x, of, _ = problem(seed, family, weights, inputs, torch.float64)
     fisher = Fisher(model.eval(), x, of)
     u, v = torch.randn(2, sum(p.numel() for p in model.parameters()), dtype=torch.float64)
     fu, fv = fisher @ u, fisher @ v
-    if not (fu.isfinite().all() and fv.isfinite().all()):  # 1/σ² beyond the numbers of the type
-        assert not fisher.dense().isfinite().all()
+    if not (fu.isfinite().all() and fv.isfinite().all()):  # 1/σ² beyond the numbers of the type, or nearly
+        assert not bool((fisher.dense().abs() <= 1e300).all())
         return
     unit = float(torch.cat([fu, fv]).abs().amax())
     if unit > 1e-290:  # below, numbers lose their digits

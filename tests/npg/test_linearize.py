@@ -587,6 +587,24 @@ def test_an_error_of_four_per_cent_in_one_parameter_is_seen(which, tensor, dtype
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("accelerated")
+def test_noise_that_a_wrong_derivative_has_is_no_excuse(monkeypatch):
+    linearized, draws = acceleration.Program.linearize, torch.Generator().manual_seed(0)
+
+    def noisy(self, arguments):
+        outputs, maps = linearized(self, arguments)
+        return outputs, maps._replace(pull=lambda u: [t * (1 + torch.rand((), generator=draws)) for t in maps.pull(u)])
+
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    v = torch.randn(26)
+    expected = Linearization(model, x).push_forward(v)
+    monkeypatch.setattr(acceleration.Program, "linearize", noisy)
+    linearization = Linearization(model, x)
+    with pytest.warns(UserWarning, match="its derivative along 0.weight is not that of autograd"):
+        moved = linearization.push_forward(v)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_parameter_without_any_slope_is_no_error(check):
     """A bias before BatchNorm, and one of the keys: what is recorded is rounding errors alone."""
 

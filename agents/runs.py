@@ -214,11 +214,6 @@ class RunFolder(folder.RunFolder):
         path = self.path / "final_evaluation.json"
         return json.loads(path.read_text())["last"]["timesteps"] if path.exists() else None
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the run has trained all its steps, and was evaluated after them."""
-        return (self.final_timesteps or 0) >= self.config.timesteps
-
 
 class EpisodeFile:
     """monitor.csv in Stable-Baselines3's format, with one more column.

@@ -13,7 +13,7 @@ from pathlib import Path
 from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve, whole_number
 from agents.evaluation import check_video, table
 from agents.runs import RunFolder
-from agents.seeds import SeedsFolder, parse_seeds, summary_table
+from agents.seeds import SeedsFolder, is_finished, parse_seeds, summary_table
 from agents.trackers import TRACKERS, TrackerError, check_trackers
 from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, check_import, resume, start
 from npg.parallel import World, open_world
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--jobs is for several seeds: give --seeds, such as --seeds 0-9")
     if restarted(args.run_dir):  # the same command goes on from the last checkpoint
         with parser.preparing(*MISTAKES):
-            over = RunFolder.open(args.run_dir).is_over
+            over = is_finished(args.run_dir)
         if over:  # a process was lost when the others were done
             with open_world("cpu") as world:
                 if world.is_main:

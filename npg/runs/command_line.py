@@ -61,8 +61,11 @@ def restarted(run_dir: Path | None) -> bool:
     """
     if run_dir is None or not (run_dir / "config.yaml").is_file() or not parallel.restarted():
         return False
-    *_, last = ["", *(run_dir / "command.txt").read_text(encoding="utf-8").splitlines()]
-    return last.endswith(" " + shlex.join(sys.argv[1:]))  # Python and script may lie elsewhere on another machine
+    commands = run_dir / "command.txt"  # a run that was killed before it wrote this begins anew
+    text = commands.read_text(encoding="utf-8") if commands.is_file() else ""
+    return text.rstrip("\n").endswith(
+        " " + shlex.join(sys.argv[1:])
+    )  # Python and script may lie elsewhere on another machine
 
 
 # The console ----------------------------------------------------------------------------------------------------------

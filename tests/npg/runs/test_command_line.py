@@ -126,6 +126,7 @@ def test_only_a_run_of_the_same_arguments_is_taken_for_a_restarted_one(
     assert not restarted(None)
     assert not restarted(tmp_path)
     (tmp_path / "config.yaml").touch()
+    assert not restarted(tmp_path)  # killed before it wrote its command
     (tmp_path / "command.txt").write_text(others + ours)
     assert restarted(tmp_path)
     again[0] = False

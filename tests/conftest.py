@@ -1,6 +1,7 @@
 """What tests of several packages share."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,14 @@ def accelerated() -> Iterator[None]:
     """Traced programs are on, for tests that ask whether one is used; the others run with and without."""
     with acceleration.mode("auto"):
         yield
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of the loopback device that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ Run as a script, this file is one of those processes.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -211,11 +210,8 @@ with npg.parallel.open_world("cpu") as world:
 
 
 @pytest.mark.parametrize("what", ["stopped", "stopped at the end", "killed", "ends early"])
-def test_a_process_that_is_lost_ends_the_others_with_one_message(what):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+def test_a_process_that_is_lost_ends_the_others_with_one_message(what, free_port):
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "OMP_NUM_THREADS": "1"}
     first, second = (
         subprocess.Popen(
             [sys.executable, "-c", WATCHED, what],

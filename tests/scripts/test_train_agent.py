@@ -7,7 +7,6 @@ import pickle
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -714,13 +713,10 @@ def test_two_processes_that_torchrun_restarts_end_as_the_undisturbed_ones(undist
 
 
 @pytest.mark.slow
-def test_processes_of_two_machines_that_are_restarted_end_as_the_undisturbed_ones(undisturbed, tmp_path):
+def test_processes_of_two_machines_that_are_restarted_end_as_the_undisturbed_ones(undisturbed, tmp_path, free_port):
     # Only the torchrun of the killed process counts this as a restart.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     where = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--local-addr=127.0.0.1"]
-    where += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    where += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port}"]
     arguments = ["trpo", "fragile:Fragile-v0", *RESTARTED, str(tmp_path / "run")]
     both = [start_processes(arguments, "by a kill", tmp_path, where) for _ in range(2)]
     for process in both:

@@ -1,6 +1,6 @@
 r"""Kill runs at every kind of moment, resume them, and compare with the undisturbed run: `soak.py kills cartpole`.
 
-    python scripts/benchmarks/soak.py kills --moments 50 --csv docs/results/kills.csv
+    python scripts/benchmarks/soak.py kills --moments 5 --csv docs/results/kills.csv
 
 CSV, a row for each case: ``events`` in the run's folder before each of which it was killed, drawn ``moments`` at which
 it was, and ``exact``, the resumed runs whose models and records are those of the undisturbed one but for times.
@@ -247,7 +247,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def kills(case: str, n_events: int, n_moments: int, seed: int, keep: bool) -> dict[str, Any]:
-    """Kill and resume a case; returns how many resumed runs are the undisturbed one."""
+    """Kill and resume a case; returns its row of the CSV."""
     folder, bad = Path(tempfile.mkdtemp(prefix=f"soak-{case}-")), 0
     arguments = command_of(case, folder)
     started = time.perf_counter()

@@ -189,7 +189,14 @@ def value_and_slope(function: Callable[[Tensor], Tensor], old: Tensor, name: str
     with torch.enable_grad():
         outputs = old.clone().requires_grad_()
         value = function(outputs)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must return a tensor, got {type(value).__name__}: leave out float(…) and .item()")
         if value.ndim != 0:
             raise ValueError(f"{name} must return a mean over events, a scalar, got shape {tuple(value.shape)}")
+        if not value.requires_grad:
+            raise ValueError(
+                f"{name} must depend on the outputs that it is given, got a tensor without gradients: leave out "
+                ".detach() and torch.no_grad()"
+            )
         (slope,) = torch.autograd.grad(value, outputs)
     return value.detach(), slope

@@ -111,6 +111,8 @@ class Fisher:
             # score: all products are NaN with it. −∞ forbids a class.
             usable = (outputs < inf).all(-1, keepdim=True)
             at = torch.where(usable, outputs, 0.0)
+            if targets is not None and at.device.type == "cpu":
+                family.check_targets(at, targets)
             labels = [targets] if targets is not None else [family.sample(at, generator) for _ in range(samples)]
             self._scores = torch.stack([torch.where(usable, family.score(at, y), nan) for y in labels])
             # Not a method of this object, which would hold itself and all of its activations that way.

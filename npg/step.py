@@ -116,8 +116,9 @@ def natural_step(
 
     With a trust region of radius δ, β is the length at which ½sᵀ(F + λI)s = δ, shortened until KL ≤ δ and the
     objective gains (TRPO: Schulman et al. 2015, appendix C); with a learning rate, β is that (Amari 1998; Kakade
-    2002); with both, the smaller of the two. A step that is refused leaves parameters and buffers bit for bit as they
-    were. Which steps are taken depends on what the solver found, and on nothing else of its status:
+    2002); with both, the smaller of the two. A step that is refused leaves parameters and a module's buffers bit for
+    bit as they were. Buffers that a function moves are not known here: each forward pass moves them. Which steps are
+    taken depends on what the solver found, and on nothing else of its status:
 
     =======================================  =======================  ================================================
     solution s                               status                   accepted

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Independent, kl_divergence
 
-from npg.families.base import Family, LinearMap, OutOfDomainError, in_double
+from npg.families.base import Family, LinearMap, OutOfDomainError, check_events, in_double
 
 __all__ = ["from_torch"]
 
@@ -51,14 +51,24 @@ class _TorchFamily(Family):
         return p
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._make(outputs).log_prob(targets)
+        p = self._make(outputs)
+        return check_events(p.log_prob(targets), outputs, targets, event=p.event_shape)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         # a registered KL is a difference of terms that may be many times larger than it
         return in_double(self._kl, old, new).to(old.dtype)
 
     def _kl(self, old: Tensor, new: Tensor) -> Tensor:
-        return kl_divergence(self._make(old), self._make(new))
+        p, q = self._make(old), self._make(new)
+        try:
+            return kl_divergence(p, q)
+        except NotImplementedError as error:
+            while isinstance(p, Independent):
+                p = p.base_dist
+            raise NotImplementedError(
+                f"no KL divergence is registered for {type(p).__name__} with such arguments: register one with "
+                "torch.distributions.kl.register_kl, whose Hessian is the metric"
+            ) from error
 
     def entropy(self, outputs: Tensor) -> Tensor:
         return self._make(outputs).entropy()
@@ -95,13 +105,11 @@ class _TorchFamily(Family):
     def _hessian(self, old: Tensor) -> Tensor:
         with torch.enable_grad():
             new = old.clone().requires_grad_()
-            try:
-                kl = self._kl(old, new)
-            except NotImplementedError as error:
-                raise NotImplementedError(
-                    f"no KL divergence is registered for {type(self._make(old)).__name__}: register one with "
-                    "torch.distributions.kl.register_kl, whose Hessian is the metric"
-                ) from error
+            # PyTorch's KL of transformed distributions is for equal transforms alone, and takes them for constants.
+            self._kl(old, old + torch.finfo(old.dtype).eps ** 0.5 * (1 + old.abs()))
+            kl = self._kl(old, new)
+            if not kl.requires_grad:
+                raise ValueError(f"the KL of {self!r} does not depend on the outputs: check the map to distributions")
             (gradient,) = torch.autograd.grad(kl.sum(), new, create_graph=True)
             # events are independent, so one unit tangent serves all of them at once
             units = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
@@ -122,12 +130,17 @@ class _TorchFamily(Family):
                 "there is no metric: check the map from outputs to distribution"
             )
         flat = blocks.diagonal(dim1=-2, dim2=-1) == 0
-        if bool(flat.any()) and bool((self._kl(old, torch.where(flat, old + 0.01, old)) > tolerance).any()):
+        if bool(flat.any()) and self._has_kink(old, flat, tolerance):
             raise ValueError(
                 f"the KL of {self!r} rises along outputs in which automatic differentiation finds no curvature "
                 "(a kink, as that of a Laplace distribution in its location), so there is no metric: use another family"
             )
         return 0.5 * (blocks + blocks.mT)
+
+    def _has_kink(self, old: Tensor, flat: Tensor, tolerance: float) -> bool:
+        """Whether the KL rises on both sides along ``flat`` outputs; beside the edge of a clamp it does on one."""
+        above, below = (self._kl(old, torch.where(flat, old + h, old)) for h in (0.01, -0.01))
+        return bool((torch.minimum(above, below) > tolerance).any())
 
     def metric(self, outputs: Tensor) -> LinearMap:
         blocks = self._blocks(outputs)

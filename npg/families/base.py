@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Family", "Geometry", "LinearMap", "OutOfDomainError", "check_outputs", "column_hint", "in_double"]
+__all__ = [
+    "Family",
+    "Geometry",
+    "LinearMap",
+    "OutOfDomainError",
+    "check_events",
+    "check_outputs",
+    "column_hint",
+    "in_double",
+]
 
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -38,6 +47,22 @@ def check_outputs(outputs: Tensor, inputs: Any = None) -> None:
 def column_hint(outputs: Tensor, targets: Tensor) -> str:
     """How targets (N,) become those of outputs (N, 1); nothing for other shapes."""
     return ": use targets.unsqueeze(-1)" if (*targets.shape, 1) == outputs.shape else ""
+
+
+def check_events(values: Tensor, outputs: Tensor, targets: Any, event: tuple[int, ...] | None = None) -> Tensor:
+    """Return ``values``, log-likelihoods; raise ValueError unless there is one for each event, (…) for outputs (…, D).
+
+    Others come of targets that were broadcast, such as (N, 1) against the (N,) of a distribution of numbers, ``event``
+    being the shape of one target where it is known.
+    """
+    if values.shape != outputs.shape[:-1]:
+        shape = f"of shape {tuple(targets.shape)} " if isinstance(targets, Tensor) else ""
+        wanted = "" if event is None else f": give targets of shape {(*outputs.shape[:-1], *event)}"
+        raise ValueError(
+            f"targets {shape}have log-likelihoods of shape {tuple(values.shape)} at outputs of shape "
+            f"{tuple(outputs.shape)}, where each event has one, {tuple(outputs.shape[:-1])}{wanted}"
+        )
+    return values
 
 
 def in_double(function: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
@@ -95,6 +120,9 @@ class Family(ABC):
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Log p(y | η), in nats; outputs (…, D) → (…)."""
 
+    def check_targets(self, outputs: Tensor, targets: Any) -> None:  # noqa: B027 - most take any number
+        """Raise ValueError for targets with values that no event has; a look at them, which a GPU would wait for."""
+
     @abstractmethod
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """KL(old ‖ new) per event, in nats; (…, D), (…, D) → (…)."""
@@ -119,7 +147,8 @@ class Family(ABC):
         """∇_η log p(y | η) per event; (…, D) → (…, D)."""
         with torch.enable_grad():
             outputs = outputs.detach().requires_grad_()
-            (score,) = torch.autograd.grad(self.log_likelihood(outputs, targets).sum(), outputs)
+            values = check_events(self.log_likelihood(outputs, targets), outputs, targets)
+            (score,) = torch.autograd.grad(values.sum(), outputs)
         return score
 
     def __repr__(self) -> str:

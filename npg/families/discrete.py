@@ -70,6 +70,14 @@ class Categorical(Family):
             )
         return targets.long().unsqueeze(-1)
 
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        low, high = (int(x) for x in self._index(outputs, targets).aminmax())
+        if low < 0 or high >= outputs.shape[-1]:
+            raise ValueError(
+                f"targets must be class indices from 0 to {outputs.shape[-1] - 1}, got {low} to {high}: leave out "
+                "events whose label is to be ignored, and give the model an output for each class"
+            )
+
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         index = self._index(outputs, targets)
         return outputs.log_softmax(-1).gather(-1, index).squeeze(-1)
@@ -154,6 +162,14 @@ class Bernoulli(Family):
                 f"{column_hint(outputs, targets)}"
             )
         return targets.to(outputs.dtype)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        low, high = (float(x) for x in self._bits(outputs, targets).aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"targets must be bits, 0 or 1, or probabilities between them, got {low:g} to {high:g}: divide bytes "
+                "by 255, and write (y + 1) / 2 for y of ±1"
+            )
 
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         bits = self._bits(outputs, targets)

@@ -80,6 +80,10 @@ class Product(Family):
         each = zip(self.parts, self._split(outputs), self._apart(outputs, targets))
         return torch.stack([part.log_likelihood(o, y) for part, o, y in each]).sum(0)
 
+    def check_targets(self, outputs: Tensor, targets: Any) -> None:
+        for part, o, y in zip(self.parts, self._split(outputs), self._apart(outputs, targets)):
+            part.check_targets(o, y)
+
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         each = zip(self.parts, self._split(old), self._split(new))
         return torch.stack([part.kl(a, b) for part, a, b in each]).sum(0)

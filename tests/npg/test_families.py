@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as D
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from npg import families
+from npg import Fisher, families
+from npg.optim import NGD, DiagonalNGD
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -385,7 +387,7 @@ def test_from_torch_refuses_what_gives_no_geometry():
     with pytest.raises(ValueError, match=r"batch_shape \(5,\), got \(5, 3\): wrap .*Independent"):
         factors.log_likelihood(outputs, outputs)
     without_kl = families.from_torch(lambda o: D.Independent(D.StudentT(5.0, o), 1))
-    with pytest.raises(NotImplementedError, match="no KL divergence is registered for Independent"):
+    with pytest.raises(NotImplementedError, match="no KL divergence is registered for StudentT"):
         without_kl.metric(outputs)
     # |d| + e^{−|d|} − 1 is ½d² to second order, but automatic differentiation sees sign(0) = 0
     laplace = families.from_torch(lambda o: D.Independent(D.Laplace(o, 1.0), 1))
@@ -400,6 +402,71 @@ def test_from_torch_refuses_what_gives_no_geometry():
     endless = families.from_torch(lambda o: D.Independent(D.Normal(o, (1e4 * o).exp() * 0 + 1e-200, False), 1))
     with pytest.raises(ValueError, match="not finite"):
         endless.metric(outputs)
+    fixed = families.from_torch(lambda o: D.Normal(torch.zeros(o.shape[:-1]), 1.0))
+    with pytest.raises(ValueError, match="does not depend on the outputs"):
+        fixed.metric(outputs)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        lambda o: D.Weibull(o[..., 0].exp(), o[..., 1].exp()),
+        lambda o: D.TransformedDistribution(D.Normal(o[..., 0], 1.0), [D.AffineTransform(o[..., 0], 1.0)]),
+    ],
+    ids=["weibull", "shifted twice"],
+)
+def test_a_kl_that_takes_a_transform_for_a_constant_is_refused(distribution):
+    """PyTorch's KL of these is that of their bases: the second is N(2η, 1), and its metric 4 and not 1."""
+    family = families.from_torch(distribution)
+    for method in (family.metric, lambda o: family.kl(o, o + 0.1)):
+        with pytest.raises(NotImplementedError, match="no KL divergence is registered for"):
+            method(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("scale", "edge", "metric"),
+    [(lambda s: s.clamp(-5, 2).exp(), -5.0, 2.0), (lambda s: 0.1 + torch.relu(s), 0.0, 200.0)],
+    ids=["clamp", "relu"],
+)
+def test_beside_the_edge_of_a_clamp_the_metric_is_that_of_its_side(scale, edge, metric):
+    """A spread s that is held at its edge does not depend on its output there; beyond, the metric is 2 (s'/s)²."""
+    family = families.from_torch(lambda o: D.Normal(o[..., 0], scale(o[..., 1])))
+    outputs = torch.tensor([[0.3, edge - 0.004], [0.3, edge + 1e-9]], dtype=torch.float64)
+    moved = family.metric(outputs)(torch.ones_like(outputs))
+    precision = scale(outputs[:, 1]) ** -2
+    torch.testing.assert_close(moved, torch.stack([precision, torch.tensor([0.0, metric]).double()], 1))
+
+
+def test_targets_that_would_be_broadcast_are_refused():
+    poisson = families.from_torch(lambda o: D.Poisson(o[..., 0].exp()))
+    outputs, targets = torch.zeros(5, 1), torch.arange(5.0)
+    torch.testing.assert_close(poisson.log_likelihood(outputs, targets), -1 - torch.lgamma(targets + 1))
+    wanted = r"targets of shape \(5, 1\) have log-likelihoods of shape \(5, 5\).*give targets of shape \(5,\)"
+    for method in (poisson.log_likelihood, poisson.score):
+        with pytest.raises(ValueError, match=wanted):
+            method(outputs, targets[:, None])
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "message"),
+    [
+        (families.Categorical(), [0, -100, 2], "class indices from 0 to 2, got -100 to 2"),
+        (families.Categorical(), [1, 2, 3], "class indices from 0 to 2, got 1 to 3"),
+        (families.Bernoulli(), [[1, -1, 1]] * 3, "bits, 0 or 1, .* got -1 to 1"),
+        (families.Bernoulli(), [[0, 255, 0]] * 3, "bits, 0 or 1, .* got 0 to 255"),
+        (families.MultiCategorical([2, 1]), [[0, 0], [1, 0], [2, 0]], "class indices from 0 to 1, got 0 to 2"),
+    ],
+)
+def test_targets_that_no_event_has_are_refused(family, targets, message):
+    model, x, targets = nn.Linear(2, 3), torch.randn(3, 2), torch.tensor(targets)
+    takers = (
+        NGD(model, family, damping=0.1).step,
+        DiagonalNGD(model, family, lr=0.1).step,
+        lambda x, y: Fisher(model, x, family, kind="empirical", targets=y),
+    )
+    for take in takers:
+        with pytest.raises(ValueError, match=message):
+            take(x, targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

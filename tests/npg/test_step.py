@@ -885,3 +885,19 @@ def test_bad_objectives_and_starts_are_named(problem):
     with pytest.raises(ValueError, match="targets must have shape"):
         natural_step(model, x, FAMILY, lambda o: FAMILY.log_likelihood(o, torch.zeros(3)).mean(), learning_rate=0.1)
     assert bits(model) == origin
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda o: float(o.sum()), "objective must return a tensor, got float"),
+        (lambda o: None, "objective must return a tensor, got NoneType"),
+        (lambda o: o.detach().mean(), "objective must depend on the outputs that it is given"),
+        (lambda o: torch.tensor(1.0), "objective must depend on the outputs that it is given"),
+    ],
+)
+def test_an_objective_that_has_no_gradient_is_refused(objective, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        natural_step(
+            nn.Linear(2, 3), torch.randn(4, 2), families.Categorical(), objective, learning_rate=0.1, damping=0.1
+        )

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from npg.curvature.online import OnlinePreconditioner
 from npg.families import Family, Product
-from npg.families.base import check_outputs
+from npg.families.base import check_events, check_outputs
 from npg.families.mistakes import ANY_FAMILY, family_of
 from npg.fisher import Kind
 from npg.model import uncompiled
@@ -27,6 +27,7 @@ __all__ = [
     "MISSING",
     "UPDATE_PERIOD",
     "ExactResume",
+    "Held",
     "ModelOptimizer",
     "Tensors",
     "TrackedFactors",
@@ -52,6 +53,9 @@ def is_due(step: int, period: int) -> bool:
 
 
 MISSING: Any = object()
+
+#: The entries of the state that have the shape of their parameter.
+_SHAPED = frozenset({"momentum_buffer", "solution", "fisher"})
 
 
 def check(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -85,18 +89,44 @@ class ExactResume(Optimizer):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict` of the same optimizer over parameters of the same shapes."""
+        """Load a `state_dict` of the same optimizer over parameters of the same shapes.
+
+        Raises:
+            ValueError: if it is of parameters of other shapes; nothing is loaded then.
+        """
         # `torch.distributed.checkpoint` puts {} where a flattened state lacks an entry.
         kept = {i: {k: v for k, v in state.items() if v != {}} for i, state in state_dict["state"].items()}
-        state_dict = {**state_dict, "state": kept}
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for i, p in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    # counts are for the host
-                    self.state[p][key] = value.to(p.device if value.is_floating_point() else "cpu", copy=True)
+        loaded: list[tuple[Tensor, dict[str, Any]]] = []
+
+        # Users' hooks may change what is loaded, and what was: this one comes after theirs, and `restore` before.
+        def look(_: Optimizer, hooked: dict[str, Any]) -> None:
+            saved = chain.from_iterable(group["params"] for group in hooked["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            loaded.extend((p, hooked["state"].get(i, {})) for i, p in zip(saved, params, strict=False))
+            for p, state in loaded:
+                for key in _SHAPED.intersection(state):
+                    if (shape := state[key].shape) != p.shape:
+                        raise ValueError(
+                            f"the {key} that was saved has the shape {tuple(shape)}, and its parameter {tuple(p.shape)}"
+                            ": load the state of an optimizer of the same model"
+                        )
+
+        def restore(_: Optimizer) -> None:
+            for p, state in loaded:
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        # counts are for the host
+                        self.state[p][key] = value.to(p.device if value.is_floating_point() else "cpu", copy=True)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict({**state_dict, "state": kept})
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class ModelOptimizer(ExactResume):
@@ -140,7 +170,8 @@ class ModelOptimizer(ExactResume):
         super().__init__(Parameters(model).tensors, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_factors": None}
+        # A scheduler puts its wrapper of this object's step among the attributes: a copy would step this one's model.
+        return {name: value for name, value in {**self.__dict__, "_factors": None}.items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -192,7 +223,9 @@ class ModelOptimizer(ExactResume):
     def _log_likelihood(self, outputs: Tensor, targets: Any) -> Tensor:
         """Log p(targets | outputs) of each event."""
         check_outputs(outputs)
-        return self.family.log_likelihood(outputs, targets)
+        if outputs.device.type == "cpu" and outputs.numel():
+            self.family.check_targets(outputs, targets)
+        return check_events(self.family.log_likelihood(outputs, targets), outputs, targets)
 
     def _steps(self, params: Iterable[Tensor]) -> int:
         """The number of steps that were taken: the largest, where some of the parameters were frozen for a while."""
@@ -208,7 +241,7 @@ class ModelOptimizer(ExactResume):
         if self.damping_metric != "online":
             return None
         params = self._trainable()
-        if self._factors is None or not self._factors.cover(params):
+        if self._factors is None or not self._factors.cover(params, self.state):
             self._factors = TrackedFactors(params, self.state, self.alpha)
         return self._factors
 
@@ -220,6 +253,28 @@ class ModelOptimizer(ExactResume):
         return [self.state[p][key] for p in params]
 
 
+class Held:
+    """Whether the entries of a state are still those that it had: users clear it, or replace them.
+
+    Args:
+        params: whose entries.
+        states: of all parameters.
+        passing: entries that are replaced anyway.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]], passing: Iterable[str] = ()
+    ) -> None:
+        self._entries = [(p, {key: states[p][key] for key in states[p].keys() - {*passing}}) for p in params]
+
+    def by(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether ``states`` has every entry, as the same object."""
+        return all(
+            (state := states.get(p)) is not None and all(state.get(key) is value for key, value in entries.items())
+            for p, entries in self._entries
+        )
+
+
 class TrackedFactors:
     """`OnlineNGD`'s factors of the gradients of a model, with its defaults; the optimizer's state is views of them.
 
@@ -229,10 +284,11 @@ class TrackedFactors:
     def __init__(self, params: list[Tensor], states: Mapping[Tensor, dict[str, Any]], alpha: float) -> None:
         self.params = [p for p in params if p.numel() > 0]
         self.preconditioner = OnlinePreconditioner(self.params, [states[p] for p in self.params], alpha=alpha)
+        self._held = Held(self.params, states, passing=["step"])
 
-    def cover(self, params: list[Tensor]) -> bool:
-        """Whether these are the parameters, empty ones aside."""
-        return {*self.params} == {p for p in params if p.numel() > 0}
+    def cover(self, params: list[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether these are the parameters, empty ones aside, and the state is still that of the factors."""
+        return {*self.params} == {p for p in params if p.numel() > 0} and self._held.by(states)
 
     def update(self, gradient: Tensor, step: int) -> None:
         """Take in the gradient of a step, (P,), where it is due; steps are counted from 0."""

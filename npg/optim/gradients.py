@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from npg.curvature.stacks import stacks
-from npg.optim.base import ExactResume, Tensors, check, decay_matrices, dense_gradients
+from npg.optim.base import ExactResume, Held, Tensors, check, decay_matrices, dense_gradients
 from npg.parameters import check_dtypes
 
 __all__ = ["GradientOptimizer", "Plan"]
@@ -57,7 +57,7 @@ class GradientOptimizer(ExactResume):
             group = self.param_groups[-1]
             names = group.get("param_names", range(len(group["params"])))
             self._validate(group, {str(name): p for name, p in zip(names, group["params"], strict=True)})
-        except ValueError:
+        except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
 
@@ -128,11 +128,13 @@ class GradientOptimizer(ExactResume):
         if not active:
             return []
         plans, fixed = self._plans.get(index, []), self._fixed
+        if not all(plan.held.by(self.state) for plan in plans):
+            plans = []  # the state was cleared, or an entry replaced
         options = {name: group[name] for name in self._of_plan}
         if any(plan.options[fixed] != options[fixed] for plan in plans):
             former = plans[0].options[fixed]
             raise ValueError(f"{fixed} must stay {former}, that of the factors; got {options[fixed]}")
-        if {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
+        if not plans or {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
             plans = self._plans[index] = self._plan(active, options)
         return plans
 
@@ -141,7 +143,10 @@ class GradientOptimizer(ExactResume):
         runs: dict[int, list[Tensor]] = {}
         for p in params:
             runs.setdefault(int(self.state[p].get("step", 0)), []).append(p)
-        return [self._plan_type(run, [self.state[p] for p in run], step, options) for step, run in runs.items()]
+        plans = [self._plan_type(run, [self.state[p] for p in run], step, options) for step, run in runs.items()]
+        for plan in plans:
+            plan.held = Held(plan.params, self.state)
+        return plans
 
 
 class _Outcome:
@@ -199,6 +204,9 @@ class Plan:
         step: how many steps they have behind them.
         options: those that the plan is made with.
     """
+
+    #: The state that the plan is of.
+    held: Held
 
     def __init__(
         self, params: list[Tensor], states: list[dict[str, Tensor]], step: int, options: dict[str, Any]

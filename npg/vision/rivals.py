@@ -68,6 +68,10 @@ class Muon(Optimizer):
             self._parts.append(torch.optim.Adam(others, vector_lr))
         super().__init__(groups, {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # without a scheduler's wrapper of this object's step
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of both with the gradients in `p.grad`."""

@@ -505,3 +505,62 @@ def test_no_gradient_of_any_size_makes_anything_that_is_not_finite(kind, seed):
         optimizer.step()
         assert all(bool(p.isfinite().all()) for p in params)
         assert finite or all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("reset", ["clear", "replace", "momentum"])
+def test_a_state_that_the_user_resets_is_not_gone_on_from(kind, start, reset):
+    """With gradients of zero nothing moves then, and what is saved is what is stepped with."""
+    one = start()
+    one.go(one.batches(3))
+    optimizer = one.optimizer
+    if reset == "clear":
+        optimizer.state.clear()
+    elif reset == "replace":
+        optimizer.state = type(optimizer.state)(dict)
+    else:
+        for state in optimizer.state.values():
+            state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
+    before = one.weights()
+    for p in one.model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_equal(one.weights(), before)
+    assert all("momentum_buffer" in state for state in optimizer.state_dict()["state"].values())
+    one.go(one.batches(1))
+    saved = optimizer.state_dict()["state"]
+    assert all(state["momentum_buffer"].any() for state in saved.values())
+
+
+def test_hooks_say_what_is_loaded_and_what_was(kind):
+    """As PyTorch's documentation has it: a hook before the loading matches parameters by name, one after it edits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    saved = kind(list(model.named_parameters()), lr=0.1)
+    model(torch.randn(8, 4)).square().sum().backward()
+    saved.step()
+
+    def by_name(optimizer, state_dict):
+        (group,) = state_dict["param_groups"]
+        state = dict(zip(group["param_names"], state_dict["state"].values()))
+        names = optimizer.param_groups[0]["param_names"]
+        ordered = {i: state[name] for i, name in enumerate(names)}
+        return {"state": ordered, "param_groups": [{**group, "param_names": names}]}
+
+    def halve(optimizer):
+        for state in optimizer.state.values():
+            state["momentum_buffer"].mul_(0.5)
+
+    other = kind(list(model.named_parameters())[::-1], lr=0.1)
+    other.register_load_state_dict_pre_hook(by_name)
+    other.register_load_state_dict_post_hook(halve)
+    other.load_state_dict(saved.state_dict())
+    for p in model.parameters():
+        assert torch.equal(other.state[p]["momentum_buffer"], saved.state[p]["momentum_buffer"] / 2)
+    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
+
+
+def test_a_group_with_a_rate_that_is_no_number_is_not_kept(kind):
+    optimizer = kind([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": "0.1"})
+    assert len(optimizer.param_groups) == 1

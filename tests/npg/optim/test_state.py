@@ -336,3 +336,100 @@ def test_every_method_refuses_the_same_parameters_by_name(kind, data):
         with pytest.raises(ValueError, match=r"'odd'.*([Ss]et|convert)"):
             way()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_copy_steps_its_own_model_where_a_scheduler_had_wrapped_the_step(name, data):
+    x, y = data
+    model = network()
+    optimizer = MAKE[name](model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    optimizer.step(x, y)
+    before = copy.deepcopy(model.state_dict())
+    for twin, copied in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        copied.step(x, y)
+        assert not torch.equal(twin[0].weight, before["0.weight"])
+        assert torch.equal(model[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("kind", [NGD, DiagonalNGD])
+def test_a_state_that_was_cleared_begins_anew(kind, data):
+    """The factors of the metric too: the next step is the first of a new optimizer."""
+    x, y = data
+    model = network()
+
+    def make(of):
+        return kind(of, FAMILY, lr=0.1, damping=0.1, damping_metric="online")
+
+    optimizer = make(model)
+    for _ in range(3):
+        optimizer.step(x, y)
+    optimizer.state.clear()
+    twin = copy.deepcopy(model)
+    new = make(twin)
+    for one in (optimizer, new):
+        torch.manual_seed(0)
+        one.step(x, y)
+    states = [one.state_dict()["state"] for one in (optimizer, new)]
+    for i, state in states[1].items():
+        assert states[0][i].keys() == state.keys()
+        assert all(torch.equal(states[0][i][key], value) for key, value in state.items())
+    assert torch.equal(model[0].weight, twin[0].weight)
+
+
+def test_a_state_of_another_shape_is_refused_before_it_is_loaded(data):
+    x, y = data
+    optimizer = NGD(network(), FAMILY, damping=0.1, momentum=0.5)
+    optimizer.step(x, y)
+    other = NGD(nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 3)), FAMILY, damping=0.1, momentum=0.5)
+    with pytest.raises(
+        ValueError, match=r"momentum_buffer that was saved has the shape \(4, 3\), and its parameter \(1, 3\)"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_warm_start_goes_on_in_another_dtype(dtypes, data):
+    x, y = data
+    model = network().to(dtypes[0])
+    optimizer = NGD(model, FAMILY, damping=0.1, warm_start=0.9)
+    optimizer.step(x.to(dtypes[0]), y)
+    model = model.to(dtypes[1])
+    other = NGD(model, FAMILY, damping=0.1, warm_start=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.step(x.to(dtypes[1]), y).accepted
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_padding_mask_hides_the_same_from_a_trial_as_from_the_gradient():
+    """In evaluation mode PyTorch has another way through an encoder without gradients: it returns 0 where masked."""
+    reports = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        model = Masked(nn.TransformerEncoder(layer, 1)).train(training)
+        x, y = torch.randn(6, 5, 8), torch.randint(8, (6, 5))
+        mask = torch.arange(5) >= torch.tensor([[5], [4], [3], [2], [1], [5]])
+        report = natural_step(
+            model,
+            (x, mask),
+            FAMILY,
+            lambda o, y=y, keep=~mask: (FAMILY.log_likelihood(o, y) * keep).sum() / keep.sum(),
+            trust_region=TrustRegion(0.01),
+            damping=0.1,
+        )
+        assert report.accepted
+        reports.append(report)
+    assert reports[1].kl == pytest.approx(reports[0].kl, rel=1e-4)
+
+
+class Masked(nn.Module):
+    """An encoder over a sequence of which a part is hidden."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, mask):
+        return self.encoder(x, src_key_padding_mask=mask)

@@ -83,3 +83,15 @@ def test_what_is_not_installed_is_refused_by_name(name: str, monkeypatch: pytest
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match=rf"^{name} .*install"):
         load_config("wrn-10-1", name, "small")
+
+
+def test_a_copy_of_muon_goes_on() -> None:
+    net = model()
+    optimizer = rivals.Muon(net.parameters(), 0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    train(net, optimizer, range(2))
+    twin, copied = copy.deepcopy((net, optimizer))
+    train(net, optimizer, range(2, 4))
+    train(twin, copied, range(2, 4))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -71,7 +71,8 @@ class NGD(ModelOptimizer):
             batch normalisation, for one.
         max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
         momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
-        weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone.
+        weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone. 0 with ``max_kl``,
+            as momentum.
         solver: a function of `npg.solvers` with its options bound, which solves with F itself; or a curvature of
             `npg.curvature`, an object or its class, which takes an F̂ + λI for F + λI and its inverse for the solution.
             The names are short for these: ``"cg"``, conjugate gradients; ``"dense"``, the report's Algorithm 1 as
@@ -142,8 +143,8 @@ class NGD(ModelOptimizer):
         check(0 <= damping < inf, "damping", damping, "a finite number, 0 or above")
         check(max_kl is None or 0 < max_kl < inf, "max_kl", max_kl, "None or a positive KL in nats")
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(not (momentum and max_kl), "momentum", momentum, "0 with max_kl, whose radius it would break")
         check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
+        self._check_radius(max_kl, momentum, weight_decay)
         check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         check(rtol >= 0, "rtol", rtol, "0 or above")
         check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
@@ -186,6 +187,12 @@ class NGD(ModelOptimizer):
         self.solver, self.preconditioner = solver, preconditioner
         self.generator, self.update_period = generator, update_period
 
+    @staticmethod
+    def _check_radius(region: object, momentum: float, weight_decay: float) -> None:
+        """Raise ValueError for what moves the model beside a step that was checked to be in its region."""
+        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+            check(not (region and value), name, value, "0 with max_kl, whose radius it would break")
+
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, inputs: Any = MISSING, targets: Any = MISSING, *, closure: None = MISSING
@@ -209,7 +216,8 @@ class NGD(ModelOptimizer):
         params = self._trainable()
         # A scheduler may have set it since: OneCycleLR does, unless cycle_momentum=False.
         momentum = group["momentum"]
-        check(not (momentum and self.trust_region), "momentum", momentum, "0 with max_kl, whose radius it would break")
+        self._check_radius(self.trust_region, momentum, group["weight_decay"])
+        theta, buffers = Parameters(self.model), Buffers(self.model)
         solver, x0, fraction = cast(Solver, self._solver), None, self.curvature_fraction
         count = self._steps(params)
         kept = None if self._curvature is None else KeptCurvature(self, self._curvature, params, count)
@@ -222,9 +230,8 @@ class NGD(ModelOptimizer):
         if (factors := self._online_factors()) is not None:
             solver = partial(solve_in_metric, root=factors.preconditioner.inverse_root(), solver=solver)
         if self.warm_start:
-            x0 = self.warm_start * torch.cat([s.flatten() for s in self._states("solution", params)])
+            x0 = self.warm_start * theta.flatten(self._states("solution", params))
         decay = group["lr"] * group["weight_decay"]
-        theta, buffers = Parameters(self.model), Buffers(self.model)
         origin = theta.copy() if momentum or decay else []
         report = natural_step(
             self.model,

@@ -52,7 +52,7 @@ CASES = {
     "tetris": f"npg npg/Tetris-v0 --timesteps 512 --save-freq 128 --eval-freq 256 {_TINY} "
     "--set policy=AfterstatePolicy --set env_kwargs.height=8",
     "cifar-sgd": f"wrn-10-1 sgd {_IMAGES} --lr 0.1 --ema 0.9",
-    "cifar-ngd": f"wrn-10-1 ngd {_IMAGES} --set max_kl=0.1 momentum=0 damping_control={{}} "
+    "cifar-ngd": f"wrn-10-1 ngd {_IMAGES} --set max_kl=0.1 momentum=0 weight_decay=0 damping_control={{}} "
     "damping_metric=identity warm_start=0.5",
     "cifar-online-ngd": f"wrn-10-1 online-ngd {_IMAGES}",
     "cifar-kfac": f"wrn-10-1 kfac {_IMAGES} --dropout 0.1",

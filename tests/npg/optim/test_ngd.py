@@ -533,9 +533,14 @@ def test_what_does_not_go_together(name, options):
         NGD(classifier(), families.Categorical(), **options)
 
 
-def test_momentum_does_not_go_with_a_radius():
-    with pytest.raises(ValueError, match=r"momentum=0\.9.*max_kl"):
-        NGD(classifier(), families.Categorical(), momentum=0.9, max_kl=0.01)
+@pytest.mark.parametrize("name", ["momentum", "weight_decay"])
+def test_what_moves_the_model_beside_the_step_does_not_go_with_a_radius(name):
+    with pytest.raises(ValueError, match=rf"{name}=0\.9.*max_kl"):
+        NGD(classifier(), families.Categorical(), **{name: 0.9}, max_kl=0.01)
+    optimizer = NGD(classifier(), families.Categorical(), damping=0.1, max_kl=0.01)
+    optimizer.param_groups[0][name] = 0.9
+    with pytest.raises(ValueError, match=rf"{name}=0\.9.*max_kl"):
+        optimizer.step(*batches(1)[0])
 
 
 def test_momentum_that_a_scheduler_sets_does_not_go_with_a_radius():

@@ -39,6 +39,8 @@ class Curvature(ABC, Generic[Evidence]):
     Tensors of the state are replaced by `update`, and never changed in place, unless the class says otherwise: whoever
     holds the former `state_dict` can go back by `load_state_dict`.
 
+    Parameters are known by their names: what was learnt of one stays with it while others are frozen or thawed.
+
     Attributes:
         name: under which an optimizer keeps the state.
         fields: the names of the tensors that a block may have.
@@ -72,6 +74,16 @@ class Curvature(ABC, Generic[Evidence]):
     def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
         """Know this, and nothing else. Set ``parameters`` first, where no `update` did."""
         self.blocks = {key: dict(block) for key, block in state.items()}
+
+    def _former(self, parameters: Parameters) -> dict[Key, Any]:
+        """The blocks by the indices that their parameters have among these, by name, without those that are gone."""
+        names = getattr(self, "parameters", parameters).names
+        index = {name: i for i, name in enumerate(parameters.names)}
+        return {
+            tuple(index[names[i]] for i in key): block
+            for key, block in self.blocks.items()
+            if all(names[i] in index for i in key)
+        }
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """C v; (P,) → (P,), or (P, K) → (P, K)."""

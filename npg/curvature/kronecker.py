@@ -157,7 +157,7 @@ class KroneckerFisher(Curvature[Fisher]):
         """
         parameters = fisher.parameters
         outputs, layers, calls = record_layers(fisher.linearization)
-        past, decay = self.blocks, self.decay
+        past, decay = self._former(parameters), self.decay
         keys = set(layers.values())  # no two of them share a parameter, so that no two blocks do
         # Also of a layer that is not in use today.
         kept = {key: block for key, block in past.items() if isinstance(block, Block) and key in keys}

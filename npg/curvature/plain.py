@@ -52,7 +52,7 @@ class DiagonalFisher(Curvature[Fisher]):
     def update(self, fisher: Fisher) -> None:
         """Take the diagonal of a batch into the mean."""
         parts = fisher.diagonal(self.probes, self.generator).split(fisher.parameters.sizes)
-        former, self.blocks, self.parameters = self.blocks, {}, fisher.parameters
+        former, self.blocks, self.parameters = self._former(fisher.parameters), {}, fisher.parameters
         for i, (part, p) in enumerate(zip(parts, self.parameters.tensors)):
             values, before = part.view(p.shape), former.get((i,), {})
             updates, newest = count(before.get("updates"), self.decay)
@@ -105,7 +105,7 @@ class DenseFisher(Curvature[Fisher]):
     def update(self, fisher: Fisher) -> None:
         """Take F of a batch into the mean."""
         matrix, key = fisher.dense(), tuple(range(len(fisher.parameters.tensors)))
-        self.parameters, before = fisher.parameters, self.blocks.get(key, {})
+        before, self.parameters = self._former(fisher.parameters).get(key, {}), fisher.parameters
         updates, newest = count(before.get("updates"), self.decay)
         self.blocks = {key: {"matrix": before["matrix"].lerp(matrix, newest) if before else matrix, "updates": updates}}
 

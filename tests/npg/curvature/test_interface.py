@@ -413,3 +413,22 @@ def test_what_is_no_preconditioner_is_named():
             NGD(network(), FAMILY, preconditioner=wrong)
     with pytest.raises(ValueError, match=r"preconditioner=.*None without solver='cg'"):
         NGD(network(), FAMILY, preconditioner="kfac", solver=DiagonalFisher())
+
+
+@pytest.mark.parametrize("kind", [DiagonalFisher, KroneckerFisher], ids=lambda kind: kind.__name__)
+def test_what_was_learnt_of_a_parameter_stays_with_it_when_another_is_frozen(kind: type[Any]) -> None:
+    """Two layers of one shape: without the first, the second keeps its own average; thawed, the first begins anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    curvature, second = kind(decay=0.95, probes=None), slice(12, None)
+    v = randn(12, seed=5)
+
+    def update() -> Curvature[Any]:
+        curvature.update(Fisher(model, batch(0), FAMILY))
+        return curvature
+
+    expected = (update() @ torch.cat([0 * v, v]))[second]
+    model[0].requires_grad_(False)
+    torch.testing.assert_close(update() @ v, expected)  # the same batch: its average is itself
+    model[0].requires_grad_(True)
+    torch.testing.assert_close((update() @ torch.cat([0 * v, v]))[second], expected)

@@ -41,6 +41,7 @@ from npg.model import (
     by_slot,
     frozen_statistics,
     is_autocast,
+    layer_by_layer,
     plain_attention,
     random_state,
     replayed_randomness,
@@ -108,6 +109,8 @@ class Linearization:
         device = self.parameters.device
         self.random_state = random_state(device)
         self._autocast = torch.get_autocast_dtype(device.type) if is_autocast(device) else None
+        # Both maps are linear: what goes into arithmetic of so small a range is brought near to 1 first.
+        self._half = torch.float16 in (self._autocast, *(p.dtype for p in self.parameters.tensors))
         self._buffers = Buffers(model)
         self._values = self.parameters.copy()
         mine = set(map(id, self.parameters.tensors))
@@ -128,9 +131,10 @@ class Linearization:
     def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
         """η at the given values of the parameters, by default at the present ones; (…, D)."""
         values = self.parameters.tensors if values is None else values
-        if self._direct and values is self.parameters.tensors:
-            return _at_least_float(cast(nn.Module, self.model)(*self._inputs))
-        return _at_least_float(self._call(self.parameters.named(values)))
+        with layer_by_layer():
+            if self._direct and values is self.parameters.tensors:
+                return _at_least_float(cast(nn.Module, self.model)(*self._inputs))
+            return _at_least_float(self._call(self.parameters.named(values)))
 
     def record(self) -> Tensor:
         """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing."""
@@ -203,6 +207,11 @@ class Linearization:
         graph. A program has copies: its products stay those of the point of linearisation whatever happens.
         """
         now, tensors = self._present_versions(), self.parameters.tensors
+        if self._graph is not None and not all(p.requires_grad for p in self.leaves):
+            frozen = [name for name, p in zip(self.parameters.names, self.leaves) if not p.requires_grad]
+            raise RuntimeError(
+                f"{frozen} were frozen after they were linearised here: make a new Fisher (or Linearization)"
+            )
         if now == self._versions and not (values and not all(map(_same, tensors, self._values))):
             return
         own = now[: len(tensors)] != self._versions[: len(tensors)] or now == self._versions
@@ -222,6 +231,14 @@ class Linearization:
                 return self.pull_back(u)
         self._check(values=self._graph is not None and p.device.type == "cpu")  # elsewhere the host would wait
         u = u.to(self.outputs.dtype).contiguous()  # see `npg.acceleration.program.dense`
+        if not self._half:
+            return self._pull_back(u)
+        # A sum over events must not overflow, nor may its many small terms underflow.
+        unit = _power_of_two(u.reshape(*u.shape[: u.ndim - self.outputs.ndim], -1).abs().sum(-1)) / 256
+        return self._pull_back(u / unit.view(*unit.shape, *[1] * self.outputs.ndim)) * unit
+
+    def _pull_back(self, u: Tensor) -> Tensor:
+        p = self.parameters
         if u.ndim == self.outputs.ndim + 1:
             columns = _each(self._by_autograd() if self._maps is None else self._maps.plain_pull, u)
             return torch.cat([c.reshape(len(u), -1).to(p.dtype) for c in columns], 1).T
@@ -249,6 +266,13 @@ class Linearization:
         if self._maps is None:
             self._maps, self._graph = self._first_that_agrees()
             self._seen = None
+        if not self._half:
+            return self._push_forward(v)
+        unit = _power_of_two(v.abs().amax(0))
+        return self._push_forward(v / unit) * unit.view(*unit.shape, *[1] * self.outputs.ndim)
+
+    def _push_forward(self, v: Tensor) -> Tensor:
+        assert self._maps is not None
         if v.ndim == 1:
             return self._maps.push(self.parameters.unflatten(v.contiguous()))
         push = self._maps.plain_push
@@ -389,6 +413,12 @@ def _at_least_float(outputs: Any) -> Tensor:
             f"got {kind}"
         )
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The powers of two below these numbers ≥ 0; 1 for zero and what is not finite."""
+    power = x / (2 * torch.frexp(x).mantissa)
+    return torch.where((power > 0) & torch.isfinite(x), power, 1.0)
 
 
 def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool = False) -> Sequence[Tensor]:

@@ -156,12 +156,21 @@ def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention by its plain formula: the fused kernels have no forward rule, nor a backward to differentiate."""
+def layer_by_layer() -> Iterator[None]:
+    """Attention without the shortcut of `torch.nn.TransformerEncoder` for passes without gradients.
+
+    That returns other numbers where a padding mask hides an event: a pass with gradients would be of another function.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by its plain formula: the fused kernels have no forward rule, nor a backward to differentiate."""
+    with layer_by_layer(), sdpa_kernel(SDPBackend.MATH):
+        yield

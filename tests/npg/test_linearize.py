@@ -1,5 +1,6 @@
 """The two maps of the linearisation: who falls back and says so, what the traced program must notice, whose mode."""
 
+import copy
 import gc
 import random
 import warnings
@@ -907,3 +908,29 @@ def test_a_model_that_is_not_to_be_traced_has_the_same_maps_without_a_word(recwa
     moved = Linearization(untraced, x, bias).push_forward(torch.ones(2, dtype=torch.float64))
     assert torch.equal(moved, torch.ones(5, 2, dtype=torch.float64))
     assert not [w for w in recwarn if "forward mode" in str(w.message)]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1.0, 1e6])
+def test_products_in_half_precision_keep_their_digits_at_every_scale(scale):
+    """Both maps are linear, and float16 has no numbers below 6e-8 and above 65,504."""
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).half()
+    model, x = copy.deepcopy(twin), torch.randn(64, 5).half()
+    half, whole = Linearization(model, x), Linearization(twin.double(), x.double())
+    v, u = torch.randn(75), torch.randn(64, 3)
+    for mine, truth, given in ((half.push_forward, whole.push_forward, v), (half.pull_back, whole.pull_back, u)):
+        expected = truth(given.double())
+        got = mine(scale * given).double() / scale
+        assert (got - expected).norm() < 2e-3 * expected.norm()
+        columns = torch.stack([given, 3 * given], 1 if given.ndim == 1 else 0)
+        several = mine(scale * columns).double() / scale
+        several = several.unbind(0 if given.ndim == 1 else 1)
+        assert (several[1] - 3 * expected).norm() < 6e-3 * expected.norm()
+
+
+def test_a_parameter_that_was_frozen_since_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    linearization = Linearization(model, torch.randn(4, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"\['0\.weight', '0\.bias'\] were frozen after they were linearised here"):
+        linearization.push_forward(torch.ones(12))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
@@ -58,7 +59,8 @@ class _System:
     def __init__(
         self, A: AnyOperator, b: Tensor, damping: float, preconditioner: Callable[[Tensor], Tensor] | None
     ) -> None:
-        self.apply, self.b, self.damping, self.preconditioner = product_of(A), b, damping, preconditioner
+        self.apply, self.b, self.damping = product_of(A), b, damping
+        self.preconditioner = None if preconditioner is None else product_of(partial(preconditioner), "preconditioner")
         self.single = b.ndim == 1
         B = b.unsqueeze(1) if self.single else b
         # One power of two per column brings ‖b‖ near 1: squares neither overflow nor underflow, and no digit changes.
@@ -76,7 +78,8 @@ class _System:
         """C⁻¹ r, or r itself."""
         if self.preconditioner is None:
             return r
-        return self.preconditioner(r.squeeze(1)).unsqueeze(1) if self.single else self.preconditioner(r)
+        z = self.preconditioner(r.squeeze(1) if self.single else r)
+        return z.unsqueeze(1) if self.single else z
 
     def start(self, x0: Tensor | None) -> tuple[Tensor, Tensor]:
         """The first x, and its residual."""

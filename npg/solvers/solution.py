@@ -105,35 +105,42 @@ CODE = {status: code for code, status in enumerate(ORDER)}
 RUNNING = -1
 
 
-def product_of(A: AnyOperator) -> Callable[[Tensor], Tensor]:
+def product_of(A: AnyOperator, name: str = "A") -> Callable[[Tensor], Tensor]:
     """V ↦ A v, from an operator with ``A @ v`` or from that function itself; each product is looked at.
 
     Raises:
-        TypeError: if A is neither, or takes no tensors; and, from the function, if a product is no tensor.
-        ValueError: from the function, if a product has another shape than v.
+        TypeError: if A, the argument ``name``, is neither, or takes no tensors; and, from the function, if a product is
+            no tensor.
+        ValueError: from the function, if a product has another shape than v, or v itself was changed.
     """
     if isinstance(A, np.ndarray):
-        raise TypeError("A must take tensors, got a NumPy array: give torch.as_tensor(A)")
+        raise TypeError(f"{name} must take tensors, got a NumPy array: give torch.as_tensor({name})")
     if hasattr(type(A), "__matmul__"):
         apply: Callable[[Tensor], Tensor] = cast(LinearOperator, A).__matmul__
     elif callable(A):
         apply = A
     else:
         raise TypeError(
-            f"A must have products A @ v, or be a function v ↦ Av, got {type(A).__name__}: give a matrix, an operator "
-            "such as npg.Fisher, or lambda v: …"
+            f"{name} must have products {name} @ v, or be a function v ↦ {name} v, got {type(A).__name__}: give a "
+            "matrix, an operator such as npg.Fisher, or lambda v: …"
         )
 
     def product(v: Tensor) -> Tensor:
+        version = None if v.is_inference() else v._version
         w = apply(v)
         if not isinstance(w, Tensor):
             raise TypeError(
-                f"A must map tensors to tensors, got {type(w).__name__}: convert its result, as in "
-                "lambda v: torch.as_tensor(A @ v.numpy())"
+                f"{name} must map tensors to tensors, got {type(w).__name__}: convert its result, as in "
+                f"lambda v: torch.as_tensor({name} @ v.numpy())"
             )
         if w.shape != v.shape:
             raise ValueError(
-                f"A must map vectors of shape {tuple(v.shape)}, that of b, to the same shape, got {tuple(w.shape)}"
+                f"{name} must map vectors of shape {tuple(v.shape)}, that of b, to the same shape, got {tuple(w.shape)}"
+            )
+        if version is not None and v._version != version:
+            raise ValueError(
+                f"{name} changed the vector that it was given: return another tensor, without v.mul_(…), v.div_(…) or "
+                "out=v"
             )
         return w
 

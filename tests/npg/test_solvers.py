@@ -752,3 +752,22 @@ def test_a_status_means_what_it_says_at_every_scale(
         assert float(said) == pytest.approx(residual, rel=0.05, abs=rounding + 1e-7)
         if status is Status.CONVERGED and solver != "eigh":
             assert residual <= rtol + rounding + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "message"),
+    [
+        (lambda r: r.div_(2.0), "preconditioner changed the vector that it was given"),
+        (lambda r: r / torch.ones(3, 1), r"preconditioner must map vectors of shape \(3,\).* got \(3, 3\)"),
+        (lambda r: torch.tensor(1.0), r"preconditioner must map vectors of shape \(3,\).* got \(\)"),
+        (lambda r: None, "preconditioner must map tensors to tensors"),
+    ],
+)
+def test_what_a_preconditioner_returns_is_looked_at(preconditioner, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        conjugate_gradient(torch.eye(3), torch.ones(3), preconditioner=preconditioner)
+
+
+def test_a_product_that_changes_its_vector_is_refused():
+    with pytest.raises(ValueError, match="A changed the vector that it was given"):
+        conjugate_gradient(lambda v: v.mul_(2.0), torch.ones(3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from npg.vision.training import Trainer
 
 __all__ = [
+    "check_classes",
     "checkpoints_in",
     "config_of",
     "find_checkpoint",
@@ -50,9 +51,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if found := checkpoints_in(path).newest():
         return found
-    raise CheckpointError(
-        f"there is no checkpoint at {path}; --resume takes a run folder or a file of its checkpoints/"
-    )
+    raise CheckpointError(f"there is no checkpoint at {path}: give a run folder, or a file of its checkpoints/")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -102,6 +101,21 @@ def config_of(path: Path, state: Mapping[str, Any]) -> Config:
         return Config(**state["config"])
 
 
+def check_classes(state: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Check that a checkpoint is of images with these classes, in this order; those of before know of none.
+
+    Raises:
+        CheckpointError: it is of others.
+    """
+    saved = state.get("classes", classes)
+    for i, (theirs, ours) in enumerate(zip(saved, classes)):
+        if theirs != ours:
+            raise CheckpointError(
+                f"the checkpoint has {theirs!r} for class {i}, and the images have {ours!r}: give the data that it was "
+                "trained on, or name the classes' folders as they were"
+            )
+
+
 @contextmanager
 def _expected(path: Path) -> Iterator[None]:
     """Say of a checkpoint that is whole, and not as this version writes it, what is missing or unknown."""
@@ -147,6 +161,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     }
     return {
         "config": trainer.config.to_dict(),
+        "classes": list(trainer.classes),
         "world_size": world.size,
         "epoch": trainer.epoch,
         "seconds": trainer.seconds,
@@ -163,8 +178,9 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """Put a trainer where `state_of` found it.
 
     Raises:
-        CheckpointError: the state does not fit the model or the optimizer.
+        CheckpointError: the state does not fit the model, the optimizer or the data.
     """
+    check_classes(state, trainer.classes)
     own = state["processes"][trainer.world.rank]
     optimizer = own["optimizer"] or state["processes"][0]["optimizer"]
     try:

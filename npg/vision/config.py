@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
-from npg.vision.optimizers import check_optimizer, takes_batches
+from npg.vision.optimizers import OPTIMIZERS, check_optimizer, takes_batches
 
 __all__ = ["PRESETS", "Config", "load_config"]
 
@@ -140,7 +140,8 @@ def load_config(
 ) -> Config:
     """A preset's configuration for an optimizer, with what the caller says put over it.
 
-    A preset is a YAML file of the fields of `Config`, with the options of each optimizer under ``optimizers``.
+    A preset is a YAML file of the fields of `Config`, with the options of each optimizer under ``optimizers``. The
+    ``config.yaml`` of a run is one too, for its own optimizer.
 
     Args:
         model: the model's name.
@@ -158,8 +159,16 @@ def load_config(
         values = read_yaml(resources.files("npg.vision") / "presets" / f"{preset}.yaml")
     else:
         values = read_yaml(path)
-    options = mapping(f"optimizers of preset {preset}", values.pop("optimizers", None))
-    options = mapping(f"the options of {optimizer} in preset {preset}", options.get(optimizer))
+    each = mapping(f"optimizers of preset {preset}", values.pop("optimizers", None))
+    check_names("optimizer", each, OPTIMIZERS, f"under optimizers of preset {preset}")
+    options = mapping(f"the options of {optimizer} in preset {preset}", each.get(optimizer))
+    own = mapping(f"optimizer_options of preset {preset}", values.pop("optimizer_options", None))
+    if own and values.get("optimizer", optimizer) != optimizer:
+        raise ValueError(
+            f"the optimizer_options of preset {preset} are of {values['optimizer']}, and the optimizer is {optimizer}: "
+            f"take {values['optimizer']}, or write them under optimizers: {{{values['optimizer']}: …}} in the preset"
+        )
+    options |= own
     merged = values | dict(overrides or {})
     check_names("key", merged, [f.name for f in fields(Config)], f"of preset {preset}")
     merged["optimizer_options"] = options | dict(optimizer_overrides or {})

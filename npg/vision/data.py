@@ -56,9 +56,9 @@ CIFAR10_MD5 = {
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LARGEST_FILE = 2**28
 """Bytes of a file in an archive; a batch of CIFAR-10 has 31 million."""
-_DECODING = 2
+_DECODING = 3
 """Counts the changes of what files are decoded to, so that images in the cache from before are not used."""
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff", ".webp"}
 _LAYOUT = (
     f"expected CIFAR-10's Python archive under its own name, {CIFAR10_ARCHIVE}, or image files laid out "
     "train/<class>/<file> and test/<class>/<file> in a folder or in a .tar, .tar.gz, .tar.xz or .zip archive"
@@ -274,6 +274,13 @@ def _is_image(path: PurePosixPath) -> bool:
     )
 
 
+def _looks_like_one(path: PurePosixPath) -> bool:
+    """Whether a file below train or test has the name of an image of any kind, though not of one that is read."""
+    Image.init()  # without it only the commonest kinds are known
+    inside = {"train", "test"}.intersection(path.parts[:-1])
+    return bool(inside) and path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
+
+
 def _load_images(source: Path, progress: bool) -> ImageData:
     """Decode the image files once; the same source, unchanged, comes from the cache the next time."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
@@ -293,7 +300,20 @@ def _load_images(source: Path, progress: bool) -> ImageData:
             return ImageData(**columns, classes=classes)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, TypeError):
             pass  # a damaged cache is only a cache: decode again and replace it
-    data = _decode(_members(source, _is_image), source, progress)
+    unread: list[PurePosixPath] = []
+
+    def wanted(path: PurePosixPath) -> bool:
+        read = _is_image(path)
+        if not read and _looks_like_one(path):
+            unread.append(path)
+        return read
+
+    data = _decode(_members(source, wanted), source, progress)
+    if unread:
+        raise DataError(
+            f"{source} has {len(unread)} images that would not be read, such as {unread[0]}: let them be "
+            f"train/<class>/<file> or test/<class>/<file>, of {', '.join(sorted(_IMAGE_SUFFIXES))}, or remove them"
+        )
     columns = {name: value for name, value in vars(data).items() if name != "classes"}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ class Trainer:
         model: nn.Module | None = None,
     ) -> None:
         state = None if checkpoint is None else load_matching(checkpoint, config, world)
-        self.config, self.world = config, world
+        self.config, self.world, self.classes = config, world, data.classes
         device = world.device
         if config.sync_bn and device.type != "cuda":
             raise ValueError("sync_bn must be off on a CPU: PyTorch synchronises BatchNorm on CUDA only")

@@ -245,6 +245,12 @@ def test_what_a_resume_may_not_change(folder: Path, tmp_path: Path, capsys: pyte
     assert len(rows(run)) == 2
     assert status(["--resume", str(run), "--epochs", "3"]) == 0
     assert len(rows(run)) == 3
+    for split in ("train", "test"):  # which makes class 0 the other one
+        (folder / split / "cat").rename(folder / split / "zebra")
+    capsys.readouterr()
+    for main, asked in ((train_cifar.main, ["--resume", str(run), "--epochs", "4"]), (evaluate_cifar.main, [str(run)])):
+        assert status(asked, main) == 2
+        assert "has 'cat' for class 0, and the images have 'dog'" in capsys.readouterr().err
 
 
 def test_a_loss_that_explodes_ends_with_status_1(

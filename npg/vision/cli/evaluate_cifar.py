@@ -11,6 +11,7 @@ import torch
 from npg.parallel import open_world
 from npg.runs.command_line import MISTAKES, Parser
 from npg.vision import data, load_model
+from npg.vision.checkpoint import check_classes, find_checkpoint, load_checkpoint
 from npg.vision.evaluation import evaluate
 from npg.vision.loader import Normalization
 
@@ -28,11 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse(arguments)
     with parser.preparing(*MISTAKES):
-        model, config = load_model(options.run)
+        found = find_checkpoint(options.run)
+        model, config = load_model(found)
         images = data.load(options.data or config.data, progress=sys.stderr.isatty())
         classes: int = model.classifier.out_features  # type: ignore[union-attr, assignment]
         if classes != len(images.classes):
             raise ValueError(f"the model has {classes} classes, and the images have {len(images.classes)}")
+        check_classes(load_checkpoint(found), images.classes)
         with open_world(options.device) as world:
             normalize = Normalization(config.mean, config.std, world.device)
             test, labels = (torch.from_numpy(p).to(world.device) for p in (images.test_images, images.test_labels))

@@ -82,3 +82,19 @@ def test_bad_presets(tmp_path: Path) -> None:
     path.write_text("just text")
     with pytest.raises(ValueError, match="must be a mapping"):
         load_config("wrn-16-1", "sgd", str(path))
+
+
+def test_a_run_s_own_configuration_is_a_preset_of_its_optimizer(tmp_path: Path) -> None:
+    run = load_config("wrn-16-1", "sgd", "small", {"epochs": 3}, {"lr": 0.5, "momentum": 0.8})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(run.to_dict()))
+    assert load_config("wrn-16-1", "sgd", str(path)) == run
+    again = load_config("wrn-16-1", "sgd", str(path), {}, {"lr": 0.1})
+    assert again.optimizer_options == {**run.optimizer_options, "lr": 0.1}
+    with pytest.raises(
+        ValueError, match=r"optimizer_options of preset .* are of sgd, and the optimizer is adam: take sgd"
+    ):
+        load_config("wrn-16-1", "adam", str(path))
+    path.write_text("optimizers: {kl-shampo: {lr: 0.5}}")
+    with pytest.raises(ValueError, match=r"unknown optimizer 'kl-shampo' under optimizers .*did you mean kl-shampoo"):
+        load_config("wrn-16-1", "kl-shampoo", str(path))

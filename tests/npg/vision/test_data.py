@@ -208,6 +208,9 @@ def test_decoded_images_are_cached_until_the_source_changes(tmp_path: Path, monk
         (members() | {"train/cat/9.png": png(1, (5, 4))}, "train/cat/9.png .* has 5×4 pixels, and the first image 4×4"),
         (members() | {"train/cat/9.png": b"not an image"}, "train/cat/9.png .* cannot be read as an image"),
         (members() | {"copy/train/cat/0.png": png(1)}, "holds train/cat/0.png twice"),
+        (members() | {"train/cat/9.gif": b""}, r"has 1 images that would not be read, such as train/cat/9\.gif: let"),
+        (members() | {"train/cat/more/9.png": png(1)}, "has 1 images that would not be read, such as train/cat/more/9"),
+        (members() | {"test/9.png": png(1)}, r"has 1 images that would not be read, such as test/9\.png"),
     ],
 )
 def test_a_wrong_layout_is_explained(files: dict[str, bytes], message: str, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ class ActorHead(_Head):
     def check(self, observations: Any, actions: Tensor) -> None:
         """Refuse a policy whose own log-likelihood is not its family's, up to a function of the action.
 
-        Only ratios count, so the derivatives in the parameters are compared.
+        Only ratios count (`in_units_of_family`), so the derivatives in the parameters are compared.
 
         Args:
             observations: raw ones, a few.
@@ -217,12 +217,9 @@ class ActorHead(_Head):
                 [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, pulled)]
             )
 
-        if is_own(policy, "get_distribution") or not is_own(policy, "evaluate_actions"):
-            method, likelihood = "evaluate_actions", lambda: policy.evaluate_actions(observations, targets)[1]
-        else:
-            method, likelihood = "get_distribution", lambda: policy.get_distribution(observations).log_prob(targets)
+        method, likelihood = self._own_likelihood()
         with torch.enable_grad(), aside(policy):
-            own = gradient(likelihood())
+            own = gradient(likelihood(observations, targets))
         try:
             with torch.enable_grad(), aside(policy):  # from the same buffers
                 ours = gradient(self.family.log_likelihood(self(self.prepare(observations)), targets))
@@ -235,6 +232,34 @@ class ActorHead(_Head):
                 f"distribution that `get_distribution` returns, a {type(policy.action_dist).__name__}: let both be of "
                 "one distribution, because the steps are measured in its KL"
             )
+
+    def _own_likelihood(self) -> tuple[str, Callable[[Any, Tensor], Tensor]]:
+        """The method of the policy that its own log-likelihoods come from, and ``observations, targets ↦`` them."""
+        policy = self.policy
+        if is_own(policy, "get_distribution") or not is_own(policy, "evaluate_actions"):
+            return "evaluate_actions", lambda observations, targets: policy.evaluate_actions(observations, targets)[1]
+        return "get_distribution", lambda observations, targets: policy.get_distribution(observations).log_prob(targets)
+
+    @torch.no_grad()
+    def in_units_of_family(self, log_likelihood: Tensor, observations: Any, inputs: Any, targets: Tensor) -> Tensor:
+        """The policy's own log-likelihoods, (N,), without the function of the action that `check` lets them have.
+
+        A ratio is of two numbers in the same units, and the new one is the family's. What is taken away is as the
+        policy is now: so that one which changed since it acted has the ratio to the one that acted.
+
+        Args:
+            log_likelihood: of the policy that acted, (N,).
+            observations: raw ones.
+            inputs: the same, prepared.
+            targets: the actions, in the form that the family takes.
+        """
+        if self.standard:
+            return log_likelihood
+        _, likelihood = self._own_likelihood()
+        with aside(self.policy):
+            own = likelihood(observations, targets)
+        with aside(self.policy):  # from the same buffers
+            return log_likelihood + (self.family.log_likelihood(self(inputs), targets) - own)
 
     def targets(self, actions: Tensor) -> Tensor:
         """Stored actions (N, …) in the form that the family takes."""

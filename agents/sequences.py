@@ -187,6 +187,10 @@ class RecurrentActor(ActorHead):
         latent, _ = self.policy.actor_latent(_flat(prepared), starts, prepared["actor"])
         return self.outputs(latent).unflatten(0, starts.shape)
 
+    def in_units_of_family(self, log_likelihood: Tensor, observations: Any, inputs: Any, targets: Tensor) -> Tensor:
+        """As they are: `evaluate` stored the family's."""
+        return log_likelihood
+
     def targets(self, actions: Tensor) -> Tensor:
         """Stored actions (E, T, …) in the form that the family takes."""
         return actions[..., 0].long() if isinstance(self.family, families.Categorical) else super().targets(actions)

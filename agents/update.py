@@ -38,7 +38,7 @@ class Batch(NamedTuple):
         inputs: prepared observations.
         curvature_inputs: the part of them on which the Fisher is taken; None for all.
         actions: in the form that the actor's family takes.
-        old_log_likelihood: log p(action) under the policy that acted, (N,).
+        old_log_likelihood: log p(action) of the family under the policy that acted, (N,).
         advantages: (N,), normalised if so configured.
         rows: which of the rollout's they are.
     """
@@ -125,14 +125,15 @@ def batch_of(agent: NaturalPolicyAlgorithm, rollout: Any) -> Batch:
     actor = agent.networks.actor
     n, k = len(rollout.advantages), agent.sub_sampling_factor
     part = slice(None) if k == 1 else torch.randperm(n, device=agent.device)[::k]
-    inputs, advantages = actor.prepare(rows(rollout.observations, part)), rollout.advantages[part]
+    observations, targets = rows(rollout.observations, part), actor.targets(rollout.actions[part])
+    inputs, advantages = actor.prepare(observations), rollout.advantages[part]
     if agent.normalize_advantage:
         advantages = normalized(agent, advantages)
     return Batch(
         inputs=inputs,
         curvature_inputs=random_part(inputs, agent.fisher_fraction),
-        actions=actor.targets(rollout.actions[part]),
-        old_log_likelihood=rollout.old_log_prob[part],
+        actions=targets,
+        old_log_likelihood=actor.in_units_of_family(rollout.old_log_prob[part], observations, inputs, targets),
         advantages=advantages,
         rows=part,
     )

@@ -16,7 +16,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from agents import MDPO, NPG, TRPO, buffer
+from agents import CPO, MDPO, NPG, TRPO, buffer
 from agents.update import batch_of
 from npg import Fisher, acceleration, families
 
@@ -46,7 +46,7 @@ class Walk(gym.Env):
     def step(self, action):
         self.steps += 1
         ended = bool(self.np_random.random() < 0.05)
-        return self._observe(), -float(np.square(action).mean()), ended, not ended and self.steps >= 9, {}
+        return self._observe(), -float(np.square(action).mean()), ended, not ended and self.steps >= 9, {"cost": 1.0}
 
 
 def agent(policy=ActorCriticPolicy, action=BOX, cls=TRPO, **options):
@@ -347,6 +347,39 @@ def test_log_likelihoods_of_another_distribution_are_refused_by_name():
         .detach(),
         atol=1e-4,
     )
+
+
+class Unsquashed(distributions.DiagGaussianDistribution):
+    """Its log-likelihood is that of the tanh of the action, which the environment takes."""
+
+    def log_prob(self, actions):
+        return super().log_prob(actions) - torch.log1p(1e-6 - actions.tanh().square()).sum(-1)
+
+
+def moved_by_an_update(cls, distribution, change=None):
+    class Own(With):
+        made = distribution
+
+    options = {"cost_limit": 0.0} if cls is CPO else {"step_size": 0.1} if cls is NPG else {}
+    model = agent(Own, cls=cls, **options)
+    before = nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+    model.learn(64, At(change) if change else None)
+    return nn.utils.parameters_to_vector(model.policy.parameters()).detach() - before
+
+
+@pytest.mark.parametrize("cls", [TRPO, NPG, MDPO, CPO])
+@pytest.mark.parametrize("distribution", [Shifted, Unsquashed])
+@pytest.mark.parametrize("changing", [False, True])
+def test_a_function_of_the_action_in_the_log_likelihood_changes_no_step(cls, distribution, changing):
+    def change(model):  # after some of the rollout: the ratios are to the policy that acted
+        model.policy.log_std.data += 0.5
+
+    moved, plain = (
+        moved_by_an_update(cls, d, change if changing else None)
+        for d in (distribution, distributions.DiagGaussianDistribution)
+    )
+    assert plain.norm() > 0
+    assert (moved - plain).norm() <= 1e-3 * plain.norm()
 
 
 def test_distributions_without_a_kl_are_refused_by_name():

@@ -23,6 +23,7 @@ from agents.heads import CriticHead
 from agents.networks import fuse
 from agents.options import option
 from agents.recurrent import RecurrentPolicy
+from agents.standard import telling
 from agents.trpo import TrustRegionAlgorithm
 from agents.update import Batch, critic_for, surrogate
 from npg.constraint import Constraint
@@ -228,9 +229,8 @@ class CPO(TrustRegionAlgorithm):
         update_learning_rate(policy.optimizer, self.lr_schedule(self._current_progress_remaining))
         head = CriticHead(policy)
         policy.set_training_mode(False)
-        critic = critic_for(
-            self, head, head.own_parameters(self.recent_observations()), policy.optimizer, self.cost_critic_damping
-        )
+        parameters = head.own_parameters(telling(policy, observations), process_group=self.process_group)
+        critic = critic_for(self, head, parameters, policy.optimizer, self.cost_critic_damping)
         # a stream of its own, so that the policy draws what TRPO's does
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), training_mode(policy, but=[]):
             torch.manual_seed((torch.initial_seed() + 1 + self.n_updates) % 2**63)

@@ -20,6 +20,7 @@ from agents.buffer import random_part, rows
 from agents.checks import all_finite
 from agents.heads import CriticHead
 from agents.networks import Networks
+from agents.standard import telling
 from npg.families import Gaussian
 from npg.model import frozen_statistics
 from npg.parallel import average_, mean_, moments, size
@@ -175,7 +176,7 @@ def _buffers_of_the_actor(networks: Networks, observations: Any) -> list[tuple[n
     if next(policy.buffers(), None) is None:
         return []
     with torch.no_grad(), frozen_statistics(actor), _Reads() as reads:
-        actor(actor.prepare(rows(observations, slice(1))))
+        actor(actor.prepare(telling(policy, observations)))
     return [
         (module, name, buffer, buffer.clone())
         for module in policy.modules()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import MlpExtractor
@@ -21,6 +22,7 @@ from agents.standard import GLOBAL_HOOKS, MODED, aside, is_known, is_own, is_sta
 from npg import families
 from npg.acceleration import accelerate_function, close
 from npg.model import by_slot
+from npg.parallel import mean_
 
 __all__ = ["ActorHead", "CriticHead"]
 
@@ -63,15 +65,31 @@ class _Head(nn.Module):
         )
         return None if program is None else partial(program, *tensors)
 
-    def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
-        """The trainable parameters that the outputs depend on, by asking the graph of one forward pass."""
-        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+    def single(self, observations: Any) -> Any:
+        """Raw observations, one of each environment, as a rollout has them."""
+        return observations
+
+    def own_parameters(
+        self, observations: Any, known: Collection[str] = (), process_group: dist.ProcessGroup | None = None
+    ) -> dict[str, nn.Parameter]:
+        """The trainable parameters that the outputs depend on, by asking the graph of one forward pass.
+
+        Args:
+            observations: raw ones, as a rollout has them.
+            known: names of parameters that belong to them anyhow.
+            process_group: what the outputs depend on in one of its processes, belongs to them in all.
+        """
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        others = {name: p for name, p in trained.items() if name not in known}
         with torch.enable_grad(), aside(self.policy):
             outputs = self(self.prepare(observations))
-            if not outputs.requires_grad:
-                return {}
-            gradients = torch.autograd.grad(outputs.sum(), list(named.values()), allow_unused=True)
-        return {name: p for (name, p), g in zip(named.items(), gradients) if g is not None}
+            if others and outputs.requires_grad:  # no backward is run where none of them is found
+                gradients = torch.autograd.grad(outputs.sum(), list(others.values()), allow_unused=True)
+                known = {*known, *(name for name, g in zip(others, gradients) if g is not None)}
+        share = [float(name in known) for name in trained]  # of the processes
+        if process_group is not None:
+            share = mean_(torch.tensor(share, device=self.policy.device), process_group).tolist()
+        return {name: p for (name, p), found in zip(trained.items(), share) if found}
 
 
 class ActorHead(_Head):
@@ -290,7 +308,9 @@ class CriticHead(_Head):
 
         def by_autograd(prepared: Any, targets: Tensor) -> Sequence[Tensor]:
             loss = mse_loss(self(prepared).flatten(), targets.flatten())
-            return loss.detach(), *torch.autograd.grad(loss, parameters)
+            # a mini-batch may be without the observations that some of them are there for
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            return loss.detach(), *gradients
 
         # A forward pass may move buffers, and the one that is compared with would move them again.
         if not (self.standard and isinstance(prepared, Tensor) and is_known(self.policy)) or any(

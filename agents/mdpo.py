@@ -151,7 +151,7 @@ class MDPO(NaturalPolicyAlgorithm):
         for _ in range(self.n_actor_updates):
             outputs = forward()
             objective = surrogate(outputs) - proximity * family.kl(outputs, old).mean()
-            gradients = torch.autograd.grad(-objective, parameters.tensors)
+            gradients = torch.autograd.grad(-objective, parameters.tensors, allow_unused=True, materialize_grads=True)
             average_(gradients, group)
             for p, gradient in zip(parameters.tensors, gradients):
                 p.grad = gradient

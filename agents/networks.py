@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from agents.distributions import FlatProduct, SquashedGaussian
 from agents.heads import ActorHead, CriticHead
 from agents.recurrent import RecurrentPolicy
 from agents.sequences import RecurrentActor, RecurrentCritic
-from agents.standard import is_standard
+from agents.standard import chooses, is_standard
 from npg.families import DiagonalGaussian, Geometry, Product
 from npg.transport import geometry
 
@@ -78,8 +80,31 @@ class Networks:
         """Those that the critic trains: none of the actor's, unless it may train features that they share."""
         return self._owners()[1]
 
+    def see(self, observations: Any) -> None:
+        """Find what actor and critic depend on in a whole rollout too, where other observations may go other ways.
+
+        Args:
+            observations: those of the rollout, which the processes that learn together all look at.
+        """
+        agent = self._agent
+        if chooses(agent.policy):
+            self._owned = self._look_for(observations, *self._owners(), agent.process_group)
+
+    def _look_for(
+        self,
+        observations: Any,
+        actor: Collection[str] = (),
+        critic: Collection[str] = (),
+        process_group: dist.ProcessGroup | None = None,
+    ) -> _Owned:
+        """The parameters of actor and critic, as one forward pass of each shows, and those that are known by name."""
+        own = self.actor.own_parameters(observations, actor, process_group)
+        shared = () if self._agent.train_shared_features else own
+        others = self.critic.own_parameters(observations, {*critic, *shared}, process_group)
+        return own, {name: p for name, p in others.items() if name not in shared}
+
     def _owners(self) -> _Owned:
-        """The parameters of actor and critic, as one forward pass of each shows. It is kept if it was of real ones."""
+        """The parameters of actor and critic, as present observations show. It is kept if they are real ones."""
         if self._owned is not None:
             return self._owned
         agent = self._agent
@@ -88,12 +113,10 @@ class Networks:
         if observations is None:
             observations, real = agent.policy.obs_to_tensor(agent.observation_space.sample())[0], False
         self.actor.look(observations)
-        actor = self.actor.own_parameters(observations)
-        shared = set() if agent.train_shared_features else {id(p) for p in actor.values()}
-        critic = {n: p for n, p in self.critic.own_parameters(observations).items() if id(p) not in shared}
+        owned = self._look_for(self.actor.single(observations))
         if real:
-            self._owned = actor, critic
-        return actor, critic
+            self._owned = owned
+        return owned
 
     def _signature(self) -> Any:
         """What tells one policy, whose parameters are frozen or not, from another."""

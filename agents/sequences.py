@@ -19,7 +19,7 @@ from stable_baselines3.common import buffers
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import obs_as_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.buffer import RolloutBuffer, rows, stacked
 from agents.distributions import FAMILIES, described, with_deviations
@@ -170,9 +170,9 @@ class RecurrentActor(ActorHead):
         """Sequences of preprocessed observations."""
         return _prepared(self.policy, observations)
 
-    def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
-        """The trainable parameters that the outputs depend on, from raw observations, one of each environment."""
-        return super().own_parameters(_alone(self.policy, observations))
+    def single(self, observations: Any) -> dict[str, Any]:
+        """Raw observations, one of each environment, as sequences of one step."""
+        return _alone(self.policy, observations)
 
     def outputs(self, latent: Tensor) -> Tensor:
         """What is behind the memory ↦ the parameters of the distribution, (N, D)."""
@@ -206,9 +206,9 @@ class RecurrentCritic(CriticHead):
         """Sequences of preprocessed observations."""
         return _prepared(self.policy, observations)
 
-    def own_parameters(self, observations: Any) -> dict[str, nn.Parameter]:
-        """The trainable parameters that the values depend on, from raw observations, one of each environment."""
-        return super().own_parameters(_alone(self.policy, observations))
+    def single(self, observations: Any) -> dict[str, Any]:
+        """Raw observations, one of each environment, as sequences of one step."""
+        return _alone(self.policy, observations)
 
     def forward(self, prepared: dict[str, Any]) -> Tensor:
         """Prepared sequences ↦ values (E, T, 1)."""

@@ -15,6 +15,7 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from torch import Tensor, nn
 
 from agents.afterstate import AfterstatePolicy, Afterstates
+from agents.buffer import rows
 from agents.distributions import FAMILIES
 from agents.hybrid import HybridActorCriticCnnPolicy, HybridActorCriticPolicy, HybridMultiInputActorCriticPolicy
 from agents.masks import (
@@ -27,7 +28,7 @@ from agents.masks import (
 )
 from npg.model import Buffers
 
-__all__ = ["GLOBAL_HOOKS", "MODED", "aside", "is_known", "is_own", "is_standard"]
+__all__ = ["GLOBAL_HOOKS", "MODED", "aside", "chooses", "is_known", "is_own", "is_standard", "telling"]
 
 # What Stable-Baselines3's own policies do; where a user's does another thing, that is asked and nothing composed.
 _OWN = {
@@ -81,6 +82,8 @@ _KNOWN = {
 
 MODED = (nn.BatchNorm1d, nn.BatchNorm2d)  # those of them that do another thing in training
 
+_PACKAGES = {"agents", "stable_baselines3", "torch"}  # none of their modules goes another way for other observations
+
 GLOBAL_HOOKS = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
 
 
@@ -103,16 +106,32 @@ def is_standard(policy: ActorCriticPolicy) -> bool:
     )
 
 
+def _untouched(module: nn.Module) -> bool:
+    return not (_shadowed(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_known(policy: ActorCriticPolicy) -> bool:
     """Whether a forward pass does nothing but to compute what a program of it computes, at any later time as well."""
     tensors = (*policy.parameters(), *policy.buffers())
     return (
-        all(
-            type(module) in _KNOWN and not (_shadowed(module) or module._forward_hooks or module._forward_pre_hooks)
-            for module in policy.modules()
-        )
+        all(type(module) in _KNOWN and _untouched(module) for module in policy.modules())
         and not any(GLOBAL_HOOKS)
         and all(type(tensor) in (nn.Parameter, Tensor) for tensor in tensors)
+    )
+
+
+def telling(policy: ActorCriticPolicy, observations: Any) -> Any:
+    """As many rows of a rollout as tell what a forward pass depends on.
+
+    The first one; or all, where a module of one's own may choose another way for other observations.
+    """
+    return rows(observations, slice(None if chooses(policy) else 1))
+
+
+def chooses(policy: ActorCriticPolicy) -> bool:
+    """Whether a forward pass may depend on other parameters for other observations: it has modules of one's own."""
+    return any(GLOBAL_HOOKS) or not all(
+        type(module).__module__.split(".")[0] in _PACKAGES and _untouched(module) for module in policy.modules()
     )
 
 

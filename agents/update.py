@@ -78,6 +78,7 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
     rollout = next(agent.rollout_buffer.get(batch_size=None))
     # The policy that acted is the one whose KL is bounded: no dropout, frozen statistics.
     policy.set_training_mode(False)
+    networks.see(rollout.observations)
     batch = batch_of(agent, rollout)
 
     statistics = fixed_statistics_of_the_actor(networks, rollout.observations, moving=agent.train_shared_features)

@@ -533,6 +533,100 @@ class Counting(BaseFeaturesExtractor):
         return observations - self.mean
 
 
+class Phases(gym.Env):
+    """The first five steps of an episode, and the last five."""
+
+    observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def _observe(self):
+        return np.array([self.steps / 10, self.steps >= 5], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self._observe(), float(action == (self.steps > 5)), self.steps == 10, False, {"cost": float(action)}
+
+
+class Experts(BaseFeaturesExtractor):
+    """One for each phase, which only the observations of that phase pass through."""
+
+    def __init__(self, space):
+        super().__init__(space, 4)
+        self.experts = nn.ModuleList(self.expert() for _ in range(2))
+
+    def expert(self):
+        return nn.Sequential(nn.Linear(2, 4), nn.Tanh())
+
+    def forward(self, observations):
+        features = observations.new_zeros(len(observations), 4)
+        for phase in range(2):
+            rows = (observations[:, 1] == phase).nonzero().flatten()
+            if len(rows):
+                features = features.index_copy(0, rows, self.experts[phase](observations[rows]))
+        return features
+
+
+class BothExperts(Experts):
+    """The same, and all observations pass through both."""
+
+    def forward(self, observations):
+        return torch.where(observations[:, 1:] > 0, *(self.experts[phase](observations) for phase in (1, 0)))
+
+
+class NormalisedExperts(Experts):
+    def expert(self):
+        return nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4), nn.Tanh())
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (TRPO, {"train_shared_features": True}),
+        (TRPO, {"policy": "MlpLstmPolicy"}),
+        (TRPO, {"policy_kwargs": {"share_features_extractor": False}, "critic": "natural"}),
+        (NPG, {"sub_sampling_factor": 4, "fisher_fraction": 0.3, "preconditioner": "kfac"}),
+        (MDPO, {"sub_sampling_factor": 16}),
+        (CPO, {"policy_kwargs": {"share_features_extractor": False}}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no traced program")
+def test_what_only_some_observations_reach_learns_as_if_all_did(cls, options):
+    def learned(extractor):
+        given = {"policy": "MlpPolicy", "batch_size": 4, **options}
+        given["policy_kwargs"] = {"features_extractor_class": extractor, **given.get("policy_kwargs", {})}
+        env = DummyVecEnv([Phases] * 4)
+        model = cls(env=env, n_steps=20, n_critic_updates=2, seed=0, device="cpu", **given)
+        before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
+        model.learn(160)
+        return {name: p.detach() - before[name] for name, p in model.policy.named_parameters()}
+
+    some, every = learned(Experts), learned(BothExperts)
+    for name, moved in every.items():
+        assert moved.any(), name
+        torch.testing.assert_close(some[name], moved, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_statistics_that_only_some_observations_reach_do_not_move():
+    env = DummyVecEnv([Phases] * 4)
+    model = TRPO(
+        "MlpPolicy",
+        env,
+        n_steps=20,
+        seed=0,
+        policy_kwargs={"features_extractor_class": NormalisedExperts},
+        device="cpu",
+    )
+    before = {name: b.clone() for name, b in model.policy.named_buffers()}
+    assert before
+    model.learn(160)
+    assert not [name for name, b in model.policy.named_buffers() if not torch.equal(b, before[name])]
+
+
 def test_buffers_move_as_in_stable_baselines3():
     def make():
         return agent(policy_kwargs={"features_extractor_class": Counting})

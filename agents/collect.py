@@ -100,10 +100,7 @@ class Collector(OnPolicyAlgorithm):
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += stepped
             callback.update_locals(locals())
-            if not callback.on_step():
-                if isinstance(rollout_buffer, SequenceBuffer):
-                    sequences.interrupted(self, rollout_buffer)
-                return False
+            going = callback.on_step()
             cut: list[_Cut] = []
             if dones.any():
                 self._update_info_buffer(infos, dones)
@@ -122,6 +119,10 @@ class Collector(OnPolicyAlgorithm):
                 rollout_buffer.add(observations, actions.reshape(env.num_envs, -1), rewards, starts, values, log_probs)
             self._last_obs, self._last_episode_starts = new_obs, dones
             n_steps += 1
+            if not going:  # what comes next begins where the environments are
+                if isinstance(rollout_buffer, SequenceBuffer):
+                    sequences.interrupted(self, rollout_buffer)
+                return False
         if isinstance(rollout_buffer, SequenceBuffer):
             last_values = sequences.evaluate(self, rollout_buffer, truncated, outputs)
         else:

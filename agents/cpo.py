@@ -61,7 +61,7 @@ class CPO(TrustRegionAlgorithm):
 
     Attributes:
         episode_cost: J_C, of the episodes that ended in the last rollout in which one did; before any did, of the
-            episodes so far, which is less.
+            episodes so far, which is less. One that was for a part without a limit is not counted.
         episode_length: T, of the same episodes, in steps.
 
     Args:
@@ -109,7 +109,7 @@ class CPO(TrustRegionAlgorithm):
         fuse(self.cost_policy.optimizer)
         if "_running" not in vars(self):
             self.cost_critic_damping = self.critic_damping
-            self._running = np.zeros((2, self.n_envs))  # cost and length of the episodes under way
+            self._running = _unseen(self.n_envs)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()
@@ -138,17 +138,19 @@ class CPO(TrustRegionAlgorithm):
         """
         self._costs = None
         if self.cost_limit == inf:
+            self._running = _unseen(env.num_envs)
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         meter: Any = _Meter(env)
-        if not super().collect_rollouts(meter, callback, rollout_buffer, n_rollout_steps):
-            return False
+        with undone_on_error(lambda: setattr(self, "_running", _unseen(env.num_envs))):
+            whole = super().collect_rollouts(meter, callback, rollout_buffer, n_rollout_steps)
         assert isinstance(rollout_buffer, RolloutBuffer)
-        dones = np.asarray(self._last_episode_starts)
-        costs = np.stack(meter.costs)
-        alive = rollout_buffer.alive(dones)
-        self._count(costs, rollout_buffer.episode_starts[0] > 0, alive == 0)
-        self._costs = self._advantages(costs.astype(np.float32), alive, rollout_buffer, meter.truncated)
-        return True
+        costs, dones = np.stack(meter.costs), np.asarray(self._last_episode_starts)
+        begun = rollout_buffer.episode_starts[: len(costs)] > 0
+        self._count(costs, begun[0], np.concatenate([begun[1:], dones[None] > 0]))
+        if whole:
+            alive = rollout_buffer.alive(dones)
+            self._costs = self._advantages(costs.astype(np.float32), alive, rollout_buffer, meter.truncated)
+        return whole
 
     @torch.no_grad()
     def _advantages(
@@ -174,16 +176,17 @@ class CPO(TrustRegionAlgorithm):
 
     def _count(self, costs: NDArray[np.float64], begun: NDArray[np.bool_], ends: NDArray[np.bool_]) -> None:
         """Mean cost and length of the episodes that ended, or else of those under way, unless others ended before."""
-        if self._running.shape != (2, costs.shape[1]):
-            self._running = np.zeros((2, costs.shape[1]))
-        self._running[:, begun] = 0.0
+        if self._running.shape != (3, costs.shape[1]):
+            self._running = _unseen(costs.shape[1])
+        new = np.array([[0.0], [0.0], [1.0]])
+        self._running[:, begun] = new
         ended = np.zeros(3)  # cost, length and number
         for cost, end in zip(costs, ends):
-            self._running += np.stack([cost, np.ones_like(cost)])
+            self._running[:2] += np.stack([cost, np.ones_like(cost)])
             if end.any():
-                ended += (*self._running[:, end].sum(1), end.sum())
-                self._running[:, end] = 0.0
-        under_way = (*self._running.sum(1), self._running.shape[1])
+                ended += self._running[:, end & (self._running[2] > 0)].sum(1)
+                self._running[:, end] = new
+        under_way = (*self._running[:2].sum(1), self._running.shape[1])
         sums = torch.as_tensor(np.stack([ended, under_way])).to(self.device)
         ended, under_way = mean_(sums, self.process_group).cpu().numpy()
         self._any_ended = self._any_ended or bool(ended[2])
@@ -254,6 +257,11 @@ class CPO(TrustRegionAlgorithm):
                 "train/limit_infeasible": float(report.limit == "infeasible"),
             }
         return log
+
+
+def _unseen(n_envs: int) -> NDArray[np.float64]:
+    """Of the episodes under way, (3, n): cost and length as far as seen, and 1 where their beginning was seen too."""
+    return np.zeros((3, n_envs))
 
 
 class _Meter:

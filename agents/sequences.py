@@ -274,9 +274,8 @@ def _next_values(agent: Collector, observations: Any, starts: NDArray[Any], stat
 
 @torch.no_grad()
 def interrupted(agent: Collector, buffer: SequenceBuffer) -> None:
-    """A rollout ends early: the critic remembers what was observed until then."""
-    if buffer.pos:
-        _remember(agent, torch.as_tensor(agent._last_states[0]), _values(agent, buffer)[1][:, -1])
+    """A rollout ends early: actor and critic remember what was observed until then."""
+    _remember(agent, buffer.after, _values(agent, buffer)[1][:, -1])
 
 
 @torch.no_grad()

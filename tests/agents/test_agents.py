@@ -616,6 +616,45 @@ def test_callback_can_stop_training():
     assert model.num_timesteps == 20
 
 
+class Newest(VecEnvWrapper):
+    """Keeps the last observations, and whose episodes ended before them."""
+
+    def reset(self):
+        self.newest = self.venv.reset(), np.ones(self.num_envs, bool)
+        return self.newest[0]
+
+    def step_wait(self):
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.newest = observations.copy(), dones.copy()
+        return observations, rewards, dones, infos
+
+
+class OwnForward(ActorCriticPolicy):
+    def forward(self, obs, deterministic=False):
+        return super().forward(obs, deterministic)
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", OwnForward, "MlpLstmPolicy"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_training_goes_on_where_a_callback_stopped_it(policy, ends):
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return not (self.n_calls > 4 and self.locals["dones"].any() == ends)
+
+    env = Newest(DummyVecEnv([lambda: Toy(BOX, ACTIONS["Box"])] * 2))
+    env.seed(0)
+    model = small(env=env, policy=policy)
+    model.learn(10**6, callback=Stop())
+    assert model.num_timesteps < 2 * model.n_steps
+    observations, dones = env.newest
+    assert dones.any() == ends
+    np.testing.assert_array_equal(model._last_obs, observations)
+    np.testing.assert_array_equal(model._last_episode_starts, dones)
+    model.learn(2 * model.n_steps, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.rollout_buffer.observations[0], observations)
+    np.testing.assert_array_equal(model.rollout_buffer.episode_starts[0], dones)
+
+
 def test_custom_rollout_buffer_is_used():
     class Counting(RolloutBuffer):
         added = 0

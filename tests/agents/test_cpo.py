@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from gymnasium import spaces
 from stable_baselines3.common import buffers
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -228,6 +229,57 @@ def test_before_an_episode_has_ended_its_cost_is_what_it_was_so_far():
     for cost, length in expected:
         assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 8)
         assert (model.episode_cost, model.episode_length) == (cost, length)
+
+
+class Stop(BaseCallback):
+    """Ends the rollout in its n-th step, or has an error there."""
+
+    def __init__(self, n: int, error: bool = False) -> None:
+        super().__init__()
+        self.n, self.error = n, error
+
+    def _on_step(self) -> bool:
+        if self.error and self.n_calls == self.n:
+            raise OSError("no space left")
+        return self.n_calls < self.n
+
+
+def test_every_episode_counts_whole_after_rollouts_that_were_stopped_or_without_a_limit():
+    model = small(CPO, costly(2), n_steps=8, cost_limit=5.0)
+    with torch.no_grad():
+        model.policy.action_net.bias[0] = 50.0  # every step costs 1, and an episode has 20
+    _, free = model._setup_learn(10**6, None)
+
+    def collected(callback: Any = free) -> tuple[float, float]:
+        if callback is not free:
+            callback.init_callback(model)
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, 8)
+        return model.episode_cost, model.episode_length
+
+    assert collected() == (8, 8)
+    assert collected(Stop(5)) == (13, 13)
+    assert collected(Stop(7)) == (20, 20)  # it ends with the episodes
+    assert collected(Stop(3)) == (20, 20)
+    with pytest.raises(OSError, match="no space"):
+        collected(Stop(2, error=True))
+    for _ in range(5):  # the end of the episode that is not known whole, and another one
+        assert collected() == (20, 20)
+    model.cost_limit = inf
+    collected()
+    model.cost_limit = 5.0
+    for _ in range(5):
+        assert collected() == (20, 20)
+
+
+@pytest.mark.parametrize("limits", [[5.0, inf], [inf]])
+def test_before_a_whole_episode_was_seen_its_cost_is_what_was_seen(limits):
+    model = small(CPO, costly(2), n_steps=8, cost_limit=5.0)
+    with torch.no_grad():
+        model.policy.action_net.bias[0] = 50.0
+    _, callback = model._setup_learn(10**6, None)
+    for model.cost_limit in [*limits, 5.0]:
+        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 8)
+    assert (model.episode_cost, model.episode_length) == ((4, 4) if len(limits) == 2 else (8, 8))
 
 
 def test_the_predicted_cost_is_the_derivative_of_the_true_one():

@@ -471,8 +471,8 @@ def test_memories_go_on_from_rollout_to_rollout_and_with_a_callback_that_ends_on
     model = small()
     model.learn(10**6, callback=End())
     kept = model.rollout_buffer
-    assert kept.pos == 4  # the step in which it ended is not recorded, and its observations come again
-    seen = kept.steps(4)
+    assert kept.pos == 5
+    seen = kept.steps(5)
     states = []
     with torch.no_grad():
         for head in (model.networks.actor, model.networks.critic):

@@ -292,7 +292,8 @@ def _costs_of(infos: list[dict[str, Any]], step: int) -> NDArray[np.float64]:
         if "cost" not in info:
             raise ValueError(
                 f"info['cost'] is missing from {where}: CPO needs the cost of every step. Take a task of "
-                "envs.velocity_limited, wrap yours in one that puts it there, or set cost_limit=inf"
+                "envs.velocity_limited, wrap yours in one that puts it there, or set cost_limit=inf. If it is there, "
+                "and the environment has a vector form of its own, make it with backend='gymnasium', which hands it on"
             )
         cost = info["cost"]
         if isinstance(cost, str) or np.ndim(cost) or not np.isrealobj(cost):

@@ -262,7 +262,7 @@ class DeployedPolicy(nn.Module):
         return seen[0] if self.keys is None else dict(zip(self.keys, seen))
 
     def forward(self, *observations: Tensor) -> Tensor:
-        """Raw observations ↦ actions, of the dtype that `predict` gives them."""
+        """Raw observations ↦ actions: float32 for a Box of any dtype, and otherwise of the dtype of `predict`'s."""
         policy, seen = self.policy, self._observation(observations)
         if self.deterministic:
             actions = policy._predict(seen, deterministic=True)

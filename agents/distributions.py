@@ -184,7 +184,8 @@ def described(distribution: Distribution) -> tuple[families.Family, Tensor]:
         if isinstance(distribution, StateDependentNoiseDistribution) and distribution.bijector is not None:
             return SquashedGaussian(distribution.epsilon), outputs
         return families.DiagonalGaussian(), outputs
-    names = [] if p is None or isinstance(p, list) else list(p.arg_constraints)
+    of_components = isinstance(p, torch.distributions.Distribution) and not p.event_shape
+    names = list(p.arg_constraints) if of_components else []
     if not names or "logits" in names:
         raise NotImplementedError(
             f"policy has the action distribution {type(distribution).__name__} over {type(p).__name__}, of which the "

@@ -372,7 +372,11 @@ def test_an_update_that_fails_in_the_cost_critic_changes_nothing():
 @pytest.mark.parametrize(
     ("price", "error", "match"),
     [
-        (None, ValueError, r"info\['cost'\] is missing from environment 0 in step 0 .*envs.velocity_limited"),
+        (
+            None,
+            ValueError,
+            r"info\['cost'\] is missing from environment 0 in step 0 .*envs.velocity_limited.*backend='gymnasium'",
+        ),
         (nan, FloatingPointError, r"info\['cost'\] is nan from environment \d in step"),
         (np.ones(2), ValueError, r"info\['cost'\] must be a number, got array"),
     ],

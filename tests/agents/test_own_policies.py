@@ -399,6 +399,51 @@ def test_distributions_without_a_kl_are_refused_by_name():
         collected(agent(WithMixture))
 
 
+@pytest.mark.parametrize(
+    ("made", "error", "match"),
+    [
+        (
+            lambda mean, std: torch.distributions.MultivariateNormal(mean, torch.diag_embed(std.expand_as(mean))),
+            NotImplementedError,
+            r"over MultivariateNormal.*one event per component",
+        ),
+        (
+            lambda mean, std: torch.distributions.StudentT(3.0, mean, std),
+            NotImplementedError,
+            "registered for StudentT:",
+        ),
+        (torch.distributions.VonMises, NotImplementedError, "registered for VonMises:"),
+        (torch.distributions.Laplace, ValueError, "kink"),
+        (torch.distributions.Gumbel, None, ""),
+    ],
+)
+def test_other_distributions_of_torch_are_taken_or_refused_by_name(made, error, match):
+    class Other(distributions.DiagGaussianDistribution):
+        def proba_distribution(self, mean_actions, log_std):
+            self.distribution = made(mean_actions, log_std.exp())
+            return self
+
+        def log_prob(self, actions):
+            log_prob = self.distribution.log_prob(actions)
+            return log_prob if log_prob.ndim == 1 else log_prob.sum(-1)
+
+        def entropy(self):
+            return None
+
+        def sample(self):
+            return self.distribution.sample()
+
+    class WithOther(With):
+        made = Other
+
+    if error is None:
+        model = agent(WithOther).learn(64)
+        assert 0 < model.logger.name_to_value["train/kl"] <= model.target_kl
+    else:
+        with pytest.raises(error, match=match):
+            agent(WithOther).learn(64)
+
+
 # ---------------------------------------------------------------------------------- what changes while they act
 
 

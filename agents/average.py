@@ -51,17 +51,23 @@ class PolicyAverage(nn.Module):
         self._of = (policy,)  # in a tuple, or PyTorch would make it a part of the average
         self.mark()
 
-    def _written(self) -> list[tuple[int, int]]:
-        """Where the policy's parameters are, and how often they have been written to."""
-        return [(p.data_ptr(), p._version) for p in self._of[0].parameters()]
-
     def mark(self) -> None:
         """Say that the parameters as they are now are the last that it knows of."""
-        self._known = self._written()
+        self._known = [p.detach().clone() for p in self._of[0].parameters()]
 
     def follows(self, policy: ActorCriticPolicy) -> bool:
-        """Whether it is this policy's average, and nobody else has written to its parameters since."""
-        return self._of[0] is policy and self._written() == self._known
+        """Whether it is this policy's average, and nobody else has changed its parameters since.
+
+        Their values are compared: a copy has the same ones at other places, and a write to ``.data`` leaves no mark. To
+        another device or type the average goes along.
+        """
+        now = [*policy.parameters()]
+        if self._of[0] is not policy or len(now) != len(self._known):
+            return False
+        if now and (now[0].device, now[0].dtype) != (self._known[0].device, self._known[0].dtype):
+            self.policy.to(now[0])
+            self._known = [known.to(now[0]) for known in self._known]
+        return all(map(torch.equal, now, self._known))
 
     @torch.no_grad()
     def update(self) -> None:

@@ -257,6 +257,13 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         modules, tensors = super()._get_torch_save_params()
         return [*modules, *(["average"] if self.average is not None else [])], tensors
 
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """As Stable-Baselines3's, and so what is saved; an average that is no longer this policy's is left out."""
+        found = super().get_parameters()
+        if self.average is not None and not self.average.follows(self.policy):
+            del found["average"]
+        return found
+
     def set_parameters(
         self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
     ) -> None:

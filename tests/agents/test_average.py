@@ -169,6 +169,50 @@ def test_parameters_of_elsewhere_begin_a_new_one(tmp_path):
             assert torch.equal(a, b)
 
 
+def by_data(policy: Any) -> None:
+    for p in policy.parameters():
+        p.data.mul_(-1)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda policy: torch.nn.init.ones_(policy.action_net.bias), id="in_place"),
+        pytest.param(by_data, id="by_data"),
+        pytest.param(lambda policy: policy.mlp_extractor.policy_net[0].reset_parameters(), id="reset"),
+    ],
+)
+def test_an_average_of_other_weights_neither_acts_nor_goes_into_files(tmp_path, write):
+    model = made(env="Pendulum-v1", ema=0.9, n_steps=64).learn(320)
+    write(model.policy)
+    assert model.deployed_policy is model.policy
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", device="cpu")
+    again = made(env="Pendulum-v1", ema=0.9)
+    again.set_parameters(model.get_parameters())
+    for policy in (loaded.deployed_policy, again.deployed_policy, DeployedPolicy(model).policy):
+        for a, b in zip(weights(policy), weights(model.policy), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(lambda model: (model.policy.double(), model)[1], id="another_type"),
+        pytest.param(lambda model: (model.policy.double().float(), model)[1], id="there_and_back"),
+    ],
+)
+def test_the_same_weights_at_other_places_keep_it(moved):
+    model = made(ema=0.9).learn(96)
+    average = [w.double() for w in weights(model.average.policy)]
+    found = moved(model)
+    assert found.deployed_policy is found.average.policy
+    for a, b in zip(weights(found.deployed_policy), average, strict=True):
+        assert torch.equal(a.double(), b)
+    assert all(a.dtype == b.dtype for a, b in zip(weights(found.deployed_policy), weights(found.policy)))
+
+
 def test_another_policy_gets_an_average_of_its_own():
     model = made(ema=0.9).learn(64)
     model.policy = copy.deepcopy(model.policy)

@@ -36,7 +36,7 @@ from agents.masks import TakesStructures, as_taken
 from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.recurrent import POLICIES as RECURRENT
-from agents.saved import saved_attributes, saved_values
+from agents.saved import as_lists, saved_attributes, saved_values
 from agents.schedules import schedule
 from agents.sequences import SequenceBuffer, is_recurrent
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
@@ -334,10 +334,11 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             custom_objects: values for attributes that the file has as pickles, such as a policy class of your own.
             unpickle: the names of attributes that are unpickled whatever they hold, with a warning: that can run any
                 code. The others are read as data (`agents.saved`).
-            kwargs: other arguments of Stable-Baselines3, and attributes to change.
+            kwargs: other arguments of Stable-Baselines3, and attributes to change; ``policy_kwargs`` are compared.
 
         Raises:
-            ValueError: if the file was saved by another algorithm, is damaged, or has an attribute that is no data.
+            ValueError: if the file was saved by another algorithm or with other ``policy_kwargs``, is damaged, or has an
+                attribute that is no data.
         """
         data = saved_values(path)
         contrib_trpo = {"cg_max_steps", "line_search_max_iter", "target_kl"} <= set(data)
@@ -351,9 +352,16 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         if "algorithm" not in data:
             kwargs = {name: value for name, value in cls.sb3_contrib_options.items() if name not in data} | kwargs
         given = custom_objects or {}
+        wanted = kwargs.pop("policy_kwargs", None)
         plain = saved_attributes(path, data, given={*given, *kwargs}, unpickle=unpickle)
         plain |= {name: kwargs[name] for name in kwargs.keys() & data.keys()}
         kwargs["custom_objects"] = plain | given
+        has = (data | plain | given)["policy_kwargs"]
+        if wanted is not None and as_lists(wanted) != as_lists(has):  # its network would be another one
+            raise ValueError(
+                f"policy_kwargs={wanted!r} are not those that path={str(path)!r} was saved with, {has!r}: leave them "
+                "out, or make a new agent"
+            )
         if env is not None:
             env = as_taken(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
         return super().load(path, env, *args, **kwargs)

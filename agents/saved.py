@@ -23,7 +23,7 @@ from stable_baselines3.common.save_util import open_path
 from agents.recurrent import POLICIES
 from npg.runs.checkpoints import check_parts
 
-__all__ = ["NotPlain", "Record", "plain_pickle", "saved_attributes", "saved_values"]
+__all__ = ["NotPlain", "Record", "as_lists", "plain_pickle", "saved_attributes", "saved_values"]
 
 _POLICIES = "stable_baselines3.common.policies"
 _ADMITTED: dict[str, str] = {
@@ -136,6 +136,13 @@ def saved_values(path: Any) -> dict[str, Any]:
         ) from error
     finally:
         file.seek(0) if file is path else file.close()
+
+
+def as_lists(value: Any) -> Any:
+    """With lists in place of tuples, within lists and dicts too: JSON, in which attributes are saved, has no tuples."""
+    if isinstance(value, dict):
+        return {key: as_lists(v) for key, v in value.items()}
+    return [as_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def saved_attributes(

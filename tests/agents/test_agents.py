@@ -825,6 +825,25 @@ def test_what_cannot_be_unpickled_any_more_is_replaced(tmp_path, monkeypatch):
     assert model.lr_schedule(1.0) == 2e-3
 
 
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        ({}, {"activation_fn": nn.ReLU}),
+        ({}, {"net_arch": [8]}),
+        ({"net_arch": [8]}, {}),
+        ({"net_arch": [8], "optimizer_kwargs": {"betas": (0.8, 0.9)}}, {"net_arch": [8]}),
+        ({"activation_fn": nn.ReLU}, {"activation_fn": nn.Tanh}),
+    ],
+)
+def test_a_model_is_not_loaded_into_another_network(saved, other, tmp_path):
+    model = small(policy_kwargs=copy.deepcopy(saved))
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^policy_kwargs=.* are not those that path=.* was saved with, .*: leave them"):
+        TRPO.load(tmp_path / "model", policy_kwargs=other)
+    for kwargs in ({"policy_kwargs": saved}, {"custom_objects": {"policy_kwargs": saved}, "policy_kwargs": saved}):
+        assert torch.equal(parameters_of(TRPO.load(tmp_path / "model", **kwargs)), parameters_of(model))
+
+
 @pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
 def test_frozen_layers_stay_and_the_others_move(algorithm):
     model = small(algorithm)

@@ -37,7 +37,6 @@ from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.recurrent import POLICIES as RECURRENT
 from agents.saved import as_lists, saved_attributes, saved_values
-from agents.schedules import schedule
 from agents.sequences import SequenceBuffer, is_recurrent
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
 from npg.families import Geometry
@@ -223,13 +222,6 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
-        if self.env is not None and self.normalize_advantage:
-            rows = self.env.num_envs * self.n_steps
-            if rows <= self.sub_sampling_factor:
-                raise ValueError(
-                    f"n_steps * n_envs must be larger than sub_sampling_factor to normalise advantages, got "
-                    f"{self.n_steps} * {self.env.num_envs} and {self.sub_sampling_factor}"
-                )
         if setup:
             self._setup_model()
 
@@ -244,6 +236,13 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     # ---------------------------------------------------------------------------------------------------- life cycle
 
     def _setup_model(self) -> None:
+        if self.env is not None and self.normalize_advantage:
+            rows = self.n_envs * self.n_steps
+            if rows <= self.sub_sampling_factor:
+                raise ValueError(
+                    f"n_steps * n_envs must be larger than sub_sampling_factor to normalise advantages, got "
+                    f"{self.n_steps} * {self.n_envs} and {self.sub_sampling_factor}"
+                )
         if is_recurrent(self):
             self.rollout_buffer_class = SequenceBuffer
         if self.rollout_buffer_class is None:
@@ -334,11 +333,13 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             custom_objects: values for attributes that the file has as pickles, such as a policy class of your own.
             unpickle: the names of attributes that are unpickled whatever they hold, with a warning: that can run any
                 code. The others are read as data (`agents.saved`).
-            kwargs: other arguments of Stable-Baselines3, and attributes to change; ``policy_kwargs`` are compared.
+            kwargs: other arguments of Stable-Baselines3, and attributes to change: options are checked as the
+                constructor does, and ``policy_kwargs`` compared.
 
         Raises:
-            ValueError: if the file was saved by another algorithm or with other ``policy_kwargs``, is damaged, or has an
-                attribute that is no data.
+            TypeError: if an argument is unknown, or not of its kind.
+            ValueError: if an option is out of its range; if the file was saved by another algorithm or with other
+                ``policy_kwargs``, is damaged, or has an attribute that is no data.
         """
         data = saved_values(path)
         contrib_trpo = {"cg_max_steps", "line_search_max_iter", "target_kl"} <= set(data)
@@ -347,11 +348,12 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             raise ValueError(
                 f"path={str(path)!r} was saved by {saved}, not by {cls.name()}: load it with its own class"
             )
-        scheduled = [name for name in kwargs if name in cls.options and cls.options[name].scheduled]
-        kwargs |= {name: schedule(name, kwargs[name]) for name in scheduled}
+        cls.refuse_unknown(kwargs, {*data, "print_system_info", "force_reset"})
         if "algorithm" not in data:
             kwargs = {name: value for name, value in cls.sb3_contrib_options.items() if name not in data} | kwargs
-        given = custom_objects or {}
+        kwargs |= {name: cls.checked(name, value) for name, value in kwargs.items() if name in cls.options}
+        given = {name: value for name, value in (custom_objects or {}).items() if name in data}
+        given |= {name: cls.checked(name, value) for name, value in given.items() if name in cls.options}
         wanted = kwargs.pop("policy_kwargs", None)
         plain = saved_attributes(path, data, given={*given, *kwargs}, unpickle=unpickle)
         plain |= {name: kwargs[name] for name in kwargs.keys() & data.keys()}
@@ -364,7 +366,9 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             )
         if env is not None:
             env = as_taken(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
-        return super().load(path, env, *args, **kwargs)
+        model = super().load(path, env, *args, **kwargs)
+        model.check_options()
+        return model
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log; ``time/iterations`` counts the updates of all calls of `learn`."""

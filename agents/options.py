@@ -13,7 +13,7 @@ import difflib
 import inspect
 import textwrap
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -113,19 +113,38 @@ class HasOptions:
             TypeError: if an argument is unknown, missing, or of the wrong kind.
             ValueError: if a value is out of its range.
         """
-        for name in (name for name in kwargs if name not in cls.options):
-            nearest = difflib.get_close_matches(name, cls.options)
-            hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(cls.options)}"
-            raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {hint}")
+        cls.refuse_unknown(kwargs)
         bound = cls.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        for name, value in bound.arguments.items():
-            if (option := cls.options[name]).scheduled:
-                bound.arguments[name] = schedule(name, value)
-                value = value_at(bound.arguments[name], 1.0)
-            if option.check is not None:
-                option.check(name, value)
-        return bound.arguments
+        return {name: cls.checked(name, value) for name, value in bound.arguments.items()}
+
+    @classmethod
+    def refuse_unknown(cls, names: Iterable[str], others: Collection[str] = ()) -> None:
+        """Refuse arguments that are neither options nor one of the ``others``.
+
+        Raises:
+            TypeError: it says what is alike.
+        """
+        for name in (name for name in names if name not in cls.options and name not in others):
+            nearest = difflib.get_close_matches(name, {*cls.options, *others})
+            hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(cls.options)}"
+            raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {hint}")
+
+    @classmethod
+    def checked(cls, name: str, value: Any) -> Any:
+        """The value of an option as the attribute has it.
+
+        Raises:
+            TypeError: if it is of the wrong kind.
+            ValueError: if it is out of its range.
+        """
+        option, first = cls.options[name], value
+        if option.scheduled:
+            value = schedule(name, value)
+            first = value_at(value, 1.0)
+        if option.check is not None:
+            option.check(name, first)
+        return value
 
 
 def _constructor(cls: type[HasOptions]) -> Callable[..., None]:

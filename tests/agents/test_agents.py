@@ -762,6 +762,36 @@ def test_mistakes_are_named_before_anything_is_built(algorithm):
         assert torch.equal(torch.get_rng_state(), before), option
 
 
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+@pytest.mark.parametrize("way", ["kwargs", "custom_objects"])
+def test_load_refuses_what_the_constructor_does(algorithm, way, tmp_path):
+    env = toy()
+    small(algorithm, env).save(tmp_path / "model")
+    for option, value in [*MISTAKES, ("critic", "natual"), ("advantage_deviation", "runing"), ("ema", 1.5)]:
+        unsaved = {"policy", *(["stats_window_size"] if way == "custom_objects" else [])}  # and so not looked at
+        if option not in algorithm.options or option in unsaved:
+            continue
+        given = {option: value} if way == "kwargs" else {"custom_objects": {option: value}}
+        with pytest.raises((TypeError, ValueError), match=rf"^{option}\b|^n_steps \* n_envs must.*{option}"):
+            algorithm.load(tmp_path / "model", env, **given)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'n_stps': did you mean n_steps"):
+        algorithm.load(tmp_path / "model", env, n_stps=4)
+
+
+def test_load_refuses_options_that_do_not_fit_each_other(tmp_path):
+    small().save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^line_search_shrinking_factor must be smaller than 1, got 1"):
+        TRPO.load(tmp_path / "model", line_search_shrinking_factor=1)
+
+
+def test_load_takes_options_attributes_and_arguments_of_stable_baselines3(tmp_path):
+    small().save(tmp_path / "model")
+    given = {"target_kl": 0.5, "critic_damping": 2.0, "num_timesteps": 7, "force_reset": False, "device": "cpu"}
+    model = TRPO.load(tmp_path / "model", **given, custom_objects={"learning_rate": "linear_0.25", "of_mine": 1})
+    assert (model.target_kl, model.critic_damping, model.num_timesteps) == (0.5, 2.0, 7)
+    assert [model.lr_schedule(p) for p in (1.0, 0.5)] == [0.25, 0.125]
+
+
 def test_numbers_of_numpy_and_schedules_are_numbers():
     options = {"n_steps": np.int64(64), "gamma": np.float32(0.5), "target_kl": np.float64(0.02), "seed": np.int32(3)}
     model = small(learning_rate=lambda remaining: torch.tensor(1e-3) * remaining, **options)
@@ -838,7 +868,7 @@ def test_what_cannot_be_unpickled_any_more_is_replaced(tmp_path, monkeypatch):
 def test_a_model_is_not_loaded_into_another_network(saved, other, tmp_path):
     model = small(policy_kwargs=copy.deepcopy(saved))
     model.save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"^policy_kwargs=.* are not those that path=.* was saved with, .*: leave them"):
+    with pytest.raises(ValueError, match=r"^policy_kwargs=.* are not those that path=.* was saved with, .*: leave"):
         TRPO.load(tmp_path / "model", policy_kwargs=other)
     for kwargs in ({"policy_kwargs": saved}, {"custom_objects": {"policy_kwargs": saved}, "policy_kwargs": saved}):
         assert torch.equal(parameters_of(TRPO.load(tmp_path / "model", **kwargs)), parameters_of(model))

@@ -22,6 +22,7 @@ from agents.base import NaturalPolicyAlgorithm
 from agents.schedules import is_named, schedule
 from envs import VecNormalize
 from envs.atari import Game
+from envs.normalize import check_ranges
 from envs.seeding import RUN_SEEDS
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
 
@@ -273,7 +274,9 @@ def _normalize(value: Any, hyperparameters: dict[str, Any]) -> dict[str, Any] | 
     if "gamma" in hyperparameters:
         defaults["gamma"] = hyperparameters["gamma"]
     check_names("argument", given, defaults, "of VecNormalize, in 'normalize'")
-    return defaults | {key: _like(defaults[key], f"normalize.{key}", value) for key, value in given.items()}
+    arguments = defaults | {key: _like(defaults[key], f"normalize.{key}", value) for key, value in given.items()}
+    check_ranges(arguments, "normalize.")
+    return arguments
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -315,10 +318,24 @@ def agent_of(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgori
             raise ValueError(f"activation_fn={name!r} is not a class of torch.nn, such as Tanh or ReLU")
         policy_kwargs["activation_fn"] = activation
         hyperparameters["policy_kwargs"] = policy_kwargs
-    parameters = inspect.signature(algorithm.policy_aliases[policy]).parameters.values()
-    if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-        check_names("argument", policy_kwargs, [p.name for p in parameters], f"of {policy}, in 'policy_kwargs'")
-    return algorithm(policy, env, seed=config.seed, device=config.device, verbose=0, **hyperparameters)
+    parameters = inspect.signature(algorithm.policy_aliases[policy]).parameters
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        check_names("argument", policy_kwargs, parameters, f"of {policy}, in 'policy_kwargs'")
+    for key in policy_kwargs.keys() & parameters.keys():
+        default, name, value = parameters[key].default, f"policy_kwargs.{key}", policy_kwargs[key]
+        require(not (isinstance(default, type) and isinstance(value, str)), name, value, "a class: give it in Python")
+        _like(default, name, value)
+    if isinstance(sizes := policy_kwargs.get("net_arch"), Mapping):
+        check_names("network", sizes, ("pi", "vf"), "in policy_kwargs.net_arch")
+    options = {"seed": config.seed, "device": config.device, "verbose": 0, **hyperparameters}
+    agent = algorithm(policy, env, _init_setup_model=False, **options)
+    try:
+        agent._setup_model()
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if not policy_kwargs:
+            raise
+        raise ValueError(f"policy_kwargs={policy_kwargs}: no {policy} can be made of them ({error})") from error
+    return agent
 
 
 def policy_for(space: spaces.Space[Any]) -> str:

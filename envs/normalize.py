@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import wraps
 from math import sqrt
 from typing import Any
 
@@ -14,7 +16,29 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from envs.checks import check_values
 from envs.masks import ACTION_MASK
 
-__all__ = ["VecNormalize"]
+__all__ = ["VecNormalize", "check_ranges"]
+
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "clip_obs": ("above 0", lambda x: x > 0),
+    "clip_reward": ("above 0", lambda x: x > 0),
+    "gamma": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "epsilon": ("above 0", lambda x: x > 0),
+}
+
+
+def check_ranges(arguments: Mapping[str, Any], owner: str = "") -> None:
+    """Refuse numbers with which VecNormalize would hide or turn round what it normalises.
+
+    Args:
+        arguments: of VecNormalize, by name.
+        owner: what stands before their names in the message.
+
+    Raises:
+        ValueError: for one out of its range.
+    """
+    for name, (wanted, fits) in _RANGES.items():
+        if name in arguments and not fits(arguments[name]):
+            raise ValueError(f"{owner}{name} must be a number {wanted}, got {arguments[name]!r}")
 
 
 class VecNormalize(vec_env.VecNormalize):
@@ -25,12 +49,18 @@ class VecNormalize(vec_env.VecNormalize):
     observation too.
 
     Raises:
+        ValueError: for ``clip_obs``, ``clip_reward`` or ``epsilon`` ≤ 0, or ``gamma`` outside of [0, 1].
         FloatingPointError: from `step_wait`, before the statistics take it in, for an observation or a reward that is
             not finite or beyond `envs.checks.LARGEST`; with a Dict of observations, in the same step.
     """
 
     steps = 0
     """Of this object's life."""
+
+    @wraps(vec_env.VecNormalize.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_ranges(vars(self))
 
     def _sanity_checks(self) -> None:
         space, keys = self.observation_space, self.norm_obs_keys

@@ -16,12 +16,29 @@ __all__ = ["check_kinds", "check_names", "mapping", "parse_settings", "preset_fi
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one, where PyYAML by itself reads a string; and Python's, inf and nan."""
+    """YAML 1.2's numbers: 1e-3 is one, where PyYAML by itself reads a string; and Python's, inf and nan.
+
+    0100 and 1:30, which YAML 1.1 takes to base 8 and 60, stay strings.
+    """
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?((\d+\.?\d*|\.\d+)[eE][-+]?\d+|inf|nan)$"), list("-+.0123456789in")
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$", re.ASCII),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.?(inf|nan)|\.(Inf|INF|NaN|NAN))$",
+        re.ASCII,
+    ),
+    list("-+.0123456789in"),
 )
 
 

@@ -5,8 +5,9 @@ import pytest
 from stable_baselines3.common.vec_env import VecNormalize
 
 import agents
-from agents.config import ALGORITHMS, RunConfig, hyperparameters_of, load_preset, resolve
-from npg.runs.presets import read_yaml
+from agents.config import ALGORITHMS, RunConfig, agent_of, hyperparameters_of, load_preset, resolve
+from envs import make_vec_env
+from npg.runs.presets import parse_settings, read_yaml
 
 
 def preset_names(algo):
@@ -66,6 +67,13 @@ def test_rewards_are_scaled_with_the_discount_of_the_algorithm():
         ("trpo", {"use_sde": 1}, "use_sde must be true or false; got 1"),
         ("trpo", {"env_kwargs": 3}, "env_kwargs must be a mapping; got 3"),
         ("trpo", {"timesteps": 0}, "timesteps must be at least 1; got 0"),
+        ("trpo", {"normalize.clip_obs": -5}, "normalize.clip_obs must be a number above 0, got -5"),
+        ("trpo", {"normalize.gamma": 2}, r"normalize.gamma must be a number in \[0, 1\], got 2"),
+        (
+            "trpo",
+            {"n_steps": "0100"},
+            "n_steps must be a whole number; got '0100'|n_steps must be a number; got '0100'",
+        ),
     ],
 )
 def test_what_is_not_known_is_named_with_the_nearest(algo, settings, message):
@@ -97,3 +105,34 @@ def test_a_damaged_preset_file_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mine\.yaml|taget_kl"):
         resolve("trpo", "CartPole-v1", preset=str(path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("net_arch=[64,-3]", r"^policy_kwargs=.*\[64, -3\].*: no MlpPolicy can be made of them"),
+        ("net_arch=256", "^policy_kwargs=.*256.*: no MlpPolicy can be made of them"),
+        ("net_arch={pi: [8], vff: [8]}", "^unknown network 'vff' in policy_kwargs.net_arch: did you mean vf"),
+        ("optimizer_class=RMSprop", "^policy_kwargs.optimizer_class must be a class: give it in Python; got 'RMSprop'"),
+        ("features_extractor_class=NatureCNN", "^policy_kwargs.features_extractor_class must be a class"),
+        ("log_std_init=abc", "^policy_kwargs.log_std_init must be a number; got 'abc'"),
+        ("ortho_init=no way", "^policy_kwargs.ortho_init must be true or false; got 'no way'"),
+        ("optimizer_kwargs.epz=1", "^policy_kwargs=.*epz.*: no MlpPolicy can be made of them"),
+    ],
+)
+def test_arguments_of_the_policy_are_named(setting, message):
+    config = resolve("trpo", "CartPole-v1", settings=parse_settings([f"policy_kwargs.{setting}"]))
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    with pytest.raises(ValueError, match=message):
+        agent_of(config, "MlpPolicy", env)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "setting", ["net_arch=[]", "net_arch={pi: [8], vf: []}", "activation_fn=ReLU", "log_std_init=-1"]
+)
+def test_arguments_of_the_policy_are_taken(setting):
+    config = resolve("trpo", "CartPole-v1", settings=parse_settings([f"policy_kwargs.{setting}"]))
+    model = agent_of(config, "MlpPolicy", make_vec_env("CartPole-v1", 2, seed=0))
+    assert model.policy is not None
+    model.env.close()

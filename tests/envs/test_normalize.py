@@ -105,3 +105,27 @@ def test_saved_statistics_go_on_in_either_class(tmp_path):
         assert isinstance(loaded, VecNormalize)
         np.testing.assert_array_equal(loaded.obs_rms.mean, env.obs_rms.mean)
         assert loaded.ret_rms.var == env.ret_rms.var
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "wanted"),
+    [
+        ("clip_obs", -5.0, "above 0"),
+        ("clip_obs", 0.0, "above 0"),
+        ("clip_obs", np.nan, "above 0"),
+        ("clip_reward", -1.0, "above 0"),
+        ("epsilon", -1.0, "above 0"),
+        ("epsilon", 0.0, "above 0"),
+        ("gamma", 2.0, r"in \[0, 1\]"),
+        ("gamma", -0.1, r"in \[0, 1\]"),
+        ("gamma", np.nan, r"in \[0, 1\]"),
+    ],
+)
+def test_arguments_out_of_their_range_are_refused(argument, value, wanted):
+    with pytest.raises(ValueError, match=f"^{argument} must be a number {wanted}, got {value}"):
+        VecNormalize(walks(VECTOR), **{argument: value})
+
+
+def test_no_bound_and_the_ends_of_the_discount_are_taken():
+    for options in ({"clip_obs": np.inf, "clip_reward": np.inf}, {"gamma": 0.0}, {"gamma": 1.0}):
+        assert np.isfinite(VecNormalize(walks(VECTOR), **options).reset()).all()

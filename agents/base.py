@@ -12,6 +12,7 @@ from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from gymnasium import spaces
@@ -249,6 +250,14 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             several = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = DictRolloutBuffer if several else RolloutBuffer
         super()._setup_model()
+        space = self.action_space
+        if self.policy.squash_output and isinstance(space, spaces.Box):
+            with np.errstate(over="ignore"):
+                if not np.isfinite(space.high - space.low).all():
+                    raise ValueError(
+                        f"squash_output scales actions to their bounds, and the width of {space} is not finite: give "
+                        "the actions narrower bounds, or leave squash_output out"
+                    )
         self.networks = Networks(self)
         self.average = PolicyAverage(self.policy, self.ema) if self.ema else None
 

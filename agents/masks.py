@@ -261,6 +261,12 @@ def as_taken(env: VecEnv, policy: type[Any]) -> VecEnv:
     return env
 
 
+def _counts_otherwise(space: spaces.Space[Any]) -> bool:
+    """Whether its numbers do not count from 0 along one axis."""
+    start: Any = getattr(space, "start", 0)
+    return bool(np.any(start != 0) or np.ndim(start) > 1)
+
+
 class TakesStructures(OnPolicyAlgorithm):
     """An algorithm whose policies take the masks that its environments give, and actions of several parts."""
 
@@ -272,17 +278,24 @@ class TakesStructures(OnPolicyAlgorithm):
 
         Raises:
             ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
-                from 0 along one axis.
+                from 0 along one axis. If observations, or a part of a Dict of them, do not.
         """
         if env is None:
             return policy, None
         venv = self._wrap_env(maybe_make_env(env, verbose), verbose)
-        start: Any = getattr(venv.action_space, "start", 0)
-        if np.any(start != 0) or np.ndim(start) > 1:
+        if _counts_otherwise(venv.action_space):
             raise ValueError(
                 f"the environments have the actions {venv.action_space}, which Stable-Baselines3's policies would take "
                 "to count from 0 along one axis: make it a Tuple of this one part, which is given right"
             )
+        seen: Any = venv.observation_space
+        for name, part in (seen.spaces if isinstance(seen, spaces.Dict) else {"": seen}).items():
+            if _counts_otherwise(part):
+                of = f" for {name!r}" if name else ""
+                raise ValueError(
+                    f"the environments have the observations {part}{of}, which Stable-Baselines3's policies would take "
+                    "to count from 0 along one axis: let the environment subtract the start, and flatten them"
+                )
         known = self.policy_aliases.get(policy) if isinstance(policy, str) else policy
         if isinstance(policy, str) and known in _MASKED and gives_masks(venv):  # a class is taken at its word
             policy = known = _MASKED[known]

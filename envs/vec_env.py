@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
@@ -30,16 +30,26 @@ class GymnasiumVecEnv(IndependentSeeds, DummyVecEnv):
     """Gymnasium's environments, one after the other.
 
     Raises:
-        ValueError: from `reset` and `step`, if an observation has another shape than its space: NumPy would stretch it.
+        ValueError: from `reset` and `step`, if an observation, or a part of a Dict, has another shape than its space:
+            NumPy would stretch it.
     """
 
+    @cached_property
+    def _shapes(self) -> list[tuple[str | None, tuple[int, ...]]]:
+        """Of observations that are arrays, by their names in a Dict; the only one has no name."""
+        space: Any = self.observation_space
+        parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
+        arrays = spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete
+        return [(name, part.shape) for name, part in parts.items() if isinstance(part, arrays)]
+
     def _save_obs(self, env_idx: int, obs: Any) -> None:
-        space = self.observation_space
-        if isinstance(space, spaces.Box) and np.shape(obs) != space.shape:
-            raise ValueError(
-                f"environment {env_idx} gave an observation of shape {np.shape(obs)}, and its space has {space.shape}: "
-                "correct its observation_space, or what it returns"
-            )
+        for name, shape in self._shapes:
+            if (given := np.shape(obs if name is None else obs[name])) != shape:
+                part = "" if name is None else f" {name!r}"
+                raise ValueError(
+                    f"environment {env_idx} gave an observation{part} of shape {given}, and its space has {shape}: "
+                    "correct its observation_space, or what it returns"
+                )
         super()._save_obs(env_idx, obs)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import sys
 import types
+from contextlib import nullcontext
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +28,7 @@ from agents import MDPO, NPG, TRPO
 from agents.update import batch_of, critic_of
 from npg import Fisher, families
 from npg.transport import wasserstein
+from tests.agents.models import Noise, agent, vec
 
 torch.set_num_threads(1)
 
@@ -814,6 +818,37 @@ def test_one_step_cannot_be_normalised():
 def test_unsupported_action_space():
     with pytest.raises((AssertionError, ValueError), match="action"):
         small(env=toy(action=spaces.Dict({"a": spaces.Text(2)})))
+
+
+class Still(Noise):
+    def __init__(self, action_space: spaces.Space | None = None, space: spaces.Space = BOX) -> None:
+        super().__init__(action_space or spaces.Discrete(2), space)
+
+    def _reward(self, action: Any) -> float:
+        return 0.0
+
+
+ODD = [spaces.Discrete(3, start=1), spaces.MultiDiscrete([3, 3], start=[1, 0]), spaces.MultiDiscrete([[2], [3]])]
+
+
+@pytest.mark.parametrize("space", ODD, ids=str)
+def test_observations_that_do_not_count_from_0_are_refused_before_a_rollout(space):
+    for whole, named in ((space, ""), (spaces.Dict({"a": BOX, "b": space}), " for 'b'")):
+        policy = "MultiInputPolicy" if named else "MlpPolicy"
+        with pytest.raises(ValueError, match=rf"have the observations {re.escape(str(space))}{named}, .* from 0 along"):
+            agent(vec(Still, space=whole), policy=policy)
+
+
+@pytest.mark.parametrize(("bound", "fits"), [(1e38, True), (3e38, False)])
+def test_squashed_actions_have_a_finite_width(bound, fits):
+    env = vec(Still, spaces.Box(-bound, bound, (2,), np.float32))
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(ValueError, match=r"^squash_output scales .* the width of Box.*narrower")
+    ):
+        model = agent(env, use_sde=True, policy_kwargs={"squash_output": True})
+        assert np.isfinite(model.predict(env.reset())[0]).all()
 
 
 def test_checkpoint_of_another_algorithm_or_a_truncated_one(tmp_path):

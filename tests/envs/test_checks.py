@@ -6,7 +6,7 @@ import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import TRPO
-from envs import VecNormalize, make_vec_env
+from envs import VecNormalize
 from envs.checks import LARGEST, check_values, unusable
 from envs.vec_env import GymnasiumVecEnv
 
@@ -84,22 +84,38 @@ def test_an_absurd_reward_is_named_without_normalisation_too(value):
         agent.learn(20)
 
 
+ARRAYS = [
+    gym.spaces.Box(-1, 1, (3,), np.float32),
+    gym.spaces.MultiBinary(3),
+    gym.spaces.MultiDiscrete([2, 2, 2]),
+]
+
+
 class Stretched(gym.Env):
-    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gym.spaces.Discrete(2)
 
+    def __init__(self, space, inside):
+        self.part, self.inside = space, inside
+        self.observation_space = gym.spaces.Dict({"a": ARRAYS[0], "b": space}) if inside else space
+
+    def _observe(self, size):
+        x = np.zeros(size, self.part.dtype)
+        return {"a": np.zeros(3, np.float32), "b": x} if self.inside else x
+
     def reset(self, **kwargs):
-        return np.zeros(3, np.float32), {}
+        return self._observe(3), {}
 
     def step(self, action):
-        return np.zeros(1, np.float32), 0.0, False, False, {}
+        return self._observe(1), 0.0, False, False, {}
 
 
-def test_an_observation_of_another_shape_is_not_stretched():
-    env = GymnasiumVecEnv([Stretched])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("space", ARRAYS, ids=str)
+def test_an_observation_of_another_shape_is_not_stretched(space, inside):
+    env = GymnasiumVecEnv([lambda: Stretched(space, inside)])
     env.reset()
+    part = " 'b'" if inside else ""
     with pytest.raises(
-        ValueError, match=r"environment 0 gave an observation of shape \(1,\), and its space has \(3,\)"
+        ValueError, match=rf"environment 0 gave an observation{part} of shape \(1,\), and its space has \(3,\)"
     ):
         env.step([0])
-    assert make_vec_env("CartPole-v1", 2, 0, backend="gymnasium").reset().shape == (2, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import numbers
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def make_vec_env(
         env_kwargs: arguments of the environment. With ``render_mode``, or with one that EnvPool does not have,
             ``"auto"`` takes Gymnasium. Atari games take the fields of `envs.atari.Game`.
         wrapper_class: what each environment is wrapped in, after its Monitor: a class or a function of one environment.
+            Episodes that it ends are counted too; their return is that of the environment's own rewards.
             This argument and the next three are for Gymnasium's environments, and make ``"auto"`` take these.
         wrapper_kwargs: its arguments.
         vec_env_cls: a class such as Stable-Baselines3's ``SubprocVecEnv`` in the place of ``DummyVecEnv``.
@@ -197,13 +199,41 @@ class _Single:
             env = gym.make(self.env_id, **self.env_kwargs)
         else:
             env = _is_env("env_id", self.env_id(**self.env_kwargs))
-        env = Monitor(env)
+        env = monitor = Monitor(env)
         if (wrap := self.python.wrapper_class) is not None:
-            env = _is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs))
+            env = _EndsSeen(_is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs)), monitor)
         space = float32_space(env.observation_space)
         if space is not env.observation_space:
             env = TransformObservation(env, lambda observation: observation.astype(np.float32), space)
         return env
+
+
+class _EndsSeen(gym.Wrapper[Any, Any, Any, Any]):
+    """Also where a wrapper ends an episode, which the Monitor inside it does not see, the info has the ``episode``.
+
+    It is of the Monitor's rewards. Whether its episode is over, or only a life is lost, shows in the reset that
+    follows: so it is added then, to the info of the step before, which a VecEnv has not given away yet.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], monitor: Monitor[Any, Any]) -> None:
+        super().__init__(env)
+        self._monitor = monitor
+        self._ended: dict[str, Any] | None = None
+
+    def step(self, action: Any) -> Any:
+        result = self.env.step(action)
+        _, _, terminated, truncated, info = result
+        self._ended = info if (terminated or truncated) and "episode" not in info else None
+        return result
+
+    def reset(self, **kwargs: Any) -> Any:
+        rewards = self._monitor.rewards
+        result = self.env.reset(**kwargs)
+        if self._ended is not None and self._monitor.rewards is not rewards:
+            seconds = round(time.time() - self._monitor.t_start, 6)
+            self._ended["episode"] = {"r": round(sum(rewards), 6), "l": len(rewards), "t": seconds}
+        self._ended = None
+        return result
 
 
 def _is_env(name: str, env: Any) -> Any:

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
@@ -335,6 +336,60 @@ def test_a_wrapper_is_put_around_each_environment():
     assert env.observation_space.dtype == env.reset().dtype == np.float32  # after the wrapper
     assert env.step(np.array([0, 1]))[1].tolist() == [3.0, 3.0]
     assert make_vec_env("CartPole-v1", wrapper_class=lambda e: Scaled(e, 2.0)).get_attr("factor") == [2.0]
+
+
+@pytest.mark.parametrize("vec_env_cls", [None, SubprocVecEnv])
+def test_episodes_that_a_wrapper_ends_are_seen_with_the_environments_own_rewards(vec_env_cls):
+    def wrap(env):
+        return Scaled(TimeLimit(env, 5), 3.0)
+
+    env = make_vec_env("Pendulum-v1", 2, seed=0, wrapper_class=wrap, vec_env_cls=vec_env_cls)
+    env.reset()
+    returns, found = np.zeros(2), []
+    for step in range(1, 13):
+        _, rewards, dones, infos = env.step(np.ones((2, 1)))
+        returns += rewards / 3.0
+        assert dones.tolist() == [step % 5 == 0] * 2
+        for info, total in zip(infos, returns, strict=True):
+            assert ("episode" in info) == (step % 5 == 0)
+            if "episode" in info:
+                found.append(info["episode"]["l"])
+                assert info["episode"]["r"] == pytest.approx(total, abs=1e-4)
+        returns[dones] = 0.0
+    env.close()
+    assert found == [5] * 4
+
+
+class Lives(gym.Wrapper):
+    """Every second step ends a life; the environment begins anew after its own end alone."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.over, self.steps = True, 0
+
+    def reset(self, **kwargs):
+        if self.over:
+            self.last, _ = self.env.reset(**kwargs)
+            self.over = False
+        return self.last, {}
+
+    def step(self, action):
+        self.steps += 1
+        self.last, reward, self.over, truncated, info = self.env.step(action)
+        return self.last, reward, self.over or self.steps % 2 == 0, truncated, info
+
+
+def test_the_end_of_a_life_is_not_that_of_an_episode():
+    env = make_vec_env(Short, 1, seed=0, wrapper_class=Lives)
+    env.reset()
+    steps = [env.step(np.array([0]))[2:] for _ in range(12)]
+    assert [i + 1 for i, (dones, _) in enumerate(steps) if dones[0]] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert {i + 1: infos[0]["episode"]["l"] for i, (_, infos) in enumerate(steps) if "episode" in infos[0]} == {
+        3: 3,
+        6: 3,
+        9: 3,
+        12: 3,
+    }
 
 
 @pytest.mark.parametrize("make", [Short, lambda **kwargs: Short(**kwargs)])

@@ -13,6 +13,7 @@ from agents.export import FORMATS, description, export_agent
 from agents.runs import load_agent
 from agents.training import MISTAKES, find_agent
 from npg.runs.command_line import Parser
+from npg.runs.presets import require
 
 DESCRIPTION = """\
 Write the policy of a run to one file that needs none of this package: raw
@@ -50,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_run(args: argparse.Namespace) -> Path:
+    if args.out is not None:
+        end = FORMATS[args.format]
+        require(
+            args.out.suffix == end, "--out", str(args.out), f"a file that ends in {end}, for --format {args.format}"
+        )
+        require(args.out.parent.is_dir(), "--out", str(args.out), "in a folder that exists: make it first")
+        require(not args.out.is_dir(), "--out", str(args.out), "a file")
     folder, files = find_agent(args.run_dir)
     if files == folder.last and args.model == "best":
         files = folder.best

@@ -42,6 +42,33 @@ def test_bad_input_is_refused(refused, arguments, message):
     assert message in refused(main, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("p.bin", [], "--out must be a file that ends in .onnx, for --format onnx; got "),
+        (
+            "p.onnx",
+            ["--format", "torchscript"],
+            "--out must be a file that ends in .pt, for --format torchscript; got ",
+        ),
+        (
+            "p.pt",
+            ["--format", "torch-export"],
+            "--out must be a file that ends in .pt2, for --format torch-export; got ",
+        ),
+        ("p", ["--format", "torchscript"], "--out must be a file that ends in .pt"),
+        ("none/p.pt", ["--format", "torchscript"], "--out must be in a folder that exists: make it first; got "),
+        ("d.pt", ["--format", "torchscript"], "--out must be a file; got "),
+    ],
+)
+def test_a_file_that_cannot_be_written_or_read_again_is_refused_first(
+    trained, refused, out, options, message, tmp_path
+):
+    (tmp_path / "d.pt").mkdir()
+    assert message in refused(main, *options, "--out", str(tmp_path / out))
+    assert [path.name for path in tmp_path.iterdir()] == ["d.pt"]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path)])

@@ -154,9 +154,10 @@ class Tuning:
         """
         _optuna()
         settings = dict(settings or {})
-        if both := sorted(settings.keys() & config.space.keys()):
+        if both := sorted((settings.keys() | config.options.keys()) & config.space.keys()):
             raise ValueError(f"{', '.join(both)} cannot be both set and searched: leave one out")
-        base = resolve(config.algo, config.env, preset=preset, settings=settings)
+        n_envs = config.options.get("n_envs")  # which is a part of what was found, as timesteps are not
+        base = resolve(config.algo, config.env, preset=preset, settings=settings, n_envs=n_envs)
         for name, given in config.space.items():
             example = given["choices"][0] if "choices" in given else given["low"]
             resolve(config.algo, config.env, preset=preset, settings={**settings, name: example}, **config.options)

@@ -91,6 +91,7 @@ def test_the_first_trial_is_the_preset_and_the_best_is_one(tmp_path):
         assert found.hyperparameters[name] == pytest.approx(value)
     assert found.hyperparameters["policy_kwargs"] == {"net_arch": [4]}
     assert found.timesteps == config.timesteps  # the preset's, not those of the trials
+    assert found.n_envs == OPTIONS["n_envs"] != config.n_envs  # but the settings are of so many environments
 
     with (search.path / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -100,6 +101,21 @@ def test_the_first_trial_is_the_preset_and_the_best_is_one(tmp_path):
         run = yaml.safe_load((search.path / "trials" / f"{t.number:04d}-s100" / "config.yaml").read_text())
         assert run["seed"] == 100
         assert run["hyperparameters"]["target_kl"] == pytest.approx(t.params["target_kl"])
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("settings", "space"),
+    [
+        ({"target_kl": 0.02}, {"target_kl": {"low": 0.001, "high": 0.1}}),
+        ({}, {"n_envs": {"choices": [2, 8]}}),  # the option of the command would go over every trial's own
+    ],
+)
+def test_what_is_set_is_not_searched(tmp_path, settings, space):
+    (name,) = space
+    with pytest.raises(ValueError, match=f"^{name} cannot be both set and searched: leave one out"):
+        begun(tmp_path / "s", settings=settings, space=space)
+    assert not (tmp_path / "s").exists()
 
 
 @needs_optuna

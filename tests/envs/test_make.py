@@ -338,6 +338,13 @@ def test_a_wrapper_is_put_around_each_environment():
     assert make_vec_env("CartPole-v1", wrapper_class=lambda e: Scaled(e, 2.0)).get_attr("factor") == [2.0]
 
 
+def test_an_evaluation_ends_where_a_wrapper_ends_the_episodes():
+    env = make_vec_env("Pendulum-v1", 2, seed=0, wrapper_class=TimeLimit, wrapper_kwargs={"max_episode_steps": 5})
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=16, seed=0)
+    _, lengths = evaluate_policy(model, env, 4, return_episode_rewards=True)
+    assert lengths == [5] * 4
+
+
 @pytest.mark.parametrize("vec_env_cls", [None, SubprocVecEnv])
 def test_episodes_that_a_wrapper_ends_are_seen_with_the_environments_own_rewards(vec_env_cls):
     def wrap(env):

@@ -51,7 +51,7 @@ def export_agent(
     """Write an agent's policy to a file, and compare what the file does with `predict`.
 
     Args:
-        agent: TRPO, NPG, MDPO, or another one with an actor-critic policy; not changed.
+        agent: TRPO, NPG, MDPO, CPO, or another one with an actor-critic policy; not changed.
         path: of the file. It is replaced whole, after the comparison.
         format: ``"onnx"``, ``"torchscript"`` or ``"torch-export"``.
         env: as of `DeployedPolicy`.

@@ -67,6 +67,14 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
         if self.line_search_shrinking_factor == 1:
             raise ValueError("line_search_shrinking_factor must be smaller than 1, got 1: the step would stay as it is")
 
+    @property
+    def components(self) -> int:
+        """N, where δ and λ are those of the mean KL of the n components of an action (``kl_reduction``); else 1."""
+        space = self.action_space
+        if self.kl_reduction == "mean" and isinstance(space, spaces.Box | spaces.MultiBinary) and not is_hybrid(space):
+            return int(np.prod(space.shape))
+        return 1
+
     def step_in_region(self, batch: Batch, **options: Any) -> StepReport:
         """`natural_step` within the radius of this moment, with further ``options`` of it."""
         self.check_options()
@@ -77,10 +85,7 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
             kl_direction=self.kl_direction,
         )
         # ½sᵀ(F/n + λI)s ≤ δ, and a direction of (F/n + λI)⁻¹g, is the same step as with nδ, nλ and F.
-        n = 1
-        space = self.action_space
-        if self.kl_reduction == "mean" and isinstance(space, spaces.Box | spaces.MultiBinary) and not is_hybrid(space):
-            n = int(np.prod(space.shape))
+        n = self.components
         return self.natural_step(
             batch,
             trust_region=replace(region, radius=n * region.radius),

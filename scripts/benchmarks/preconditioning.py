@@ -63,7 +63,7 @@ def policy(env_id: str, before: int, seed: int) -> tuple[Fisher, Tensor, float]:
     (slope,) = torch.autograd.grad(agent.surrogate(batch)(outputs), outputs)
     inputs = batch.inputs if batch.curvature_inputs is None else batch.curvature_inputs
     fisher = Fisher(actor, inputs, actor.family, parameters=parameters)
-    return fisher, linearization.pull_back(slope), agent.cg_damping
+    return fisher, linearization.pull_back(slope), agent.components * agent.cg_damping
 
 
 def image(path: Path | None, batches: int, seed: int) -> tuple[Fisher, Tensor, float]:

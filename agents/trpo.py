@@ -69,7 +69,7 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
 
     @property
     def components(self) -> int:
-        """N, where δ and λ are those of the mean KL of the n components of an action (``kl_reduction``); else 1."""
+        """What δ and λ are multiplied by: n for the mean KL of n components (``kl_reduction="mean"``), else 1."""
         space = self.action_space
         if self.kl_reduction == "mean" and isinstance(space, spaces.Box | spaces.MultiBinary) and not is_hybrid(space):
             return int(np.prod(space.shape))

@@ -48,7 +48,7 @@ from npg.model import (
     uncompiled,
     without_autocast,
 )
-from npg.parameters import Parameters
+from npg.parameters import Parameters, power_of_two
 
 __all__ = ["Linearization"]
 
@@ -234,7 +234,7 @@ class Linearization:
         if not self._half:
             return self._pull_back(u)
         # A sum over events must not overflow, nor may its many small terms underflow.
-        unit = _power_of_two(u.reshape(*u.shape[: u.ndim - self.outputs.ndim], -1).abs().sum(-1)) / 256
+        unit = power_of_two(u.reshape(*u.shape[: u.ndim - self.outputs.ndim], -1).abs().sum(-1)) / 256
         return self._pull_back(u / unit.view(*unit.shape, *[1] * self.outputs.ndim)) * unit
 
     def _pull_back(self, u: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class Linearization:
             self._seen = None
         if not self._half:
             return self._push_forward(v)
-        unit = _power_of_two(v.abs().amax(0))
+        unit = power_of_two(v.abs().amax(0))
         return self._push_forward(v / unit) * unit.view(*unit.shape, *[1] * self.outputs.ndim)
 
     def _push_forward(self, v: Tensor) -> Tensor:
@@ -413,12 +413,6 @@ def _at_least_float(outputs: Any) -> Tensor:
             f"got {kind}"
         )
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """The powers of two below these numbers ≥ 0; 1 for zero and what is not finite."""
-    power = x / (2 * torch.frexp(x).mantissa)
-    return torch.where((power > 0) & torch.isfinite(x), power, 1.0)
 
 
 def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool = False) -> Sequence[Tensor]:

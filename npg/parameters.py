@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Parameters", "check_dtypes"]
+__all__ = ["Parameters", "check_dtypes", "power_of_two"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,6 +23,15 @@ def check_dtypes(named: Mapping[str, Tensor]) -> None:
                 f"parameter {name!r} is a {p.dtype} tensor of layout {p.layout}: parameters that are trained must be "
                 "dense and float64, float32, bfloat16 or float16; convert it, or set requires_grad=False"
             )
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """A power of two with largest / unit in [1, 2), by which vectors are divided without changing a digit.
+
+    It is 1 where ``largest`` is 0, infinite or NaN.
+    """
+    mantissa, _ = torch.frexp(largest)  # in [½, 1); a logarithm would round up at the largest number
+    return torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
 
 
 def _check_embeddings(model: nn.Module, trained: Iterable[Tensor]) -> None:

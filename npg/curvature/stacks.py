@@ -9,7 +9,9 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Dimension", "Owner", "Stack", "batched", "normalised", "power_of_two", "rows", "stacks"]
+from npg.parameters import power_of_two
+
+__all__ = ["Dimension", "Owner", "Stack", "batched", "normalised", "rows", "stacks"]
 
 #: What the factors of a batch have in common: their dimension, and the dtype and device of the arithmetic.
 Dimension: TypeAlias = tuple[int, torch.dtype, torch.device]
@@ -67,12 +69,6 @@ def batched(
 def rows(factors: _Factors, start: int, count: int) -> _Factors:
     """Views of some rows of a batch of factors."""
     return type(factors)(*(tensor[start : start + count] for tensor in factors))
-
-
-def power_of_two(largest: Tensor) -> Tensor:
-    """A power of two with largest / unit in [1, 2); 1 where that is 0, infinite or NaN."""
-    mantissa, _ = torch.frexp(largest)  # in [½, 1)
-    return torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)
 
 
 def normalised(x: Tensor) -> tuple[Tensor, Tensor]:

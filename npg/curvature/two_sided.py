@@ -42,7 +42,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from npg.curvature.stacks import Dimension, Owner, Stack, batched, power_of_two, rows, stacks
+from npg.curvature.stacks import Dimension, Owner, Stack, batched, rows, stacks
+from npg.parameters import power_of_two
 
 __all__ = ["Side", "TwoSidedCurvature"]
 

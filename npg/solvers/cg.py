@@ -19,11 +19,11 @@ from npg.solvers.solution import (
     Solution,
     Status,
     check_system,
+    column_units,
     dot_in_double,
     finish,
     library,
     norms_in_double,
-    power_of_two,
     product_of,
 )
 
@@ -64,7 +64,7 @@ class _System:
         self.single = b.ndim == 1
         B = b.unsqueeze(1) if self.single else b
         # One power of two per column brings ‖b‖ near 1: squares neither overflow nor underflow, and no digit changes.
-        self.scale, self.finite = power_of_two(B)
+        self.scale, self.finite = column_units(B)
         self.B = torch.where(self.finite, B / self.scale, 0.0)
         self.xp = library(b.device)
         self.norm_b = self.xp.sqrt(self.dot(self.B, self.B))

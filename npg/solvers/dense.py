@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from npg.solvers.solution import CODE, Solution, Status, check_system, finish, norms_in_double, power_of_two
+from npg.solvers.solution import CODE, Solution, Status, check_system, column_units, finish, norms_in_double
 
 __all__ = ["dense_solve"]
 
@@ -57,7 +57,7 @@ def dense_solve(
         )
     single = b.ndim == 1
     B = (b.unsqueeze(1) if single else b).double()
-    scale, finite_b = power_of_two(B)
+    scale, finite_b = column_units(B)
     B = torch.where(finite_b, B / scale, 0.0)
     M = matrix.double()
     damped = M + damping * torch.eye(len(M), dtype=M.dtype, device=M.device)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npg.parameters import power_of_two
+
 __all__ = [
     "CODE",
     "ORDER",
@@ -22,13 +24,13 @@ __all__ = [
     "Solver",
     "Status",
     "check_system",
+    "column_units",
     "dot_in_double",
     "finish",
     "library",
     "norm",
     "norms_in_double",
     "not_finite",
-    "power_of_two",
     "product_of",
 ]
 
@@ -173,14 +175,13 @@ def library(device: torch.device) -> Any:
     return np if device.type == "cpu" else torch
 
 
-def power_of_two(B: Tensor) -> tuple[Tensor, Tensor]:
+def column_units(B: Tensor) -> tuple[Tensor, Tensor]:
     """Per column the power of two below its largest entry, and whether that is finite; (P, K) → two of (K,).
 
     Dividing by it changes no digit. It is 1 where the column is zero or not finite.
     """
     largest = B.abs().amax(0) if len(B) else B.new_zeros(B.shape[1])
-    power = largest / (2 * torch.frexp(largest).mantissa)  # no logarithm, which rounds up at the largest number
-    return torch.where(power > 0, power, 1.0), torch.isfinite(largest)
+    return power_of_two(largest), torch.isfinite(largest)
 
 
 def dot_in_double(x: Tensor, y: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def norm(v: Tensor) -> Tensor:
     """‖v‖ of a vector (P,), () in float64, though the squares of its entries be no numbers."""
     if v.dtype is not torch.float64:  # which holds the squares of all others
         return torch.linalg.vector_norm(v, dtype=torch.float64)
-    scale = power_of_two(v.unsqueeze(1))[0][0]
+    scale = column_units(v.unsqueeze(1))[0][0]
     return torch.linalg.vector_norm(v / scale) * scale
 
 

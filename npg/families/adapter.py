@@ -139,8 +139,10 @@ class _TorchFamily(Family):
 
     def _has_kink(self, old: Tensor, flat: Tensor, tolerance: float) -> bool:
         """Whether the KL rises on both sides along ``flat`` outputs; beside the edge of a clamp it does on one."""
-        above, below = (self._kl(old, torch.where(flat, old + h, old)) for h in (0.01, -0.01))
-        return bool((torch.minimum(above, below) > tolerance).any())
+        rises = self._kl(old, torch.where(flat, old + 0.01, old)) > tolerance
+        if not bool(rises.any()):
+            return False
+        return bool((rises & (self._kl(old, torch.where(flat, old - 0.01, old)) > tolerance)).any())
 
     def metric(self, outputs: Tensor) -> LinearMap:
         blocks = self._blocks(outputs)

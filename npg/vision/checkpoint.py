@@ -26,6 +26,7 @@ __all__ = [
     "load_checkpoint",
     "load_matching",
     "load_model",
+    "model_in",
     "restore",
     "state_of",
 ]
@@ -136,9 +137,17 @@ def load_model(path: Path | str) -> tuple[nn.Module, Config]:
         CheckpointError: there is none, or it is damaged.
     """
     found = find_checkpoint(Path(path))
-    state = load_checkpoint(found)
-    config = config_of(found, state)
-    with _expected(found):
+    return model_in(found, load_checkpoint(found))
+
+
+def model_in(path: Path, state: Mapping[str, Any]) -> tuple[nn.Module, Config]:
+    """The model of a checkpoint that was read, as `load_model` gives it.
+
+    Raises:
+        CheckpointError: it is not as this version writes checkpoints.
+    """
+    config = config_of(path, state)
+    with _expected(path):
         weights = state["model"]
         if state["ema"] is not None:
             weights = {name.removeprefix("module."): w for name, w in state["ema"].items() if name != "n_averaged"}
@@ -146,7 +155,7 @@ def load_model(path: Path | str) -> tuple[nn.Module, Config]:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights in {found} do not fit {config.model}: {error}") from error
+        raise CheckpointError(f"the weights in {path} do not fit {config.model}: {error}") from error
     return model.eval(), config
 
 

@@ -276,7 +276,6 @@ def _is_image(path: PurePosixPath) -> bool:
 
 def _looks_like_one(path: PurePosixPath) -> bool:
     """Whether a file below train or test has the name of an image of any kind, though not of one that is read."""
-    Image.init()  # without it only the commonest kinds are known
     inside = {"train", "test"}.intersection(path.parts[:-1])
     return bool(inside) and path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
 

@@ -10,8 +10,8 @@ import torch
 
 from npg.parallel import open_world
 from npg.runs.command_line import MISTAKES, Parser
-from npg.vision import data, load_model
-from npg.vision.checkpoint import check_classes, find_checkpoint, load_checkpoint
+from npg.vision import data
+from npg.vision.checkpoint import check_classes, find_checkpoint, load_checkpoint, model_in
 from npg.vision.evaluation import evaluate
 from npg.vision.loader import Normalization
 
@@ -30,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse(arguments)
     with parser.preparing(*MISTAKES):
         found = find_checkpoint(options.run)
-        model, config = load_model(found)
+        state = load_checkpoint(found)
+        model, config = model_in(found, state)
         images = data.load(options.data or config.data, progress=sys.stderr.isatty())
         classes: int = model.classifier.out_features  # type: ignore[union-attr, assignment]
         if classes != len(images.classes):
             raise ValueError(f"the model has {classes} classes, and the images have {len(images.classes)}")
-        check_classes(load_checkpoint(found), images.classes)
+        check_classes(state, images.classes)
         with open_world(options.device) as world:
             normalize = Normalization(config.mean, config.std, world.device)
             test, labels = (torch.from_numpy(p).to(world.device) for p in (images.test_images, images.test_labels))

@@ -167,8 +167,11 @@ class Evaluator(_Periodic):
         super().__init__(config.eval_freq)
         self._config, self._folder, self._env, self._stop = config, folder, env, stop
         earlier = folder.evaluations()
-        known = folder.best.model.exists() and earlier and len(earlier["mean_return"])
-        self._best = max(earlier["mean_return"]) if known else float("-inf")
+        known = earlier if folder.best.model.exists() else {}
+        returns = known.get("mean_return", np.empty(0))
+        costs = known.get("mean_cost", np.full_like(returns, math.nan))
+        self._limit = config.hyperparameters.get("cost_limit", math.inf)
+        self._best = max(map(self._rank, returns, costs), default=(-math.inf, -math.inf))
         self.last: Evaluation | None = None
         self.seconds = 0.0
         # Unknown until a training starts here; a run with nothing left to train is evaluated without one.
@@ -182,6 +185,10 @@ class Evaluator(_Periodic):
             at = np.flatnonzero(earlier.get("timesteps", np.empty(0)) == done)
             self._trained += [earlier[name][at[-1]] if len(at) and name in earlier else math.nan for name in CLOCKS]
         self._going = _clocks()
+
+    def _rank(self, mean_return: float, mean_cost: float) -> tuple[float, float]:
+        """What the best agent has most of: to keep CPO's limit goes before the return. NaN: a cost is not known."""
+        return -float(np.fmax(mean_cost - self._limit, 0.0)), mean_return
 
     def _act(self) -> None:
         with suppress(Stopped):  # the training then stops too
@@ -202,12 +209,14 @@ class Evaluator(_Periodic):
         seed, stop = evaluation_seed(self._config), self._stop
         e = evaluate(self.model, self._env, self._config.eval_episodes, seed, stop=lambda: stop.number != 0)
         # Of equals the later: it had more data. Its file comes before its row, which says that it is there.
-        if e.mean_return >= self._best:
-            self._best = e.mean_return
+        if (rank := self._rank(e.mean_return, math.nan if e.mean_cost is None else e.mean_cost)) >= self._best:
+            self._best = rank
             save_agent(self.model, self._folder.best)
         self._folder.add_evaluation(e.summary | dict(zip(CLOCKS, self._trained.round(3).tolist())))
         self.logger.record("eval/mean_return", e.mean_return)
         self.logger.record("eval/mean_length", e.mean_length)
+        if e.mean_cost is not None:
+            self.logger.record("eval/mean_cost", e.mean_cost)
         self.last = e
         self.seconds += e.seconds
         self._going = _clocks()

@@ -53,6 +53,7 @@ class Evaluation:
         seconds: for all episodes.
         deterministic: whether the mode of the policy acted, or a sample.
         seed: of the environments.
+        costs: the sum of ``info["cost"]`` of each episode; none where a step had no cost.
     """
 
     timesteps: int
@@ -61,6 +62,7 @@ class Evaluation:
     seconds: float
     deterministic: bool
     seed: int
+    costs: tuple[float, ...] = ()
 
     @property
     def mean_return(self) -> float:
@@ -78,8 +80,14 @@ class Evaluation:
         return float(np.mean(self.lengths))
 
     @property
+    def mean_cost(self) -> float | None:
+        """Mean over the episodes; None where costs are not known."""
+        return float(np.mean(self.costs)) if self.costs else None
+
+    @property
     def summary(self) -> dict[str, float]:
         """One row of evaluations.csv."""
+        costs = {} if self.mean_cost is None else {"mean_cost": self.mean_cost}
         return {
             "timesteps": self.timesteps,
             "episodes": len(self.returns),
@@ -88,6 +96,7 @@ class Evaluation:
             "min_return": min(self.returns),
             "max_return": max(self.returns),
             "mean_length": self.mean_length,
+            **costs,
             "seconds": round(self.seconds, 3),
         }
 
@@ -178,10 +187,16 @@ def evaluate(
     env = as_taken(_Finite(env), model.policy_class)
     env.seed(seed)
     started = time.perf_counter()
+    running, costs = np.zeros(env.num_envs), []
 
-    def after_a_step(*_: Any) -> None:
+    def after_a_step(now: dict[str, Any], _: Any) -> None:
         if stop is not None and stop():
             raise Stopped
+        i, info = now["i"], now["info"]
+        running[i] += _cost(info)
+        if now["done"] and "episode" in info:
+            costs.append(float(running[i]))
+            running[i] = 0.0
 
     returns, lengths = cast(
         tuple[list[float], list[int]],
@@ -202,7 +217,16 @@ def evaluate(
         seconds=time.perf_counter() - started,
         deterministic=deterministic,
         seed=seed,
+        costs=tuple(costs) if np.isfinite(costs).all() else (),
     )
+
+
+def _cost(info: dict[str, Any]) -> float:
+    """``info["cost"]``; NaN if there is none, or it is no number."""
+    try:
+        return float(info.get("cost", math.nan))
+    except (TypeError, ValueError):  # of an algorithm that reads no costs, or reads others than CPO's
+        return math.nan
 
 
 def evaluate_saved(
@@ -228,11 +252,13 @@ def evaluate_saved(
 
 def table(rows: Sequence[tuple[str, Evaluation]]) -> str:
     """Evaluations as a table of at most 80 columns; ``trained`` are the environment steps of the agent's training."""
-    cells = [("", "return", "min … max", "length", "episodes", "trained")]
+    costs = any(e.costs for _, e in rows)
+    cells = [("", "return", "min … max", *["cost"] * costs, "length", "episodes", "trained")]
     for name, e in rows:
         spread = f"{min(e.returns):.1f} … {max(e.returns):.1f}"
         mean = f"{e.mean_return:.1f} ± {e.std_return:.1f}"
-        cells.append((name, mean, spread, f"{e.mean_length:.0f}", str(len(e.returns)), f"{e.timesteps:,}"))
+        cost = ["" if e.mean_cost is None else f"{e.mean_cost:.1f}"] * costs
+        cells.append((name, mean, spread, *cost, f"{e.mean_length:.0f}", str(len(e.returns)), f"{e.timesteps:,}"))
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

@@ -6,6 +6,7 @@ Run as a script, this file is one of two processes that learn together.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from math import inf, nan
 from pathlib import Path
@@ -20,15 +21,19 @@ from gymnasium import spaces
 from stable_baselines3.common import buffers
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import CPO, TRPO
+from agents.callbacks import Evaluator
 from agents.config import resolve
+from agents.evaluation import Evaluation, evaluate, table
 from agents.heads import CriticHead
 from agents.training import start
 from agents.update import batch_of, copy_of_state
 from npg import acceleration
 from npg.runs.files import read_rows
+from npg.runs.signals import StopRequest
 
 torch.set_num_threads(1)
 
@@ -90,6 +95,80 @@ def logged(model: Any, timesteps: int) -> list[dict[str, float]]:
     model.learn(timesteps, log_interval=10**9)
     del model.train
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Noted(Costly):
+    """Notes what each episode costs, beginning with one that is not over."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.__dict__.setdefault("paid", []).append(0.0)
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        self.paid[-1] += result[4].get("cost", 0.0)
+        return result
+
+
+def test_an_evaluation_has_the_costs_of_its_episodes():
+    makers = [lambda: Monitor(Noted(price=1.5, early=0.1))] * 3
+    env, model = DummyVecEnv(makers), small()
+    model.learn(160)
+    found = evaluate(model, env, 9, seed=3)
+    paid = [cost for costs in env.get_attr("paid") for cost in costs[:3]]
+    assert sorted(found.costs) == sorted(paid)
+    assert len(set(paid)) > 2
+    assert found.mean_cost == found.summary["mean_cost"] == pytest.approx(np.mean(paid))
+    lines = table([("last model", found)]).splitlines()
+    assert re.search(r"min … max +cost +length", lines[0])
+    assert re.search(rf" {np.mean(paid):.1f} +{found.mean_length:.0f} +9 ", lines[2])
+
+
+@pytest.mark.parametrize("price", [None, "much", [1.0, 2.0]])
+def test_what_is_no_cost_is_not_summed(price):
+    class Other(Costly):
+        def step(self, action: Any) -> Any:
+            *result, info = super().step(action)
+            return *result, info | ({} if price is None else {"cost": price})
+
+    env = DummyVecEnv([lambda: Monitor(Other(price=None))])
+    found = evaluate(TRPO("MlpPolicy", env, seed=0, device="cpu"), env, 2, seed=3)
+    assert (found.costs, found.mean_cost) == ((), None)
+    assert "mean_cost" not in found.summary
+    assert "cost" not in table([("last model", found)])
+
+
+@pytest.mark.parametrize(
+    ("limit", "played", "best"),
+    [
+        (5.0, [(1.0, 9.0), (3.0, 6.0), (9.0, 8.0), (2.0, 5.0), (4.0, 4.0), (3.0, 0.0), (8.0, 5.5)], 4),
+        (5.0, [(1.0, 9.0), (3.0, 6.0), (9.0, 8.0)], 1),
+        (inf, [(1.0, 9.0), (3.0, 6.0), (2.0, 0.0)], 1),
+    ],
+)
+def test_the_best_agent_keeps_the_limit_before_it_gains(limit, played, best, tmp_path, monkeypatch):
+    """Also where a run goes on in the middle."""
+    settings = {"env_kwargs.limit": 1.0, "cost_limit": limit, "n_steps": 8, "policy_kwargs.net_arch": [8]}
+    options = {"timesteps": 64, "n_envs": 1, "backend": "gymnasium", "device": "cpu", "seed": 0}
+    run = start(resolve("cpo", "npg/SwimmerVelocity-v5", settings=settings, **options), tmp_path / "run")
+    run.model.set_logger(Logger(None, []))
+    saved, rest = [], iter(enumerate(played))
+
+    def pretend(*_: Any, **__: Any) -> Evaluation:
+        i, (gained, cost) = next(rest)
+        saved.append(i)
+        return Evaluation(i, (gained,), (1,), 0.0, True, 0, (cost,))
+
+    monkeypatch.setattr("agents.callbacks.evaluate", pretend)
+    monkeypatch.setattr("agents.callbacks.save_agent", lambda _, files: files.model.write_text(str(saved[-1])))
+    for _ in played:
+        evaluator = Evaluator(run.config, run.folder, None, StopRequest(run.world))
+        evaluator.init_callback(run.model)
+        evaluator.evaluate()
+    assert run.folder.best.model.read_text() == str(best)
 
 
 # ------------------------------------------------------------------------------------------------------- against TRPO

@@ -25,12 +25,14 @@ class Curve:
         returns: mean returns.
         seconds: of training, evaluations left out; NaN where they are not known.
         cpu_seconds: the same, of the processor.
+        costs: mean costs; NaN where the environment gives none.
     """
 
     steps: Array
     returns: Array
     seconds: Array
     cpu_seconds: Array
+    costs: Array
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Result:
         return_max: of the best episode.
         episodes: how many.
         best_return: the mean return of the agent of the best evaluation, on fresh episodes as well.
+        cost_mean: over the episodes; None where the environment gives none.
     """
 
     timesteps: int
@@ -54,6 +57,7 @@ class Result:
     return_max: float
     episodes: int
     best_return: float
+    cost_mean: float | None = None
 
 
 def read_curve(folder: RunFolder) -> Curve:
@@ -66,7 +70,7 @@ def read_curve(folder: RunFolder) -> Curve:
     smallest_after = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
     kept = steps < smallest_after
     unknown = np.full_like(steps, np.nan)
-    columns = ("mean_return", "train_seconds", "train_cpu_seconds")
+    columns = ("mean_return", "train_seconds", "train_cpu_seconds", "mean_cost")
     return Curve(steps[kept], *(table.get(name, unknown)[kept] for name in columns))
 
 
@@ -78,7 +82,8 @@ def read_result(folder: RunFolder) -> Result | None:
     final = json.loads(path.read_text(encoding="utf-8"))
     last, best = final["last"], final["best"]
     mean, std, worst, most = (float(last[f"{name}_return"]) for name in ("mean", "std", "min", "max"))
-    return Result(last["timesteps"], mean, std, worst, most, last["episodes"], float(best["mean_return"]))
+    found = mean, std, worst, most, last["episodes"], float(best["mean_return"]), last.get("mean_cost")
+    return Result(last["timesteps"], *found)
 
 
 def progress(run_dir: Path, timesteps: int) -> str:

@@ -3,6 +3,7 @@ r"""Returns over tasks and seeds: a row for each run, for scripts/figures/return
     python scripts/benchmarks/returns.py --suite mujoco --algos trpo npg --seeds 0-9 --jobs 2
     python scripts/benchmarks/returns.py --tasks Hopper-v5 Ant-v5 --algos sb3-ppo contrib-trpo --seeds 0-2
     python scripts/benchmarks/returns.py --tasks Hopper-v5 --seeds 100-104 --set target_kl=0.02 --csv runs/trials.csv
+    python scripts/benchmarks/returns.py --suite safe --algos cpo --seeds 0-4 --csv docs/results/cpo.csv
 
 Each run is a process of scripts/train_agent.py with its preset, or of peers.py, on one processor core with one thread.
 Its row is written when it ends. A run that has a row already, of the same code, is not repeated (with ``--keep`` of
@@ -12,7 +13,7 @@ CSV: ``config`` is ``preset``, or what --set changed; ``return_…`` are of 20 e
 likely actions; ``best_return`` of the agent of the best evaluation, on fresh episodes too; ``first_step_at_target`` the
 step of the first evaluation (10 episodes) that was at least the target of returns.yaml; ``lowest_after_target`` the
 lowest evaluation after that one; ``seconds`` and ``cpu_seconds`` of training, without evaluations, empty for a run that
-was stopped on the way. A second CSV, ``…_curves.csv``, has the evaluations.
+was stopped on the way. A second CSV, ``…_curves.csv``, has the evaluations. Costs have a column in both.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from npg.runs.presets import check_names, parse_settings, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = Path(__file__).with_name("returns.yaml")
+ALL = {"all": ("mujoco", "classic")}
 KEY = ("config", "algo", "task", "seed", "timesteps")
 PACKAGES = ("python", "torch", "gymnasium", "envpool", "stable-baselines3")
 
@@ -88,7 +90,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         ValueError: for a name that is not known, or settings that an algorithm does not take.
     """
     known = {task: entry for suite in suites().values() for task, entry in suite.items()}
-    chosen = list(known if options.suite == "all" else suites()[options.suite])
+    chosen = [task for suite in ALL.get(options.suite, (options.suite,)) for task in suites()[suite]]
     if options.tasks:
         check_names("task", options.tasks, known, f"in {TASKS.name}")
         chosen = options.tasks
@@ -163,6 +165,7 @@ def row(case: Case, folder: RunFolder, version: str) -> dict[str, Any]:
         "return_min": round(result.return_min, 3),
         "episodes": result.episodes,
         "best_return": round(result.best_return, 3),
+        **({} if result.cost_mean is None else {"cost_mean": round(result.cost_mean, 3)}),
         "first_step_at_target": first,
         "lowest_after_target": lowest,
         "trained": result.timesteps,
@@ -186,10 +189,11 @@ def record(case: Case, folder: RunFolder, version: str, path: Path) -> dict[str,
     """Append a finished run to both tables; the row comes last, for with it the run counts as done."""
     line, curve = row(case, folder, version), read_curve(folder)
     table = Table(curves_path(path))
-    for step, value, seconds, cpu in zip(curve.steps, curve.returns, curve.seconds, curve.cpu_seconds):
-        about = {name: line[name] for name in (*KEY, "commit")}
-        clocks = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
-        table.append({**about, "step": int(step), **clocks, "return": round(float(value), 3)})
+    about = {name: line[name] for name in (*KEY, "commit")}
+    for i, step in enumerate(curve.steps):
+        clocks = {"seconds": round(curve.seconds[i], 2), "cpu_seconds": round(curve.cpu_seconds[i], 2)}
+        cost = {"cost": round(float(curve.costs[i]), 3)} if isfinite(curve.costs[i]) else {}
+        table.append({**about, "step": int(step), **clocks, "return": round(float(curve.returns[i]), 3), **cost})
     Table(path).append(line)
     return line
 
@@ -215,7 +219,7 @@ def random_return(task: str, episodes: int = 100, n_envs: int = 20) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=(*suites(), "all"), default="all", help="[%(default)s]")
+    add("--suite", choices=(*suites(), *ALL), default="all", help="[%(default)s]")
     add("--tasks", nargs="+", metavar="ENV_ID", help="these tasks instead")
     add("--algos", nargs="+", choices=(*ALGORITHMS, *ZOO), default=["trpo"], help="[trpo]")
     add("--seeds", default="0-9", metavar="LIST", help="[%(default)s]")

@@ -20,7 +20,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -372,19 +372,12 @@ def table_configurations(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
-def write_tables(page: Path, rows: list[Row], points: list[Row]) -> None:
+def write_tables(page: Path, tables: Mapping[str, Callable[[], str]]) -> None:
     """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
     Raises:
         ValueError: if the page names a table that there is not.
     """
-    tables = {
-        "returns": lambda: table_returns(reported(rows)),
-        "algorithms": lambda: table_algorithms(reported(rows)),
-        "seconds": lambda: table_seconds(reported(rows), points),
-        "stability": lambda: table_stability(rows),
-        "configurations": lambda: table_configurations(rows),
-    }
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in tables:
@@ -413,7 +406,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
     points = [p for p in reported(every) if (p["algo"], p["task"], p["seed"], p["commit"]) in kept]
     if options.table:
-        write_tables(options.table, rows, points)
+        tables = {
+            "returns": lambda: table_returns(shown),
+            "algorithms": lambda: table_algorithms(shown),
+            "seconds": lambda: table_seconds(shown, points),
+            "stability": lambda: table_stability(rows),
+            "configurations": lambda: table_configurations(rows),
+        }
+        write_tables(options.table, tables)
         print(options.table)
     if options.out:
         if not shown or not points:

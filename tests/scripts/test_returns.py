@@ -15,6 +15,8 @@ from agents.config import RunConfig
 from agents.results import Curve
 from agents.runs import RunFolder
 
+ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Swimmer", "Humanoid")
+
 
 @pytest.fixture(scope="module")
 def script(load) -> ModuleType:
@@ -72,7 +74,7 @@ def test_what_cannot_be_is_refused(script: ModuleType, changes: dict, message: s
 
 def curve(*returns: float) -> Curve:
     steps = 100.0 * np.arange(1, len(returns) + 1)
-    return Curve(steps, np.array(returns), steps / 10, steps / 20)
+    return Curve(steps, np.array(returns), steps / 10, steps / 20, np.full_like(steps, np.nan))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,33 @@ def test_a_row_has_the_run_and_what_made_it(script: ModuleType, tmp_path: Path) 
     # Code that changed while the run was under way is told.
     script.record(replace(case, seed=4), folder, "0123456789", tmp_path / "r.csv")
     assert rows_of(tmp_path / "r.csv")[1]["commit"] != "0123456789"
+
+
+def test_costs_have_columns_of_their_own_and_a_picture(script: ModuleType, load, tmp_path: Path) -> None:
+    task, path = "npg/SwimmerVelocity-v5", tmp_path / "cpo.csv"
+    cases = script.cases(options(suite="safe", algos=["cpo"], seeds="0-1"))
+    assert {case.task.rpartition("Velocity")[0] for case in cases} == {f"npg/{robot}" for robot in ROBOTS}
+    final = {"timesteps": 1_000_000, "episodes": 20, "std_return": 1, "min_return": 0, "max_return": 9}
+    for case in (case for case in cases if case.task == task):
+        folder = RunFolder.create(tmp_path / str(case.seed), RunConfig("cpo", task, case.seed, case.timesteps), "")
+        for step in (100, 200):
+            folder.add_evaluation({"timesteps": step, "mean_return": step / 2.0, "mean_cost": 30.0 + case.seed})
+        last = final | {"mean_return": 150.0 + 10 * case.seed, "mean_cost": 24.0 - 4 * case.seed}
+        folder.write_json("final_evaluation.json", {"last": last, "best": last})
+        script.record(case, folder, "unknown", path)
+    assert [row["cost_mean"] for row in rows_of(path)] == ["24.0", "20.0"]
+    assert [row["cost"] for row in rows_of(tmp_path / "cpo_curves.csv")] == ["30.0", "30.0", "31.0", "31.0"]
+
+    free, page = tmp_path / "free.csv", tmp_path / "page.md"
+    head = ("config", "algo", "task", "seed", "timesteps", "return_mean")
+    row = ("preset", "trpo", "Swimmer-v5", "0", "1000000", "350")
+    free.write_text("\n".join(map(",".join, (head, row, (*row[:4], "64", "1")))) + "\n")
+    page.write_text("<!-- table: cpo --><!-- end -->")
+    figures = load("figures", "cpo")
+    arguments = ["--csv", str(path), "--free", str(free), "--table", str(page), "--out", str(tmp_path)]
+    assert figures.main(arguments) == 0
+    assert page.read_text().split("\n")[-3] == f"| `{task}` | 25 | 22.0 | 24.0 | 155.0 | 150.0 | 2 | 350.0 (1 seed) |"
+    assert Image.open(tmp_path / "cpo.png").size[0] > 800
 
 
 def test_runs_that_have_a_row_are_not_repeated(

@@ -1,0 +1,118 @@
+r"""Draw what constrained policies return and cost, and write the table of docs/cpo.md.
+
+    python scripts/benchmarks/returns.py --suite safe --algos cpo --seeds 0-4 --csv docs/results/cpo.csv
+    python scripts/figures/cpo.py --csv docs/results/cpo.csv --out docs/results --table docs/cpo.md
+
+``cpo.png`` has the evaluations of every run: the return above, and below it the cost of an episode, with the limit. In
+the table stand the final policies beside those of TRPO on the same robot without a limit, from returns.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from returns import ROOT, TASKS, TUNING, Row, markdown, newest, number, returns, seeds, write_tables
+from style import BLUE, GREY, VERMILION, WIDTH, save
+
+from agents.config import resolve
+from npg.runs.files import read_rows
+from npg.runs.presets import read_yaml
+
+#: The tasks, each with the one that has no limit.
+FREE: dict[str, str] = {task: entry["free"] for task, entry in read_yaml(TASKS)["safe"].items()}
+
+
+def of(task: str, rows: Sequence[Row]) -> list[Row]:
+    """The preset's rows of a task, by seed and step."""
+    mine = [row for row in rows if (row["task"], row["algo"], row["config"]) == (task, "cpo", "preset")]
+    return sorted(mine, key=lambda row: (int(row["seed"]), int(row.get("step", 0))))
+
+
+def limit(task: str) -> float:
+    return float(resolve("cpo", task).hyperparameters["cost_limit"])
+
+
+def draw(points: list[Row], path: Path) -> None:
+    """Two panels for each task: return, and cost with its limit; a line for each seed."""
+    drawn = [task for task in FREE if of(task, points)]
+    columns = min(3, len(drawn))
+    lines = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(
+        2 * lines, columns, figsize=(WIDTH, 4.2 * lines), squeeze=False, height_ratios=[3, 2] * lines
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for i, task in enumerate(drawn):
+        pair: list[Any] = [axes[2 * (i // columns) + row, i % columns] for row in (0, 1)]
+        mine = of(task, points)
+        for seed in dict.fromkeys(row["seed"] for row in mine):
+            run = [row for row in mine if row["seed"] == seed]
+            steps = [int(row["step"]) for row in run]
+            for axis, name, colour in zip(pair, ("return", "cost"), (BLUE, VERMILION)):
+                axis.plot(steps, [float(row[name]) for row in run], color=colour, lw=1.2, alpha=0.8)
+        pair[1].axhline(limit(task), color=GREY, lw=1, ls=":")
+        pair[1].set_ylim(bottom=0)
+        pair[0].set_title(FREE[task], fontsize=11)
+        for axis, label in zip(pair, ("return", "cost")):
+            axis.set_visible(True)
+            axis.set_xlim(left=0)
+            axis.ticklabel_format(axis="x", scilimits=(-3, 4))
+            axis.tick_params(labelsize=9)
+            if i % columns == 0:
+                axis.set_ylabel(label, fontsize=11)
+    figure.supxlabel("environment steps", fontsize=11)
+    save(figure, path)
+
+
+def table(rows: list[Row], free: list[Row]) -> str:
+    """Return and cost of the final policies, means over the seeds, beside what TRPO returns without a limit."""
+    head = ("task", "limit", "cost", "highest of a seed", "return", "lowest", "seeds", "TRPO's return without a limit")
+    lines = []
+    for task in FREE:
+        if mine := of(task, rows):
+            costs = np.array([float(row["cost_mean"]) for row in mine])
+            gained = returns(mine)
+            best = returns(free, task=FREE[task], algo="trpo", config="preset", timesteps=mine[0]["timesteps"])
+            cells = (f"{limit(task):g}", f"{costs.mean():.1f}", f"{costs.max():.1f}", number(gained.mean()))
+            beside = f"{number(best.mean())} ({seeds(best)})" if len(best) else "–"
+            lines.append((f"`{task}`", *cells, number(gained.min()), str(len(mine)), beside))
+    return markdown(head, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--csv", type=Path, default=ROOT / "docs" / "results" / "cpo.csv", metavar="FILE")
+    add("--free", type=Path, default=ROOT / "docs" / "results" / "returns.csv", metavar="FILE", help="TRPO's returns")
+    add("--out", type=Path, metavar="DIR", help="of the picture; without it none is drawn")
+    add("--table", type=Path, metavar="PAGE", help="a page whose table is written anew")
+    options = parser.parse_args(arguments)
+    rows = [row for row in newest(read_rows(options.csv)) if int(row["seed"]) < TUNING]
+    if not rows:
+        print(f"error: {options.csv} has no row: scripts/benchmarks/returns.py writes it", file=sys.stderr)
+        return 2
+    free = [row for row in newest(read_rows(options.free)) if int(row["seed"]) < TUNING]
+    if options.table:
+        write_tables(options.table, {"cpo": lambda: table(rows, free)})
+        print(options.table)
+    if options.out:
+        kept = {(row["task"], row["seed"], row["commit"]) for row in rows}
+        every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
+        draw(
+            [point for point in every if (point["task"], point["seed"], point["commit"]) in kept],
+            options.out / "cpo.png",
+        )
+        print(options.out / "cpo.png")
+    if not (options.out or options.table):
+        print(table(rows, free))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -203,7 +203,7 @@ class Evaluator(_Periodic):
     def evaluate(self) -> Evaluation:
         """Evaluate now; raises `Stopped` where the run is told to stop."""
         statistics = self.model.get_vec_normalize_env()
-        if statistics is not None and isinstance(self._env, VecNormalize):
+        if statistics is not None and statistics.norm_obs and isinstance(self._env, VecNormalize):
             self._env.obs_rms = statistics.obs_rms
         self._trained += _clocks() - self._going
         seed, stop = evaluation_seed(self._config), self._stop

@@ -51,6 +51,15 @@ def test_evaluations_are_apart_from_training_and_from_each_other():
     assert len(set(streams)) == len(streams) == 10 * 3 * 64
 
 
+@pytest.mark.parametrize("kind", ["norm_obs", "norm_reward"])
+def test_a_run_may_normalise_one_kind_alone(kind, tmp_path):
+    settings = SETTINGS | {"normalize": {"norm_obs": False, "norm_reward": False, kind: True}}
+    run = start(resolve("trpo", "CartPole-v1", settings=settings, **OPTIONS), tmp_path / "run")
+    assert run.train(progress=False).timesteps == 64
+    assert list(run.folder.evaluations()["timesteps"]) == [64]
+    assert evaluate_saved(run.folder.best, run.config, 1, seed=5).timesteps == 64
+
+
 @pytest.mark.parametrize(
     ("env", "policy"),
     [

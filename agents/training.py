@@ -33,7 +33,18 @@ from npg.runs import command_line
 from npg.runs.folder import begun_only, refuse_existing
 from npg.runs.signals import StopRequest
 
-__all__ = ["FINAL_EPISODES", "MISTAKES", "Outcome", "Run", "check", "check_import", "find_agent", "resume", "start"]
+__all__ = [
+    "FINAL_EPISODES",
+    "MISTAKES",
+    "Outcome",
+    "Run",
+    "check",
+    "check_named",
+    "continuation",
+    "find_agent",
+    "resume",
+    "start",
+]
 
 FINAL_EPISODES = 20
 MISTAKES = (*command_line.MISTAKES, TypeError, NotImplementedError, AssertionError, ImportError, GymnasiumError)
@@ -260,18 +271,34 @@ def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
     return folder, folder.newest()
 
 
-def check_import(found: str, given: str | None) -> None:
-    """Refuse to import the module of the environment that a folder names, unless the caller names it too.
+def check_named(path: Path, found: tuple[str, str], algo: str | None = None, env: str | None = None) -> None:
+    """Compare what a command names with what the folder that it opens is of.
+
+    No module is imported because a folder says so: an environment ``module:Id`` has to be named.
+
+    Args:
+        path: of the folder, or of an agent in it.
+        found: the algorithm and the environment that it is of.
+        algo: the algorithm that is named, if any.
+        env: the environment that is named, if any.
 
     Raises:
-        ValueError: if the environment `found` is ``module:Id``, and the `given` one is not the same.
+        ValueError: if another one is named, or none where the folder's would import a module.
     """
-    module, colon, _ = found.rpartition(":")
-    if colon and given != found:
+    for what, given, of in (("algorithm", algo, found[0]), ("environment", env, found[1])):
+        if given not in (None, of):
+            raise ValueError(f"the {what} of {path} is {of}, not {given}")
+    module, colon, _ = found[1].rpartition(":")
+    if colon and env is None:
         raise ValueError(
-            f"the run's environment is {found}, and to make it would import {module}, which its folder alone "
+            f"the environment of {path} is {found[1]}, and to make it would import {module}, which its folder alone "
             "cannot ask for: name the environment in the command too"
         )
+
+
+def continuation(algo: str, env: str, path: Path) -> str:
+    """The command that goes on with the run, the seeds or the search of a folder, as `check_named` lets it."""
+    return command_line.again(*([algo, env] if ":" in env else []), "--resume", path)
 
 
 def resume(
@@ -311,10 +338,7 @@ def resume(
     anew = begun_only(path)
     folder, files = (RunFolder.open(path), None) if anew else find_agent(path)
     config = folder.config
-    for name, expected, found in (("algorithm", algo, config.algo), ("environment", env, config.env)):
-        if expected not in (None, found):
-            raise ValueError(f"the {name} of {path} is {found}, not {expected}")
-    check_import(config.env, env)
+    check_named(path, (config.algo, config.env), algo, env)
     config = replace(config, **{key: value for key, value in changes.items() if value is not None})
     if files is None:
         return start(config, run_dir or path, command, world)

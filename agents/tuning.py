@@ -34,7 +34,7 @@ from agents.evaluation import make_env
 from agents.runs import normalized, save_agent
 from agents.schedules import first_value
 from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
-from agents.training import start
+from agents.training import check_named, start
 from npg.parallel import World
 from npg.runs import folder
 from npg.runs.command_line import steady_console
@@ -183,23 +183,35 @@ class Tuning:
         return tuning
 
     @classmethod
-    def open(cls, path: Path, command: str = "", trials: int | None = None) -> Tuning:
+    def open(
+        cls,
+        path: Path,
+        command: str = "",
+        trials: int | None = None,
+        *,
+        algo: str | None = None,
+        env: str | None = None,
+    ) -> Tuning:
         """A search that was begun before.
 
         Args:
             path: of its folder.
             command: for command.txt.
             trials: another number of trials, in all.
+            algo: if given, the algorithm that the search must be of.
+            env: if given, the environment that the search must be of. It is needed if that is ``module:Id``: no code
+                is imported because a file says so.
 
         Raises:
             FileNotFoundError: if there is none.
             ImportError: if Optuna is not installed.
-            ValueError: if a file is damaged.
+            ValueError: if a file is damaged or of another algorithm or environment.
         """
         _optuna()
         if not (path / "config.yaml").is_file():
             raise FileNotFoundError(f"{path} is not the folder of a search: it has no config.yaml")
         config = TuningConfig.read(path / "config.yaml")
+        check_named(path, (config.algo, config.env), algo, env)
         if trials is not None:
             config = replace(config, trials=trials)
         folder.RunFolder(path).begin(asdict(config), command)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.runs import RunFolder
-from agents.training import MISTAKES, check_import
+from agents.training import MISTAKES, check_named
 from envs.seeding import Purpose, purpose_seed
 from npg.runs.command_line import Parser
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
     with parser.preparing(*MISTAKES):
         folder = RunFolder.open(args.run_dir)
-        check_import(folder.config.env, args.env)
+        check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env)
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
         files = folder.best if args.model == "best" else folder.last
         mode = "deterministic" if args.deterministic else "stochastic"

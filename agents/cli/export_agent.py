@@ -11,7 +11,7 @@ from pathlib import Path
 from agents.evaluation import make_env
 from agents.export import FORMATS, description, export_agent
 from agents.runs import load_agent
-from agents.training import MISTAKES, find_agent
+from agents.training import MISTAKES, check_named, find_agent
 from npg.runs.command_line import Parser
 from npg.runs.presets import require
 
@@ -25,6 +25,7 @@ def make_parser() -> Parser:
     parser = Parser("%(prog)s RUN_DIR [options]", DESCRIPTION)
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run, or one of its checkpoints/*.zip")
+    add("--env", metavar="ENV_ID", help="the run's environment; needed if it is MODULE:ID, which is then imported")
     add("--format", choices=tuple(FORMATS), default="onnx", help="the kind of file (default: onnx)")
     add("--model", choices=("best", "last"), default="best", help="which agent of the run (default: best)")
     mode = parser.add_mutually_exclusive_group().add_argument
@@ -59,6 +60,7 @@ def export_run(args: argparse.Namespace) -> Path:
         require(args.out.parent.is_dir(), "--out", str(args.out), "in a folder that exists: make it first")
         require(not args.out.is_dir(), "--out", str(args.out), "a file")
     folder, files = find_agent(args.run_dir)
+    check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env)
     if files == folder.last and args.model == "best":
         files = folder.best
     name = f"{files.model.stem}{'' if args.deterministic else '_stochastic'}{FORMATS[args.format]}"

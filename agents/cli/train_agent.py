@@ -15,7 +15,7 @@ from agents.evaluation import check_video, table
 from agents.runs import RunFolder
 from agents.seeds import SeedsFolder, is_finished, parse_seeds, summary_table
 from agents.trackers import TRACKERS, TrackerError, check_trackers
-from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, check_import, resume, start
+from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, check_named, continuation, resume, start
 from npg.parallel import World, open_world
 from npg.runs.command_line import Parser, again, command, restarted
 from npg.runs.presets import parse_settings
@@ -151,12 +151,6 @@ def prepare(args: argparse.Namespace, config: RunConfig, world: World) -> Run:
     return resume(args.resume, command(), args.run_dir, algo=args.algo, env=args.env, world=world, **changes)
 
 
-def continuation(config: RunConfig, folder: RunFolder) -> str:
-    """The command that goes on with a run; one that imports a module has to name it."""
-    named = [config.algo, config.env] if ":" in config.env else []
-    return again(*named, "--resume", folder.path)
-
-
 def report(run: Run, folder: RunFolder, outcome: Outcome) -> None:
     if outcome.new_timesteps:
         speed = outcome.new_timesteps / outcome.seconds
@@ -166,7 +160,7 @@ def report(run: Run, folder: RunFolder, outcome: Outcome) -> None:
         )
     if outcome.interrupted:
         print(f"stopped and saved at step {outcome.timesteps:,} of {run.config.timesteps:,}. To continue:")
-        print(f"  {continuation(run.config, folder)}")
+        print(f"  {continuation(run.config.algo, run.config.env, folder.path)}")
     else:
         print(f"\n{table(outcome.evaluations)}\n\nrun folder: {folder.path}")
 
@@ -174,7 +168,7 @@ def report(run: Run, folder: RunFolder, outcome: Outcome) -> None:
 def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
     config, go_on = run.config, ""
     if run.folder is not None:
-        go_on = f"What was last saved continues with:\n  {continuation(config, run.folder)}"
+        go_on = f"What was last saved continues with:\n  {continuation(config.algo, config.env, run.folder.path)}"
         processes = f", {run.world.size} processes" if run.world.group is not None else ""
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
         print(EXACT_RESUME[config.exact_resume], flush=True)
@@ -208,10 +202,7 @@ def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
         raise ValueError("--run-dir cannot go with several seeds that are resumed: they go on in their folder")
     refuse_changes(args)
     folder = SeedsFolder.open(args.resume)
-    for name, given, found in (("algorithm", args.algo, folder.algo), ("environment", args.env, folder.env)):
-        if given not in (None, found):
-            raise ValueError(f"the {name} of {folder.path} is {found}, not {given}")
-    check_import(folder.env, args.env)
+    check_named(folder.path, (folder.algo, folder.env), args.algo, args.env)
     folder = folder.going_on(seeds, options, args.timesteps)
     folder.write()
     return folder

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agents.config import ALGORITHMS, whole_number
-from agents.training import MISTAKES
+from agents.training import MISTAKES, continuation
 from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space
 from npg.runs.command_line import Parser, again, command
 from npg.runs.presets import parse_settings
@@ -62,11 +62,12 @@ def make_parser() -> Parser:
 def prepare(args: argparse.Namespace) -> Tuning:
     options = ("timesteps", "n_envs", "eval_episodes", "backend", "device", "threads")
     if args.resume is not None:
-        for name in ("algo", "env", "seeds", "evaluations", "search", "preset", "set", "run_dir", *options):
+        for name in ("seeds", "evaluations", "search", "preset", "set", "run_dir", *options):
             if getattr(args, name) not in (None, []):
-                shown = {"algo": "ALGO", "env": "ENV_ID"}.get(name, f"--{name.replace('_', '-')}")
-                raise ValueError(f"{shown} cannot go with --resume: a search keeps what it began with")
-        return Tuning.open(args.resume, command(), args.trials)
+                raise ValueError(
+                    f"--{name.replace('_', '-')} cannot go with --resume: a search keeps what it began with"
+                )
+        return Tuning.open(args.resume, command(), args.trials, algo=args.algo, env=args.env)
     if args.algo is None or args.env is None:
         raise ValueError("ALGO and ENV_ID are needed, such as: trpo Pendulum-v1")
     numbers = {n: getattr(args, n) for n in ("trials", "seeds", "evaluations") if getattr(args, n) is not None}
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tuning.run(args.jobs)
     except KeyboardInterrupt:
         print(f"\nstopped after {len(tuning.finished)} of {tuning.config.trials} trials. To continue:")
-        print(f"  {again('--resume', tuning.path)}")
+        print(f"  {continuation(tuning.config.algo, tuning.config.env, tuning.path)}")
         return 130
     except (*MISTAKES, RuntimeError) as error:
         parser.error(str(error))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from agents.evaluation import film
 from agents.runs import RunFolder
-from agents.training import MISTAKES
+from agents.training import MISTAKES, check_named
 from envs.seeding import Purpose, purpose_seed
 from npg.runs.files import replacing
 
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="what train_agent.py left")
+    add("--env", action="append", metavar="ENV_ID", default=[], help="needed for a run of MODULE:ID, which is imported")
     add("--out", type=Path, default=Path("docs/results/films"), metavar="DIR", help="[%(default)s]")
     add("--model", choices=("best", "last"), default="last", help="[%(default)s]")
     add("--seconds", type=float, default=5.0, metavar="S", help="how long [%(default)s]")
@@ -71,13 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--width must be at least 16, --colours 2 to 256; got {options.width}, {options.colours}")
         for run in options.runs:
             folder = RunFolder.open(run)
+            algo, env = folder.config.algo, folder.config.env
+            check_named(run, (algo, env), env=env if env in options.env else None)
             seed = purpose_seed(options.seed, Purpose.EVALUATION_BY_HAND)
             agent = folder.best if options.model == "best" else folder.last
             span = {"begin": options.skip, "end": options.skip + options.seconds}
             frames, fps, episode = film(agent, folder.config, seed, fps=FPS, **span)
             if not frames:
                 raise ValueError(f"--skip {options.skip} is beyond the end of {run}'s episode")
-            path = options.out / f"{folder.config.env.replace('/', '_').lower()}.gif"
+            path = options.out / f"{env.replace('/', '_').replace(':', '_').lower()}.gif"
             write_gif(path, frames, fps, options.width, options.colours)
             print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, of an episode with return {episode.mean_return:.1f}")
     except MISTAKES as error:

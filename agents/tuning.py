@@ -171,15 +171,7 @@ class Tuning:
         _write_preset(path / "preset.yaml", config.env, preset_of(base))
         folder.RunFolder(path).begin(asdict(config), command)
         tuning = cls(path)
-        study = tuning.study()
-        known = {}
-        for name, given in space.items():
-            try:
-                value = value_of(base, name)
-            except KeyError:
-                continue
-            known[name] = coded([value])[0] if "choices" in given else first_value(name, value)
-        study.enqueue_trial(known, user_attrs={"preset": True})
+        tuning.study().enqueue_trial(tuning._of_preset(), user_attrs={"preset": True})
         return tuning
 
     @classmethod
@@ -230,6 +222,16 @@ class Tuning:
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self.config.evaluations // 5),
         )
+
+    def _of_preset(self) -> dict[str, Any]:
+        """Optuna's parameters of the preset, which has no value for some names, such as in its policy_kwargs."""
+        config, known = self.config, {}
+        base = resolve(config.algo, config.env, preset=str(self.path / "preset.yaml"))
+        for name, given in config.space.items():
+            with suppress(KeyError):
+                value = value_of(base, name)
+                known[name] = coded([value])[0] if "choices" in given else first_value(name, value)
+        return known
 
     @property
     def finished(self) -> list[FrozenTrial]:
@@ -319,7 +321,8 @@ class Tuning:
 
     def _train(self, trial: Trial) -> float:
         config, total = self.config, 0.0
-        settings = suggested(trial, config.space)
+        searched = self._of_preset() if trial.user_attrs.get("preset") else config.space
+        settings = suggested(trial, {name: config.space[name] for name in searched})
         for k in range(config.seeds):
             preset, seed = str(self.path / "preset.yaml"), FIRST_SEED + k
             run = resolve(config.algo, config.env, preset=preset, settings=settings, seed=seed, **config.options)

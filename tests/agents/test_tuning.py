@@ -14,7 +14,7 @@ import yaml
 
 import agents
 from agents import tuning
-from agents.config import ALGORITHMS, resolve
+from agents.config import ALGORITHMS, RunConfig, resolve
 from agents.search_space import value_or, widened
 from agents.tuning import Tuning, TuningConfig, load_space, preset_of
 from npg.runs.presets import read_yaml
@@ -101,6 +101,29 @@ def test_the_first_trial_is_the_preset_and_the_best_is_one(tmp_path):
         run = yaml.safe_load((search.path / "trials" / f"{t.number:04d}-s100" / "config.yaml").read_text())
         assert run["seed"] == 100
         assert run["hyperparameters"]["target_kl"] == pytest.approx(t.params["target_kl"])
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("policy_kwargs.log_std_init", {"low": -2.0, "high": -1.0}),
+        ("policy_kwargs.activation_fn", {"choices": ["ReLU", "ELU"]}),
+        ("normalize.clip_obs", {"low": 5.0, "high": 20.0}),  # and the preset does not normalise
+        ("env_kwargs.sutton_barto_reward", {"choices": [True]}),
+    ],
+)
+def test_the_preset_does_without_what_it_has_no_value_for(tmp_path, name, given):
+    search = begun(tmp_path / "s", trials=2, space={name: given, **SPACE})
+    search = Tuning.open(search.path)
+    search.run()
+    preset, other = search.finished
+    assert preset.params.keys() == SPACE.keys()
+    assert other.params.keys() == {name, *SPACE}
+    made = RunConfig.read(search.path / "trials" / "0000-s100" / "config.yaml")
+    undisturbed = resolve("trpo", "CartPole-v1", settings=FIXED)
+    for part in ("hyperparameters", "normalize", "env_kwargs"):
+        assert getattr(made, part) == getattr(undisturbed, part)
 
 
 @needs_optuna

@@ -305,7 +305,7 @@ def agent_of(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgori
     """The agent that a configuration describes, not yet trained.
 
     Raises:
-        ValueError: for a policy, an argument of it or an activation that is not known.
+        ValueError: for a policy, an argument of it or an activation that is not known or does not fit.
         TypeError: for an option of the algorithm that is not of its kind.
     """
     algorithm = ALGORITHMS[config.algo]
@@ -332,9 +332,11 @@ def agent_of(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgori
     try:
         agent._setup_model()
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        if not policy_kwargs:
+        chosen = {name: v for name, v in (("policy", config.policy), ("policy_kwargs", policy_kwargs)) if v}
+        if not chosen:
             raise
-        raise ValueError(f"policy_kwargs={policy_kwargs}: no {policy} can be made of them ({error})") from error
+        given, why = ", ".join(f"{name}={value}" for name, value in chosen.items()), " ".join(str(error).split())
+        raise ValueError(f"{given}: no {policy} can be made of them for these observations ({why})") from error
     return agent
 
 

@@ -196,6 +196,20 @@ def test_a_trial_below_the_median_ends_early(tmp_path, monkeypatch):
 
 
 @needs_optuna
+@pytest.mark.parametrize("policy", ["CnnPolicy", "MultiInputPolicy", "MultiInputLstmPolicy"])
+def test_a_policy_that_does_not_fit_is_a_trial(tmp_path, policy, monkeypatch):
+    train = tuning._train
+    monkeypatch.setattr(tuning, "_train", lambda run, *args: 1.0 if run.policy is None else train(run, *args))
+    search = begun(tmp_path / "s", trials=5, space={"policy": {"choices": [policy]}})
+    search.run()
+    others = [t for t in search.finished if t.params["policy"] == policy]
+    assert 1 <= len(others) < len(search.finished) == 5
+    for trial in others:
+        assert trial.state.name == "FAIL"
+        assert trial.user_attrs["error"].startswith(f"policy={policy}, policy_kwargs={{'net_arch': [4]}}: no {policy}")
+
+
+@needs_optuna
 def test_settings_that_are_refused_are_a_trial_and_a_refused_preset_ends_the_search(tmp_path, monkeypatch):
     def train(config, path, trial, k, before, search):
         if trial.number == refused:

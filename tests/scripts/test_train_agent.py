@@ -366,6 +366,14 @@ def test_an_interrupt_saves_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys
         (["trpo", "CartPole-v1", "--timestep", "5"], "did you mean --timesteps"),
         (["trpo", "CartPole-v1", "--set", "taget_kl=1"], "did you mean target_kl"),
         (["trpo", "CartPole-v1", "--set", "policy=MlpPolice"], "did you mean MlpPolicy"),
+        (
+            ["trpo", "CartPole-v1", "--set", "policy=MultiInputPolicy"],
+            "policy=MultiInputPolicy: no MultiInputPolicy can",
+        ),
+        (
+            ["trpo", "CartPole-v1", "--set", "policy=CnnLstmPolicy"],
+            "policy=CnnLstmPolicy: no CnnLstmPolicy can be made",
+        ),
         (["trpo", "CartPole-v1", "--set", "policy_kwargs.net_ach=[8]"], "did you mean net_arch"),
         (["trpo", "CartPole-v1", "--set", "policy_kwargs.activation_fn=Than"], "activation_fn='Than'"),
         (["trpo", "CartPole-v1", "--set", "target_kl=-1"], "target_kl"),

@@ -14,6 +14,7 @@ estimator (Bergstra et al. 2011). A trial whose evaluation is below the median o
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import time
@@ -326,7 +327,7 @@ class Tuning:
         for k in range(config.seeds):
             preset, seed = str(self.path / "preset.yaml"), FIRST_SEED + k
             run = resolve(config.algo, config.env, preset=preset, settings=settings, seed=seed, **config.options)
-            every = max(1, run.timesteps // config.evaluations)
+            every = math.ceil(run.timesteps / config.evaluations)
             run = replace(run, eval_freq=every, save_freq=run.timesteps)
             total += _train(run, self.path / "trials" / f"{trial.number:04d}-s{run.seed}", trial, k, total, config)
         return total / config.seeds
@@ -337,7 +338,7 @@ class Tuning:
         rows = []
         for t in self.finished:
             row = {"trial": t.number, "state": t.state.name.lower(), "value": t.value}
-            rows.append(row | {k: t.user_attrs.get(k) for k in ("preset", "seconds", "error")} | t.params)
+            rows.append(row | {k: t.user_attrs.get(k) for k in ("preset", "steps", "seconds", "error")} | t.params)
         write_rows(self.path / "trials.csv", rows)
         if (best := self.best) is not None:
             settings = settings_of(best.params, self.config.space)
@@ -374,7 +375,7 @@ class _Pruner(Evaluator):
 
     def evaluate(self) -> Any:
         evaluation = super().evaluate()
-        self._report(evaluation.mean_return)
+        self._report(evaluation.mean_return, self.model.num_timesteps)
         return evaluation
 
 
@@ -383,12 +384,11 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
     run = start(config, path, f"trial {trial.number} of {path.parent.parent}")
     run_folder, model = run.folder, run.model
     assert run_folder is not None
-    evaluated = 0
 
-    def report(value: float) -> None:
-        nonlocal evaluated
-        evaluated += 1
-        step = k * tuning.evaluations + min(evaluated, tuning.evaluations)
+    def report(value: float, timesteps: int) -> None:
+        # Counted in steps: of rollouts as long as several periods there is one evaluation, not several.
+        over = timesteps >= config.timesteps
+        step = k * tuning.evaluations + (tuning.evaluations if over else timesteps // config.eval_freq)
         trial.report((before + value) / (k + 1), step)
         if step < tuning.seeds * tuning.evaluations and trial.should_prune():
             from optuna import TrialPruned
@@ -406,6 +406,7 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
         assert evaluator.last is not None
         return evaluator.last.mean_return
     finally:
+        trial.set_user_attr("steps", model.num_timesteps)
         bare.close()
         model.get_env().close()  # type: ignore[union-attr]
 

@@ -1,11 +1,13 @@
 """A search for settings: what it proposes, keeps and writes, and that it goes on where it was stopped."""
 
 import csv
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import yaml
 import agents
 from agents import tuning
 from agents.config import ALGORITHMS, RunConfig, resolve
+from agents.runs import RunFolder
 from agents.search_space import value_or, widened
 from agents.tuning import Tuning, TuningConfig, load_space, preset_of
 from npg.runs.presets import read_yaml
@@ -193,6 +196,42 @@ def test_a_trial_below_the_median_ends_early(tmp_path, monkeypatch):
     states = [t.state.name for t in search.finished]
     assert states == ["COMPLETE"] * 5 + ["PRUNED", "COMPLETE"]
     assert search.best.number == 6
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "evaluations", "k", "steps"),
+    [
+        (50, 5, 0, {200: 1, 400: 2, 600: 3, 800: 4, 1000: 5}),
+        (50, 5, 1, {200: 6, 400: 7, 600: 8, 800: 9, 1000: 10}),
+        (200, 5, 0, {400: 2, 800: 4, 1200: 5}),  # rollouts of 400 steps
+        (150, 5, 0, {300: 1, 600: 3, 900: 4, 1200: 5}),
+        (50, 3, 0, {400: 1, 700: 2, 1000: 3}),  # which does not divide the 1,000 steps
+        (600, 5, 0, {1200: 5}),
+    ],
+)
+def test_evaluations_are_compared_at_the_same_steps(tmp_path, n_steps, evaluations, k, steps):
+    class Asked:
+        number = 0
+        user_attrs, reported = {}, []
+
+        def report(self, value, step):
+            self.reported.append(step)
+
+        def should_prune(self):
+            return False
+
+        def set_user_attr(self, name, value):
+            self.user_attrs[name] = value
+
+    trial = Asked()
+    search = TuningConfig("trpo", "CartPole-v1", seeds=2, evaluations=evaluations, options=OPTIONS, space=SPACE)
+    settings = FIXED | {"n_steps": n_steps, "batch_size": n_steps}
+    config = resolve("trpo", "CartPole-v1", settings=settings, **OPTIONS | {"timesteps": 1000})
+    config = replace(config, eval_freq=math.ceil(1000 / evaluations), save_freq=1000)
+    tuning._train(config, tmp_path / "trials" / "run", trial, k, 0.0, search)
+    evaluated = RunFolder(tmp_path / "trials" / "run").evaluations()["timesteps"]
+    assert dict(zip(evaluated, trial.reported, strict=True)) == steps
+    assert trial.user_attrs == {"steps": max(steps)}
 
 
 @needs_optuna

@@ -8,6 +8,7 @@ statistics always count whole games, in steps of four frames and in the game's o
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -47,6 +48,9 @@ def ale_games() -> dict[str, str]:
     return {spec.name.lower(): i for i, spec in gym.registry.items() if spec.namespace == "ALE"}
 
 
+_LEAST = {"noop_max": 0, "frame_skip": 1, "frame_stack": 1, "max_episode_steps": 1}
+
+
 @dataclass(frozen=True)
 class Game:
     """A game and how it is shown to the learner."""
@@ -60,11 +64,25 @@ class Game:
     reward_clip: bool
     """Whether a reward is replaced by its sign."""
     noop_max: int = 30
+    """Steps of doing nothing at the beginning are 1 to so many; 0 is for Gymnasium alone."""
     frame_skip: int = 4
     frame_stack: int = 4
     full_action_space: bool = False
     max_episode_steps: int = 27_000
     """Steps after which a game is truncated: half an hour of play."""
+
+    def __post_init__(self) -> None:
+        # EnvPool checks none of them: it ends the process without a word, or plays a game that never moves.
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if name in _LEAST:
+                integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+                fits, what = integer and value >= _LEAST[name], f"an integer of at least {_LEAST[name]}"
+            elif name == "repeat_action_probability":
+                fits, what = isinstance(value, int | float) and 0 <= value <= 1, "a number from 0 to 1"
+            else:
+                fits, what = name == "name" or isinstance(value, bool), "True or False"
+            if not fits:
+                raise ValueError(f"env_kwargs[{name!r}]={value!r} must be {what}.")
 
     @classmethod
     def parse(cls, env_id: str, evaluation: bool, settings: dict[str, Any]) -> Game | None:
@@ -73,7 +91,7 @@ class Game:
         ``ALE/Pong-v5`` has sticky actions (0.25); ``PongNoFrameskip-v4`` and EnvPool's ``Pong-v5`` have none.
 
         Raises:
-            ValueError: if `settings` has a key that is not a field.
+            ValueError: if `settings` has a key that is not a field, or a value that no game can have.
         """
         match = re.fullmatch(r"(ALE/)?(\w+?)-v5|(\w+)NoFrameskip-v4", env_id)
         if match is None or (env_id in gym.registry and not env_id.startswith("ALE/") and match[2]):
@@ -92,6 +110,8 @@ class EnvPoolAtariVecEnv(EnvPoolVecEnv):
     """EnvPool's Atari games as a VecEnv."""
 
     def __init__(self, game: Game, num_envs: int = 1, n_threads: int | None = None) -> None:
+        if game.noop_max == 0:  # which ends EnvPool's process
+            raise ValueError("env_kwargs['noop_max']=0 is not for EnvPool: use backend='gymnasium', or at least 1.")
         config = {field.name: getattr(game, field.name) for field in fields(game) if field.name != "name"}
         config["stack_num"] = config.pop("frame_stack")
         task = envpool_games()[game.name]

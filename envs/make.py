@@ -293,7 +293,8 @@ def _fastest(env_id: str, game: Game | None, env_kwargs: dict[str, Any]) -> str:
     """The fastest backend that means the same as Gymnasium, where Gymnasium has the environment."""
     spec = gym.registry.get(env_id)
     if game is not None or spec is None:
-        return "envpool" if _in_envpool(env_id, game) else "gymnasium"
+        only_gymnasium = game is not None and game.noop_max == 0 and _in_gymnasium(env_id, game)
+        return "envpool" if _in_envpool(env_id, game) and not only_gymnasium else "gymnasium"
     if (vector_form := spec.vector_entry_point) is not None and not spec.additional_wrappers:
         try:
             creator = load_env_creator(vector_form) if isinstance(vector_form, str) else vector_form

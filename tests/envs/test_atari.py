@@ -48,6 +48,42 @@ def test_settings_and_evaluation():
         Game.parse("Pong-v5", False, {"stack": 2})
 
 
+@needs_either
+@pytest.mark.parametrize(
+    ("name", "wrong", "right", "what"),
+    [
+        ("noop_max", [-1, 1.5, True, None], [0, 1], "an integer of at least 0"),
+        ("frame_skip", [0, -1, "4"], [1], "an integer of at least 1"),
+        ("frame_stack", [0, -1], [1], "an integer of at least 1"),
+        ("max_episode_steps", [0], [1], "an integer of at least 1"),
+        ("repeat_action_probability", [-0.1, 2, float("nan"), "0.5"], [0, 1, 0.5], "a number from 0 to 1"),
+        ("episodic_life", [3, "no"], [True, False], "True or False"),
+        ("reward_clip", [0], [True], "True or False"),
+        ("full_action_space", [None], [True], "True or False"),
+    ],
+)
+def test_values_that_no_game_can_have_are_refused(name, wrong, right, what):
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"^env_kwargs\['{name}'\]={value!r} must be {what}\.$"):
+            Game.parse("Pong-v5", False, {name: value})
+    for value in right:
+        assert getattr(Game.parse("Pong-v5", False, {name: value}), name) == value
+
+
+@needs_envpool
+def test_envpool_s_games_begin_with_a_step_of_doing_nothing():
+    with pytest.raises(ValueError, match=r"noop_max.*=0 is not for EnvPool: use backend='gymnasium', or at least 1"):
+        make_vec_env("Pong-v5", 1, backend="envpool", env_kwargs={"noop_max": 0})
+    make_vec_env("Pong-v5", 1, 0, backend="envpool", env_kwargs={"noop_max": 1}).reset()
+
+
+@needs_ale
+def test_a_game_that_begins_at_once_is_gymnasium_s():
+    env = make_vec_env("Pong-v5", 2, 0, env_kwargs={"noop_max": 0})
+    assert not isinstance(env.unwrapped, EnvPoolAtariVecEnv)
+    env.reset()
+
+
 def play(env, steps, seed=0):
     """Random actions → rewards, and the infos of the steps that end an episode."""
     env.reset()

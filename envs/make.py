@@ -273,7 +273,10 @@ def _make(
                 backend = "envpool"
 
     if backend == "own":
-        return VectorEnvAdapter(gym.make_vec(env_id, n_envs, "vector_entry_point", **env_kwargs))
+        vector_env = gym.make_vec(env_id, n_envs, "vector_entry_point", **env_kwargs)
+        if "max_episode_steps" in env_kwargs and vector_env.spec is not None:
+            vector_env.spec.max_episode_steps = env_kwargs["max_episode_steps"]  # its own copy, which names the default
+        return VectorEnvAdapter(vector_env)
     if backend == "envpool":
         if render_mode is not None:
             raise ValueError(f"env_kwargs has render_mode={render_mode!r}; only backend='gymnasium' renders.")

@@ -38,16 +38,14 @@ gym.register(
     vector_entry_point="envs.platform:PlatformVectorEnv",
     max_episode_steps=50,
 )
-# The time limits are those of the robots' own tasks, which `velocity_limited` makes.
-for _name in LIMITS:
+# The time limits are those of the tasks within, which have none there (-1): max_episode_steps may be longer too.
+for _id, _ours, _entry_point in (
+    *((f"{_name}-v5", f"npg/{_name}Velocity-v5", "envs.velocity:velocity_limited") for _name in LIMITS),
+    *((_id, "npg/{}NoVel-{}".format(*_id.split("-")), "envs.partial:without_velocities") for _id in VELOCITIES),
+):
     gym.register(
-        f"npg/{_name}Velocity-v5",
-        entry_point="envs.velocity:velocity_limited",
-        kwargs={"env_id": f"{_name}-v5"},
-    )
-for _id in VELOCITIES:
-    gym.register(
-        "npg/{}NoVel-{}".format(*_id.split("-")),
-        entry_point="envs.partial:without_velocities",
-        kwargs={"env_id": _id},
+        _ours,
+        entry_point=_entry_point,
+        max_episode_steps=gym.spec(_id).max_episode_steps,
+        kwargs={"env_id": _id, "max_episode_steps": -1},
     )

@@ -76,6 +76,33 @@ def test_gymnasium_gives_float32_and_the_true_last_observation():
     assert infos[0]["episode"]["l"] == 3
 
 
+@pytest.mark.parametrize("steps", [150, 250])
+@pytest.mark.parametrize(
+    "env_id", ["Pendulum-v1", "npg/PendulumNoVel-v1", "npg/SwimmerVelocity-v5", "npg/TwoStateMDP-v0"]
+)
+def test_an_episode_is_as_long_as_it_is_told_to_be(env_id, steps):
+    """Also longer than the task's own 200, 1,000 or 100 steps."""
+    if "Swimmer" in env_id:
+        pytest.importorskip("mujoco")
+        steps += 800
+    env = make_vec_env(env_id, 1, 0, env_kwargs={"max_episode_steps": steps})
+    env.reset()
+    actions = np.stack([env.action_space.sample()])
+    assert env.get_attr("spec")[0].max_episode_steps == steps
+    for step in range(1, steps + 1):
+        *_, dones, infos = env.step(actions)
+        assert dones[0] == (step == steps)
+    assert infos[0]["episode"]["l"] == steps
+
+
+@pytest.mark.parametrize("env_id", ["npg/Platform-v0", "npg/TwoStateMDP-v0", "npg/ConnectFour-v0"])
+def test_the_spec_of_a_vector_form_tells_the_limit_in_use(env_id):
+    registered = gym.spec(env_id).max_episode_steps
+    assert make_vec_env(env_id, 2).get_attr("spec")[1].max_episode_steps == registered
+    assert make_vec_env(env_id, 2, env_kwargs={"max_episode_steps": 3}).get_attr("spec")[1].max_episode_steps == 3
+    assert gym.spec(env_id).max_episode_steps == registered
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_seed_determines_first_observations_and_sampled_actions(backend):
     def draw(seed):

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -24,7 +22,7 @@ from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymna
 from envs.envpool_vec_env import DIFFERENCES, SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
 from envs.episodes import EpisodeWriter
 from envs.seeding import independently_seeded
-from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter, float32_space
+from envs.vec_env import Float32Observations, GymnasiumVecEnv, VectorEnvAdapter, float32_space
 
 __all__ = ["UnknownEnvironment", "make_vec_env"]
 
@@ -202,9 +200,8 @@ class _Single:
         env = monitor = Monitor(env)
         if (wrap := self.python.wrapper_class) is not None:
             env = _EndsSeen(_is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs)), monitor)
-        space = float32_space(env.observation_space)
-        if space is not env.observation_space:
-            env = TransformObservation(env, lambda observation: observation.astype(np.float32), space)
+        if float32_space(env.observation_space) is not env.observation_space:
+            env = Float32Observations(env)
         return env
 
 

@@ -11,25 +11,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit, TransformObservation
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.batch import NativeVectorEnv, SingleEnv
 from envs.partial import HideComponents
-from envs.vec_env import GymnasiumVecEnv, VectorEnvAdapter
+from envs.vec_env import Float32Observations, GymnasiumVecEnv, VectorEnvAdapter
 from envs.velocity import VelocityCost
 from npg.runs.plain import is_plain
 
 __all__ = ["has_state", "restore_state", "state_of"]
 
-#: What changes in the wrappers that are known, by their exact types; `make_vec_env` transforms to float32 and no more.
+#: What changes in the wrappers that are known, by their exact types; not of those with a function, which may remember.
 _WRAPPERS: dict[type, tuple[str, ...]] = {
     Monitor: ("rewards", "needs_reset", "total_steps"),
     TimeLimit: ("_elapsed_steps",),
     OrderEnforcing: ("_has_reset",),
     PassiveEnvChecker: (),
-    TransformObservation: (),
+    Float32Observations: (),
     VelocityCost: (),
     HideComponents: (),
 }

@@ -21,7 +21,7 @@ from envs.batch import NativeVectorEnv
 from envs.hybrid import is_hybrid
 from envs.seeding import IndependentSeeds
 
-__all__ = ["ArrayVecEnv", "GymnasiumVecEnv", "Transition", "VectorEnvAdapter", "float32_space"]
+__all__ = ["ArrayVecEnv", "Float32Observations", "GymnasiumVecEnv", "Transition", "VectorEnvAdapter", "float32_space"]
 
 Observations = NDArray[Any] | dict[str, NDArray[Any]]
 
@@ -58,6 +58,18 @@ def float32_space(space: gym.Space[Any]) -> gym.Space[Any]:
     if isinstance(space, spaces.Box) and space.dtype == np.float64:
         return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
     return space
+
+
+class Float32Observations(gym.ObservationWrapper[NDArray[np.float32], Any, NDArray[Any]]):
+    """An environment with observations of float64, as float32."""
+
+    def __init__(self, env: gym.Env[NDArray[Any], Any]) -> None:
+        super().__init__(env)
+        self.observation_space = float32_space(env.observation_space)
+
+    def observation(self, observation: NDArray[Any]) -> NDArray[np.float32]:
+        """The same numbers, rounded."""
+        return observation.astype(np.float32)
 
 
 class Transition(NamedTuple):

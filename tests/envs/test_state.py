@@ -78,9 +78,22 @@ class Hidden(CartPoleEnv):
     """An environment of a user: what it hides is not known."""
 
 
+def delayed(**kwargs):
+    """CartPole with the observation of the step before, which a function remembers."""
+    seen = [np.zeros(4, np.float32)]
+
+    def before(observation):
+        seen.append(observation)
+        return seen.pop(0)
+
+    env = gym.make("CartPole-v1", **kwargs)
+    return gym.wrappers.TransformObservation(env, before, env.observation_space)
+
+
 def test_nothing_is_claimed_of_other_environments():
     gym.register("Hidden-v0", entry_point=Hidden)
-    for env, backend in [("CartPole-v1", "envpool"), ("Hidden-v0", "gymnasium")]:
+    gym.register("Delayed-v0", entry_point=delayed)
+    for env, backend in [("CartPole-v1", "envpool"), ("Hidden-v0", "gymnasium"), ("Delayed-v0", "gymnasium")]:
         venv = make_vec_env(env, 2, 0, backend=backend)
         assert not has_state(venv)
         with pytest.raises(TypeError, match="cannot be saved"):

@@ -17,7 +17,7 @@ from agents.seeds import SeedsFolder, is_finished, parse_seeds, summary_table
 from agents.trackers import TRACKERS, TrackerError, check_trackers
 from agents.training import FINAL_EPISODES, MISTAKES, Outcome, Run, check, check_named, continuation, resume, start
 from npg.parallel import World, open_world
-from npg.runs.command_line import Parser, again, command, restarted
+from npg.runs.command_line import Parser, command, restarted
 from npg.runs.presets import parse_settings
 
 USAGE = """%(prog)s ALGO ENV_ID [options]
@@ -211,7 +211,7 @@ def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
 def train_seeds(args: argparse.Namespace, folder: SeedsFolder, parser: Parser) -> int:
     at_once, seeds = args.jobs or 1, ", ".join(map(str, folder.seeds))
     print(f"{folder.algo} on {folder.env}, seeds {seeds}, {at_once} at a time: {folder.path}", flush=True)
-    go_on = f"To continue:\n  {again('--resume', folder.path)}"
+    go_on = f"To continue:\n  {continuation(folder.algo, folder.env, folder.path)}"
     with parser.training(go_on):
         results = folder.run(Path(__file__).resolve(), at_once, args.threads, show=not args.no_progress)
         folder.summarize(results)

@@ -808,7 +808,7 @@ def test_a_seed_that_fails_or_is_killed_leaves_the_others_and_goes_on(breakable,
     assert found == {0: "done", 1: "failed", 2: "killed"}
     assert (numbers["seeds"], numbers["interval"]) == (1, None)
     out, err = capsys.readouterr()
-    assert f"--resume {path}" in out
+    assert f"trpo {breakable} --resume {path}" in out
     assert re.search(r"seed 1 failed: .*the pole broke", out)
     assert str(path / "s1.log") in out
     assert "seed 2 killed: by SIGKILL" in out

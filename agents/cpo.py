@@ -203,6 +203,7 @@ class CPO(TrustRegionAlgorithm):
             FloatingPointError: if a critic's loss is not finite; in all processes alike.
             RuntimeError: if processes that learn together have different parameters.
         """
+        self._report = None  # a frozen actor takes no step
         damping = self.cost_critic_damping
         with undone_on_error(lambda: setattr(self, "cost_critic_damping", damping)):
             super().train()

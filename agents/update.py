@@ -214,9 +214,9 @@ _LOGGED = {
 
 
 def log_of(report: Any, divergence: str) -> dict[str, float]:
-    """An actor's report under the names of the log; nothing where there was no step."""
+    """An actor's report under the names of the log; where all of the actor is frozen, that it took no step."""
     if report is None:
-        return {}
+        return {f"train/{divergence}": 0.0, "train/accepted": 0.0, "train/step_norm": 0.0}
     gain, kl = (report.actual_gain, report.kl) if report.accepted else (0.0, 0.0)
     own = {name: getattr(report, field) for name, field in _LOGGED.items() if hasattr(report, field)}
     return {

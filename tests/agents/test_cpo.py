@@ -97,6 +97,19 @@ def logged(model: Any, timesteps: int) -> list[dict[str, float]]:
     return rows
 
 
+def test_a_frozen_actor_has_no_step_in_the_log():
+    model = small(cost_limit=3.0)
+    of_the_step = {f"train/{name}" for name in ("predicted_cost", "actual_cost", "limit_bound", "limit_infeasible")}
+    assert logged(model, 160)[-1].keys() > of_the_step
+    for name, p in model.policy.named_parameters():
+        p.requires_grad_("value" in name)
+    model.set_logger(Logger(None, []))
+    row = logged(model, 160)[-1]
+    assert (row["train/accepted"], row["train/kl"], row["train/step_norm"]) == (0.0, 0.0, 0.0)
+    assert not of_the_step & row.keys()
+    assert row["train/cost_value_loss"] > 0  # the cost critic is trained all the same
+
+
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import gymnasium
 import pytest
@@ -79,6 +80,15 @@ def test_no_folder_imports_a_module(command, folder, options, named, gift, load,
     if folder != "seeds":  # of processes of their own
         assert command([*opened, *named], *extra) == 0
         assert "gift" in sys.modules
+
+
+def test_seeds_that_stop_tell_the_command_that_goes_on(gift, capsys, monkeypatch):
+    stopped = [SimpleNamespace(status="stopped")]
+    monkeypatch.setattr(SeedsFolder, "run", lambda *args, **kwargs: stopped)
+    monkeypatch.setattr(SeedsFolder, "summarize", lambda *args: None)
+    monkeypatch.setattr(train_agent, "summary_table", lambda *args: "")
+    assert train_agent.main(["trpo", ENV, "--resume", str(gift / "seeds")]) == 130
+    assert f"trpo {ENV} --resume {gift / 'seeds'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -221,6 +222,13 @@ class MaskableActorCriticPolicy(HybridActorCriticPolicy):
             raise ValueError(
                 f"the action mask has the shape {masks.shape}, and {self.action_space} needs {entries} entries "
                 "for each observation"
+            )
+        name = next(name for name in self.observation_space.spaces if name != ACTION_MASK)
+        one, seen = prod(self.observation_space.spaces[name].shape or ()), np.shape(observation[name])
+        if (given := masks.size // entries) * one != prod(seen):
+            raise ValueError(
+                f"the action mask has the shape {masks.shape}, which is {given} of {self.action_space}, and {name!r} "
+                f"the shape {seen}: each observation needs one mask"
             )
         masks = masks.reshape(shape) if masks.size == entries else masks.reshape(-1, *shape)
         return {**observation, ACTION_MASK: masks}

@@ -385,6 +385,9 @@ def test_observations_without_a_mask_or_with_a_bad_one_are_refused():
         (seen["observation"], np.zeros((2, 5)), "observation 0 allows nothing"),
         (seen["observation"], np.full((2, 5), 0.3), r"observation 0 has the value 0.3"),
         (seen["observation"], np.ones((2, 4)), r"shape \(2, 4\), and Discrete\(5\) needs 5 entries"),
+        (seen["observation"], np.ones(5), r"shape \(5,\), which is 1 of .* 'observation' the shape \(2, .*\): each"),
+        (seen["observation"], np.ones((3, 5)), r"shape \(3, 5\), which is 3 of .*: each observation needs one mask"),
+        (seen["observation"][0], np.ones((2, 5)), r"shape \(2, 5\), which is 2 of .*: each observation needs one mask"),
         ({**seen, ACTION_MASK: np.zeros((2, 5))}, None, "observation 0 allows nothing"),
         ({**seen, ACTION_MASK: np.ones((2, 6))}, None, r"shape \(2, 6\), and Discrete\(5\) needs 5 entries"),
     ):

@@ -227,8 +227,8 @@ class DeployedPolicy(nn.Module):
         if not deterministic:
             self._look()
         if isinstance(space := self.policy.action_space, spaces.Box):
-            self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32))
-            self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32))
+            self.register_buffer("low", _rounded(space.low, up=True))
+            self.register_buffer("high", _rounded(space.high, up=False))
 
     def _look(self) -> None:
         policy = self.policy
@@ -274,6 +274,14 @@ class DeployedPolicy(nn.Module):
         if policy.squash_output:
             actions = self.low + 0.5 * (actions + 1.0) * (self.high - self.low)
         return torch.minimum(torch.maximum(actions, self.low), self.high)
+
+
+def _rounded(bounds: NDArray[Any], *, up: bool) -> Tensor:
+    """Bounds as float32, on the inner side of theirs: the nearest to 0.1 is above it, and no action of the space."""
+    with np.errstate(over="ignore"):
+        nearest = bounds.astype(np.float32)
+    outside, inwards = (nearest < bounds, np.inf) if up else (nearest > bounds, -np.inf)
+    return torch.as_tensor(np.where(outside, np.nextafter(nearest, np.float32(inwards)), nearest))
 
 
 def _draw(family: families.Family, outputs: Tensor) -> Tensor:

@@ -246,6 +246,20 @@ def test_samples_have_the_mean_and_deviation_of_the_policy(format, use_sde, tmp_
     assert (np.abs(actions.std(0) / deviation - 1) <= 5 / np.sqrt(2 * n)).all()
 
 
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("bound", [0.1, 0.3, 0.5, 1e-50, 1e30])
+def test_actions_stay_within_bounds_that_float32_lacks(bound, squash):
+    space = spaces.Box(-bound, 3 * bound, (2,), np.float64)
+    env = DummyVecEnv([lambda: Noise(OBSERVATIONS["box"], space)] * 2)
+    agent = trained(env, **({"use_sde": True, "policy_kwargs": {"squash_output": True}} if squash else {}))
+    with torch.no_grad():
+        agent.policy.action_net.weight.mul_(1e35)
+    actions = DeployedPolicy(agent)(torch.as_tensor(drawn(OBSERVATIONS["box"], 64)[0])).numpy().astype(np.float64)
+    assert all(space.contains(action) for action in actions)
+    if bound > 1e-40:  # what is smaller is 0
+        np.testing.assert_allclose([actions.min(), actions.max()], [-bound, 3 * bound], rtol=1e-6)
+
+
 def test_squashed_samples_fill_the_action_space(tmp_path):
     agent = trained(bare("box"), use_sde=True, policy_kwargs={"squash_output": True, "log_std_init": 1.0})
     act = load_exported(export_agent(agent, tmp_path / "p.pt", "torchscript", deterministic=False))

@@ -31,7 +31,11 @@ from npg.model import undone_on_error
 from npg.parallel import average_, equal, mean_, moments
 from npg.step import StepReport
 
-__all__ = ["CPO"]
+__all__ = ["CPO", "CostError"]
+
+
+class CostError(ValueError):
+    """An environment tells no costs, or what is no number."""
 
 
 def _limit(name: str, value: Any) -> None:
@@ -133,7 +137,7 @@ class CPO(TrustRegionAlgorithm):
         """As of every algorithm; with the costs of the steps, their advantages and those of whole episodes.
 
         Raises:
-            ValueError: if an environment gives no ``info["cost"]``, or one that is no number.
+            CostError: (a ValueError) if an environment gives no ``info["cost"]``, or one that is no number.
             FloatingPointError: if a cost is not finite.
         """
         self._costs = None
@@ -291,14 +295,14 @@ def _costs_of(infos: list[dict[str, Any]], step: int) -> NDArray[np.float64]:
     for i, info in enumerate(infos):
         where = f"environment {i} in step {step} of the rollout"
         if "cost" not in info:
-            raise ValueError(
+            raise CostError(
                 f"info['cost'] is missing from {where}: CPO needs the cost of every step. Take a task of "
                 "envs.velocity_limited, wrap yours in one that puts it there, or set cost_limit=inf. If it is there, "
                 "and the environment has a vector form of its own, make it with backend='gymnasium', which hands it on"
             )
         cost = info["cost"]
         if isinstance(cost, str) or np.ndim(cost) or not np.isrealobj(cost):
-            raise ValueError(f"info['cost'] must be a number, got {cost!r} from {where}")
+            raise CostError(f"info['cost'] must be a number, got {cost!r} from {where}")
         if not np.isfinite(cost):
             raise FloatingPointError(f"info['cost'] is {cost} from {where}: correct the environment")
     return np.array([info["cost"] for info in infos], dtype=np.float64)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve, whole_number
+from agents.cpo import CostError
 from agents.evaluation import check_video, table
 from agents.runs import RunFolder
 from agents.seeds import SeedsFolder, is_finished, parse_seeds, summary_table
@@ -172,7 +173,7 @@ def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
         processes = f", {run.world.size} processes" if run.world.group is not None else ""
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
         print(EXACT_RESUME[config.exact_resume], flush=True)
-    with parser.training(go_on, FloatingPointError, TrackerError):
+    with parser.training(go_on, FloatingPointError, TrackerError, CostError):
         outcome = run.train(progress=not args.no_progress, video=args.video, trackers=trackers(args))
     if run.folder is not None:
         report(run, run.folder, outcome)

@@ -26,7 +26,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents import CPO, TRPO
 from agents.callbacks import Evaluator
+from agents.cli import train_agent
 from agents.config import resolve
+from agents.cpo import CostError
 from agents.evaluation import Evaluation, evaluate, table
 from agents.heads import CriticHead
 from agents.training import start
@@ -466,11 +468,11 @@ def test_an_update_that_fails_in_the_cost_critic_changes_nothing():
     [
         (
             None,
-            ValueError,
+            CostError,
             r"info\['cost'\] is missing from environment 0 in step 0 .*envs.velocity_limited.*backend='gymnasium'",
         ),
         (nan, FloatingPointError, r"info\['cost'\] is nan from environment \d in step"),
-        (np.ones(2), ValueError, r"info\['cost'\] must be a number, got array"),
+        (np.ones(2), CostError, r"info\['cost'\] must be a number, got array"),
     ],
 )
 def test_costs_that_are_none_are_refused(price, error, match):
@@ -479,6 +481,16 @@ def test_costs_that_are_none_are_refused(price, error, match):
     with pytest.raises(error, match=match):
         model.learn(160)
     assert torch.equal(vector(model), before)
+
+
+def test_a_task_without_costs_ends_a_run_with_a_message(tmp_path, capsys):
+    arguments = ["cpo", "CartPole-v1", "--n-envs", "2", "--timesteps", "64", "--device", "cpu", "--no-progress"]
+    with pytest.raises(SystemExit) as end:
+        train_agent.main([*arguments, "--run-dir", str(tmp_path / "run")])
+    assert end.value.code == 1
+    told = capsys.readouterr().err
+    assert re.search(r"error: info\['cost'\] is missing from environment 0 in step 0 .* or set cost_limit=inf\.", told)
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize(

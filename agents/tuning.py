@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "load_space", "preset_of"]
+__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "load_space", "preset_of", "result_of"]
 
 FIRST_SEED = 100
 """Of the seeds that tune; smaller ones are for reports."""
@@ -242,9 +242,9 @@ class Tuning:
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The trial with the largest value; of equals the first one."""
+        """The trial with the largest value, of those that keep CPO's limit if any does; of equals the first one."""
         complete = [t for t in self.finished if t.value is not None and t.state.name == "COMPLETE"]
-        return max(complete, key=lambda t: (cast(float, t.value), -t.number)) if complete else None
+        return max(complete, key=lambda t: (-excess_of(t), cast(float, t.value), -t.number)) if complete else None
 
     def _repeat_interrupted(self) -> None:
         states = _optuna().trial.TrialState
@@ -308,6 +308,8 @@ class Tuning:
         value, state = None, states.FAIL
         try:
             value, state = self._train(trial), states.COMPLETE
+            if "excess" in trial.user_attrs and hasattr(trial, "set_constraint"):  # since Optuna 5
+                trial.set_constraint("cost", excess_of(trial))
         except optuna.TrialPruned:
             state = states.PRUNED
         except (ValueError, FloatingPointError) as error:
@@ -338,7 +340,9 @@ class Tuning:
         rows = []
         for t in self.finished:
             row = {"trial": t.number, "state": t.state.name.lower(), "value": t.value}
-            rows.append(row | {k: t.user_attrs.get(k) for k in ("preset", "steps", "seconds", "error")} | t.params)
+            rows.append(
+                row | {k: t.user_attrs.get(k) for k in ("preset", "excess", "steps", "seconds", "error")} | t.params
+            )
         write_rows(self.path / "trials.csv", rows)
         if (best := self.best) is not None:
             settings = settings_of(best.params, self.config.space)
@@ -351,19 +355,33 @@ class Tuning:
                 self.config.env,
                 preset_of(found),
                 f"{self.config.algo} on {self.config.env}: trial {best.number} of {len(rows)}, mean return "
-                f"{best.value:.6g} on the tuning {seeds}.",
+                f"{best.value:.6g}{_broken(best)} on the tuning {seeds}.",
             )
 
     def _tell(self, number: int) -> None:
         trial = next(t for t in self.finished if t.number == number)
         best = self.best
-        so_far = "" if best is None else f"; best: trial {best.number}, return {best.value:.1f}"
+        so_far = "" if best is None else f"; best: trial {best.number}, {result_of(best)}"
         if trial.state.name == "COMPLETE":
-            said = f"return {trial.value:.1f}"
+            said = result_of(trial)
         else:
             said = "ended early" if trial.state.name == "PRUNED" else f"refused: {trial.user_attrs['error']}"
         preset = " (the preset)" if "preset" in trial.user_attrs else ""
         print(f"trial {number}{preset}: {said}, {trial.user_attrs['seconds']:.0f} s{so_far}", flush=True)
+
+
+def excess_of(trial: Trial | FrozenTrial) -> float:
+    """How far the costs of a trial's episodes are above CPO's limit, in the mean; 0 where they keep it."""
+    return float(trial.user_attrs.get("excess", 0.0))
+
+
+def result_of(trial: FrozenTrial) -> str:
+    """What a trial came to, in words."""
+    return f"return {trial.value:.1f}{_broken(trial)}"
+
+
+def _broken(trial: FrozenTrial) -> str:
+    return f" (cost {excess:.3g} above the limit)" if (excess := excess_of(trial)) else ""
 
 
 class _Pruner(Evaluator):
@@ -384,13 +402,15 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
     run = start(config, path, f"trial {trial.number} of {path.parent.parent}")
     run_folder, model = run.folder, run.model
     assert run_folder is not None
+    limit = config.hyperparameters.get("cost_limit", math.inf)
 
     def report(value: float, timesteps: int) -> None:
         # Counted in steps: of rollouts as long as several periods there is one evaluation, not several.
         over = timesteps >= config.timesteps
         step = k * tuning.evaluations + (tuning.evaluations if over else timesteps // config.eval_freq)
         trial.report((before + value) / (k + 1), step)
-        if step < tuning.seeds * tuning.evaluations and trial.should_prune():
+        # With a limit the return alone does not tell which trial is behind.
+        if limit == math.inf and step < tuning.seeds * tuning.evaluations and trial.should_prune():
             from optuna import TrialPruned
 
             raise TrialPruned
@@ -404,6 +424,9 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
         if not evaluator.is_done:
             evaluator.evaluate()
         assert evaluator.last is not None
+        if limit < math.inf:
+            excess = max(0.0, (evaluator.last.mean_cost or 0.0) - limit)
+            trial.set_user_attr("excess", trial.user_attrs.get("excess", 0.0) + excess / tuning.seeds)
         return evaluator.last.mean_return
     finally:
         trial.set_user_attr("steps", model.num_timesteps)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agents.config import ALGORITHMS, whole_number
 from agents.training import MISTAKES, continuation
-from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space
+from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space, result_of
 from npg.runs.command_line import Parser, again, command
 from npg.runs.presets import parse_settings
 
@@ -83,9 +83,9 @@ def report(tuning: Tuning) -> None:
         print(f"no trial came to its end: see {tuning.path / 'trials.csv'}")
         return
     preset = next((t for t in tuning.finished if "preset" in t.user_attrs and t.state.name == "COMPLETE"), None)
-    print(f"\nbest: trial {best.number}, return {best.value:.1f}")
+    print(f"\nbest: trial {best.number}, {result_of(best)}")
     if preset is not None:
-        print(f"preset: trial {preset.number}, return {preset.value:.1f}")
+        print(f"preset: trial {preset.number}, {result_of(preset)}")
     for name, value in best.params.items():
         print(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
     print("\nOn other seeds, which tell how good it is:")

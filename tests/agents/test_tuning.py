@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import yaml
 
@@ -198,6 +199,25 @@ def test_a_trial_below_the_median_ends_early(tmp_path, monkeypatch):
     assert search.best.number == 6
 
 
+class Asked:
+    """A trial of Optuna's that never ends early."""
+
+    number = 0
+
+    def __init__(self):
+        self.user_attrs, self.reported, self.asked_to_end = {}, [], 0
+
+    def report(self, value, step):
+        self.reported.append(step)
+
+    def should_prune(self):
+        self.asked_to_end += 1
+        return False
+
+    def set_user_attr(self, name, value):
+        self.user_attrs[name] = value
+
+
 @pytest.mark.parametrize(
     ("n_steps", "evaluations", "k", "steps"),
     [
@@ -210,19 +230,6 @@ def test_a_trial_below_the_median_ends_early(tmp_path, monkeypatch):
     ],
 )
 def test_evaluations_are_compared_at_the_same_steps(tmp_path, n_steps, evaluations, k, steps):
-    class Asked:
-        number = 0
-        user_attrs, reported = {}, []
-
-        def report(self, value, step):
-            self.reported.append(step)
-
-        def should_prune(self):
-            return False
-
-        def set_user_attr(self, name, value):
-            self.user_attrs[name] = value
-
     trial = Asked()
     search = TuningConfig("trpo", "CartPole-v1", seeds=2, evaluations=evaluations, options=OPTIONS, space=SPACE)
     settings = FIXED | {"n_steps": n_steps, "batch_size": n_steps}
@@ -232,6 +239,59 @@ def test_evaluations_are_compared_at_the_same_steps(tmp_path, n_steps, evaluatio
     evaluated = RunFolder(tmp_path / "trials" / "run").evaluations()["timesteps"]
     assert dict(zip(evaluated, trial.reported, strict=True)) == steps
     assert trial.user_attrs == {"steps": max(steps)}
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("excesses", "best"),
+    [
+        ([2.0, 0.0, 0.0, 5.0], 2),
+        ([0.0, 0.0, 0.0, 0.0], 3),
+        ([2.0, 1.0, 1.0, 5.0], 2),  # if none keeps the limit, the one that breaks it least
+    ],
+)
+def test_the_best_trial_of_cpo_keeps_the_limit(tmp_path, monkeypatch, capsys, excesses, best):
+    import optuna
+
+    def train(config, path, trial, k, before, search):
+        trial.set_user_attr("excess", excesses[trial.number])
+        return float(trial.number)
+
+    monkeypatch.setattr(tuning, "_train", train)
+    config = TuningConfig("cpo", "CartPole-v1", trials=4, evaluations=1, options=OPTIONS, space=SPACE)
+    search = Tuning.create(tmp_path / "s", config, settings=FIXED)
+    search.run()
+    assert search.best.number == best
+    told = capsys.readouterr().out
+    for number, excess in enumerate(excesses):
+        assert f"return {number}.0{f' (cost {excess:.3g} above the limit)' if excess else ''}, " in told
+    with (search.path / "trials.csv").open() as file:
+        assert [float(row["excess"]) for row in csv.DictReader(file)] == excesses
+    if hasattr(optuna.Trial, "set_constraint"):  # which Optuna's sampler goes by
+        assert [t.constraints["cost"] for t in search.finished] == excesses
+
+
+class Costly(gym.Wrapper):
+    """Episodes of twenty steps, which cost 1 each."""
+
+    def step(self, action):
+        *result, info = self.env.step(action)
+        return *result, info | {"cost": 1.0}
+
+
+gym.register("Costly-v0", lambda: Costly(gym.make("Pendulum-v1", max_episode_steps=20)))
+
+
+@pytest.mark.parametrize(("limit", "excess"), [(5.0, 15.0), (30.0, 0.0), (math.inf, None)])
+def test_a_trial_of_cpo_knows_how_far_it_is_above_the_limit(tmp_path, limit, excess):
+    settings = FIXED | {"n_steps": 32, "cost_limit": limit}
+    config = resolve("cpo", "Costly-v0", settings=settings, eval_freq=64, save_freq=128, **OPTIONS)
+    search = TuningConfig("cpo", "Costly-v0", seeds=2, evaluations=2, options=OPTIONS, space=SPACE)
+    trial = Asked()
+    for k in (0, 1):
+        tuning._train(config, tmp_path / "trials" / f"run{k}", trial, k, 0.0, search)
+        assert trial.user_attrs.get("excess") == (None if excess is None else excess * (k + 1) / 2)
+    assert trial.asked_to_end == (3 if limit == math.inf else 0)
 
 
 @needs_optuna

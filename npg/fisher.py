@@ -25,7 +25,7 @@ from npg.families import Family
 from npg.families.base import check_outputs
 from npg.geometry import FisherRao, Metric, geometry_of
 from npg.linearize import Linearization
-from npg.model import Model
+from npg.model import Model, unwrapped
 from npg.parallel import mean_
 
 __all__ = ["Fisher", "Kind"]
@@ -61,6 +61,7 @@ class Fisher:
             function of the outputs η that returns the map u ↦ M(η)u.
         parameters: by name: needed where ``model`` is a function; for a module, all trainable ones by default.
         process_group: average over the processes of this group, each of which holds an equal share of the events.
+            A model in DistributedDataParallel brings its own.
         linearization: of the same model at the same inputs, where one exists already.
 
     Raises:
@@ -89,6 +90,7 @@ class Fisher:
             raise ValueError(f"targets must be given for kind='empirical', and only for it (kind={kind!r})")
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
+        model, process_group = unwrapped(model, process_group)
         self.geometry = geometry_of(family if metric is None else metric)
         if kind != "exact" and type(self.geometry) is not FisherRao:
             raise ValueError(

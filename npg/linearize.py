@@ -45,7 +45,7 @@ from npg.model import (
     plain_attention,
     random_state,
     replayed_randomness,
-    uncompiled,
+    unwrapped,
     without_autocast,
 )
 from npg.parameters import Parameters, power_of_two
@@ -64,7 +64,7 @@ class Linearization:
         move_statistics: let this forward pass move running statistics, as one training step does.
 
     Attributes:
-        model: the model; what is behind a compiled one.
+        model: the model; what is behind a compiled one, or DistributedDataParallel.
         leaves: the tensors that its graph is differentiated at, one for each parameter.
         outputs: η, (…, D), detached, at least float32.
         parameters: the `Parameters` whose vector the maps take and return.
@@ -82,7 +82,7 @@ class Linearization:
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() records no derivatives: linearise a model outside of it")
-        model = uncompiled(model)
+        model, _ = unwrapped(model)
         if not callable(model):
             raise TypeError(
                 f"model must be a module, or a function f(parameters, *inputs), got {type(model).__name__}: write "

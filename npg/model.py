@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "Buffers",
@@ -19,8 +21,8 @@ __all__ = [
     "plain_attention",
     "random_state",
     "replayed_randomness",
-    "uncompiled",
     "undone_on_error",
+    "unwrapped",
     "without_autocast",
 ]
 
@@ -125,9 +127,19 @@ def replayed_randomness(state: tuple[Tensor, Tensor | None], device: torch.devic
         _set_random_state(after, device)
 
 
-def uncompiled(model: Model) -> Model:
-    """The module behind one of ``torch.compile``, through which no forward mode passes."""
-    return cast(Model, getattr(model, "_orig_mod", model))
+def unwrapped(model: Model, process_group: dist.ProcessGroup | None = None) -> tuple[Model, dist.ProcessGroup | None]:
+    """The module behind ``torch.compile`` and DistributedDataParallel, whose group is taken where none is given.
+
+    Either may be around the other, and no forward mode passes through them.
+    """
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            process_group = model.process_group if process_group is None else process_group
+            model = model.module
+        elif (behind := getattr(model, "_orig_mod", None)) is not None:
+            model = cast(Model, behind)
+        else:
+            return model, process_group
 
 
 def is_autocast(device: torch.device) -> bool:

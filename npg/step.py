@@ -25,7 +25,7 @@ from npg.families.mistakes import is_mistaken
 from npg.fisher import Fisher
 from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
-from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, undone_on_error
+from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, undone_on_error, unwrapped
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.trust_region import SearchResult, Trial, TrustRegion
@@ -157,7 +157,8 @@ def natural_step(
             best of those that keep both, and a trial is taken if it does (`npg.constraint`). Where the limit binds,
             that takes a second solve, on the same linearisation.
         parameters: by name: needed where ``model`` is a function; for a module, all trainable ones by default.
-        process_group: average gradient, products, gain and KL over the processes of this group.
+        process_group: average gradient, products, gain and KL over the processes of this group. A model in
+            DistributedDataParallel brings its own.
 
     Raises:
         ValueError: if neither a trust region nor a learning rate is given, an argument is out of its range, or the
@@ -165,6 +166,7 @@ def natural_step(
             nothing: that step is refused.
     """
     _check(objective, trust_region, learning_rate, damping, constraint)
+    model, process_group = unwrapped(model, process_group)
     geometry = geometry_of(family if metric is None else metric)
     buffers = Buffers(model)
     with buffers.restored_on_error():

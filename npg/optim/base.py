@@ -10,7 +10,6 @@ from typing import Any, TypeAlias, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -19,7 +18,7 @@ from npg.families import Family, Product
 from npg.families.base import check_events, check_outputs
 from npg.families.mistakes import ANY_FAMILY, family_of
 from npg.fisher import Kind
-from npg.model import uncompiled
+from npg.model import unwrapped
 from npg.parameters import Parameters
 
 __all__ = [
@@ -157,11 +156,8 @@ class ModelOptimizer(ExactResume):
         damping_metric: str,
         alpha: float,
     ) -> None:
-        if isinstance(model, DistributedDataParallel):
-            # Forward mode cannot pass through the wrapper; the reduction is done here, once per product.
-            process_group = process_group or model.process_group
-            model = model.module
-        model = cast(nn.Module, uncompiled(model))
+        behind, process_group = unwrapped(model, process_group)
+        model = cast(nn.Module, behind)
         check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
         check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
         self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group

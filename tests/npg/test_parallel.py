@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from npg import Fisher, LevenbergMarquardt, TrustRegion, conjugate_gradient, families, natural_step
 from npg.parallel import average_, equal, mean_, moments, open_world, size
@@ -87,12 +89,41 @@ def everything(x: Tensor, y: Tensor, model: nn.Module, group: dist.ProcessGroup 
     return found
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+#: Each brings its process group.
+WRAPPERS = {
+    "DDP": DistributedDataParallel,
+    "compiled DDP": lambda model: compiled(DistributedDataParallel(model)),
+    "DDP of a compiled one": lambda model: DistributedDataParallel(compiled(model)),
+}
+
+
+def through(wrap: Callable[[nn.Module], nn.Module], x: Tensor, y: Tensor) -> Tensor:
+    """F and the step of a model that is wrapped, without a word of its group."""
+    family, model = families.Categorical(), wrap(problem()[0])
+    F = Fisher(model, x, family).dense()
+    report = natural_step(
+        model,
+        x,
+        family,
+        lambda outputs: family.log_likelihood(outputs, y).mean(),
+        solver=partial(conjugate_gradient, rtol=1e-12),
+        **OPTIONS["radius"],
+    )
+    return torch.cat([F, report.step[None]])
+
+
 def work(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     model, x, y = problem()
     with open_world("cpu") as world:
         share = slice(8 * world.rank, 8 * (world.rank + 1))
         found = everything(x[share], y[share], model, world.group)
+        for name, wrap in WRAPPERS.items():
+            found[name] = through(wrap, x[share], y[share])
         found["mean"] = mean_(torch.tensor([float(world.rank), 5.0]), world.group)
         found["moments"] = torch.stack(moments(far_away()[share], world.group))
         several = [torch.full((2, 3), float(world.rank)), torch.tensor(world.rank), torch.tensor([4.0 * world.rank])]
@@ -116,7 +147,8 @@ def ranks(tmp_path_factory, two_processes) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def alone(double) -> dict[str, object]:
     model, x, y = problem()
-    return everything(x, y, model, None)
+    wrapped = through(lambda model: model, x, y)
+    return everything(x, y, model, None) | dict.fromkeys(WRAPPERS, wrapped)
 
 
 def test_two_processes_equal_one(ranks, alone):

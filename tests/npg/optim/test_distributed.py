@@ -66,6 +66,8 @@ NAMES = [
     "ngd-kfac",
     "ngd-dense",
 ]
+#: Of these also what `torch.compile` makes of DistributedDataParallel, in the order that PyTorch recommends.
+COMPILED = ["online-ngd", "diagonal-ngd", "ngd", "kfac"]
 
 
 def train(name: str, model: nn.Module, part: slice) -> Tensor:
@@ -84,20 +86,23 @@ def work(folder: Path) -> None:
     with open_world("cpu") as world:
         share = slice(6 * world.rank, 6 * world.rank + 6)
         trained = {name: train(name, DistributedDataParallel(make_model()), share) for name in NAMES}
+        for name in COMPILED:
+            model = torch.compile(DistributedDataParallel(make_model()), backend="eager")
+            trained[f"{name} compiled"] = train(name, model, share)
         torch.save(trained, folder / f"rank{world.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, two_processes):
     ranks = two_processes(__file__, tmp_path_factory.mktemp("ranks"))
-    return {name: [rank[name] for rank in ranks] for name in NAMES}
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name} compiled" for name in COMPILED)])
 def test_two_processes_equal_one(results, name):
     first, second = results[name]
     assert torch.equal(first, second), "replicas must stay bitwise equal"
-    alone = train(name, make_model(), slice(None))
+    alone = train(name.removesuffix(" compiled"), make_model(), slice(None))
     start = nn.utils.parameters_to_vector(make_model().parameters())
     assert (alone - start).norm() > 0.1
     torch.testing.assert_close(first, alone, rtol=0, atol=1e-10)

@@ -20,6 +20,7 @@ import io
 import lzma
 import os
 import pickle
+import stat
 import tarfile
 import urllib.request
 import zipfile
@@ -59,6 +60,7 @@ LARGEST_FILE = 2**28
 _DECODING = 3
 """Counts the changes of what files are decoded to, so that images in the cache from before are not used."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff", ".webp"}
+_REPACK = "pack it with what its links mean"
 _LAYOUT = (
     f"expected CIFAR-10's Python archive under its own name, {CIFAR10_ARCHIVE}, or image files laid out "
     "train/<class>/<file> and test/<class>/<file> in a folder or in a .tar, .tar.gz, .tar.xz or .zip archive"
@@ -210,10 +212,11 @@ def _read_batch(content: bytes, name: str, source: Path) -> Labelled:
 def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[PurePosixPath, bytes]]:
     """Path and content of each wanted file in a folder, or in a tar or zip archive; nothing is unpacked.
 
+    Links to folders are followed in a folder, and refused in an archive, where a whole class would be missing else.
     A tar archive has to end as one does: cut at the end of a file, it would hold fewer of them in silence.
     """
     if source.is_dir():
-        for file in source.rglob("*"):
+        for file in _below(source):
             path = PurePosixPath(file.relative_to(source.parent).as_posix())
             if wanted(path) and file.is_symlink() and not file.exists():
                 raise DataError(f"{file} is a link to a file that is missing: restore that, or remove the link")
@@ -224,6 +227,8 @@ def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[
         if zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
                 for info in archive.infolist():
+                    if stat.S_ISLNK(info.external_attr >> 16) and _is_inside(path := PurePosixPath(info.filename)):
+                        raise DataError(f"{path} of {source} is a link: {_REPACK}")
                     if not info.is_dir() and wanted(path := PurePosixPath(info.filename)):
                         if info.flag_bits & 1:
                             raise DataError(f"{path} of {source} is encrypted: save the archive without a password")
@@ -232,9 +237,11 @@ def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[
         else:
             with tarfile.open(source) as tar:
                 for member in tar:
-                    if wanted(path := PurePosixPath(member.name)):
+                    path = PurePosixPath(member.name)
+                    if (read := wanted(path)) or (member.issym() and _is_inside(path)):
                         _check_size(source, path, member.size)
-                        if content := _content(tar, member, source):
+                        content = _content(tar, member, source)
+                        if read and content:
                             yield path, content.read()
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -250,12 +257,27 @@ def _members(source: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> Any:
     try:
-        return tar.extractfile(member)
+        content = tar.extractfile(member)
     except KeyError as error:
         raise DataError(
-            f"{member.name} of {source} is a link to {member.linkname}, which the archive lacks: pack it with what its "
-            "links mean"
+            f"{member.name} of {source} is a link to {member.linkname}, which the archive lacks: {_REPACK}"
         ) from error
+    if content is None and member.issym():
+        raise DataError(f"{member.name} of {source} is a link to the folder {member.linkname}: {_REPACK}")
+    return content
+
+
+def _below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All that is below a folder, behind links to folders too, but not behind one to a folder that the link is in."""
+    above |= {os.path.realpath(folder)}
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        yield (path := folder / entry.name)
+        if entry.is_dir() and not (entry.is_symlink() and os.path.realpath(path) in above):
+            yield from _below(path, above)
 
 
 def _check_size(source: Path, path: PurePosixPath, size: int) -> None:
@@ -274,15 +296,33 @@ def _is_image(path: PurePosixPath) -> bool:
     )
 
 
+def _is_inside(path: PurePosixPath) -> bool:
+    """Whether a path is train or test, or below one of them."""
+    return not {"train", "test"}.isdisjoint(path.parts)
+
+
 def _looks_like_one(path: PurePosixPath) -> bool:
     """Whether a file below train or test has the name of an image of any kind, though not of one that is read."""
-    inside = {"train", "test"}.intersection(path.parts[:-1])
-    return bool(inside) and path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
+    suffix = path.suffix.lower()
+    return _is_inside(path.parent) and suffix in Image.registered_extensions() and not path.name.startswith(".")
+
+
+def _has_no_suffix(path: PurePosixPath) -> bool:
+    """Whether its content has to tell whether a file of a class is an image."""
+    return _is_image(path.with_name(f"{path.name}.png")) and not path.suffix
+
+
+def _is_an_image_inside(content: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(content)):
+            return True
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _load_images(source: Path, progress: bool) -> ImageData:
     """Decode the image files once; the same source, unchanged, comes from the cache the next time."""
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    files = sorted(_below(source)) if source.is_dir() else [source]
     digest = hashlib.sha256(f"{_DECODING} {source.resolve()}".encode())
     for file in files:
         try:
@@ -305,9 +345,16 @@ def _load_images(source: Path, progress: bool) -> ImageData:
         read = _is_image(path)
         if not read and _looks_like_one(path):
             unread.append(path)
-        return read
+        return read or _has_no_suffix(path)
 
-    data = _decode(_members(source, wanted), source, progress)
+    def read(members: Members) -> Members:
+        for path, content in members:
+            if _is_image(path):
+                yield path, content
+            elif _is_an_image_inside(content):
+                unread.append(path)
+
+    data = _decode(read(_members(source, wanted)), source, progress)
     if unread:
         raise DataError(
             f"{source} has {len(unread)} images that would not be read, such as {unread[0]}: let them be "

@@ -368,6 +368,59 @@ def test_nothing_there_and_no_archive(tmp_path: Path) -> None:
         load(tmp_path / "half.tar.xz", progress=False)
 
 
+@pytest.mark.parametrize("link", ["train/dog", "train", "where"])
+def test_links_to_folders_are_followed(link: str, tmp_path: Path) -> None:
+    # the class of the link was missing, in silence where train/ and test/ had the same links
+    folder = tmp_path / "images"
+    prefix = "where/" if link == "where" else ""
+    for name, content in members(prefix).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    real = (folder / link).rename(tmp_path / "elsewhere")
+    (folder / link).symlink_to(real)
+    (folder / "around").symlink_to(folder)  # and they may lead back
+    assert_is_the_sample(load(folder, progress=False))
+    (folder / prefix / "train/dog/0.png").write_bytes(png(77))
+    assert 77 in load(folder, progress=False).train_images  # seen by the cache, too
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("link", ["train/plane", "data/test"])
+def test_links_to_folders_in_an_archive_are_refused(kind: str, link: str, tmp_path: Path) -> None:
+    path = tmp_path / f"images.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members().items():
+                archive.writestr(name, content)
+            info = zipfile.ZipInfo(link)
+            info.external_attr = 0o120777 << 16
+            archive.writestr(info, "elsewhere")
+    else:
+        with tarfile.open(path, "w") as tar:
+            for name, kept in ((link, tarfile.SYMTYPE), (f"{Path(link).parent}/elsewhere", tarfile.DIRTYPE)):
+                info = tarfile.TarInfo(name)
+                info.type, info.linkname = kept, "elsewhere"
+                tar.addfile(info)
+    with pytest.raises(DataError, match=rf"{link} of .* is a link.*: pack it with what its links mean"):
+        load(path, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_images_without_a_suffix_are_not_passed_over(kind: str, tmp_path: Path) -> None:
+    files = {**members(), "train/dog/README": b"not an image", "train/dog/0001": png(1)}
+    path = tmp_path / f"images.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"has 1 images that would not be read, such as .*train/dog/0001: let them be"):
+        load(path, progress=False)
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_tar_that_is_cut_at_the_end_of_a_file_is_refused(mode: str, tmp_path: Path) -> None:
     whole, path = tmp_path / "whole.tar", tmp_path / "images.tar"

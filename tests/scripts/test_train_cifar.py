@@ -98,7 +98,9 @@ def test_train_then_resume_from_the_first_epoch(
     assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
 
 
-def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, asked = tmp_path / "run", ["wrn-10-1", "sgd", "--seed", "3", "--preset", "report"]
     killed = "import os; from npg.vision.training import Trainer; Trainer.evaluate = lambda *_: os.kill(os.getpid(), 9)"
     call = f"import runpy, sys; {killed}; sys.argv = {[str(SCRIPT), *asked, *arguments(folder, run)]}"
@@ -110,10 +112,17 @@ def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(folder: Path, tmp_
     expected = torch.load(undisturbed / "checkpoints" / "epoch_0002.pt")["model"]
     again = tmp_path / "again"
     shutil.copytree(run, again)
+    killed_run = Path(shutil.copytree(run, tmp_path / "killed"))
     for path, command in ((run, ["--resume", str(run)]), (again, [*asked, *arguments(folder, again)])):
         assert status(command) == 0
         found = torch.load(path / "checkpoints" / "epoch_0002.pt")["model"]
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    # what may change and what may not is as for a run with a checkpoint
+    assert_what_a_resume_may_not_change(killed_run, capsys)
+    moved = folder.rename(tmp_path / "moved")
+    assert status(["wrn-10-1", "sgd", "--resume", str(killed_run), "--data", str(moved), "--epochs", "1"]) == 0
+    config = yaml.safe_load((killed_run / "config.yaml").read_text())
+    assert (config["data"], config["epochs"], len(rows(killed_run))) == (str(moved), 1, 1)
 
 
 def test_a_checkpoint_outside_of_a_run_needs_a_folder(
@@ -228,20 +237,26 @@ def test_bad_input_ends_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def assert_what_a_resume_may_not_change(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    for asked, message in (
+        (["wrn-16-1", "sgd"], "is of model wrn-10-1, not of wrn-16-1: resume with wrn-10-1 sgd, or start a new run"),
+        (["wrn-10-1", "adam"], "is of optimizer sgd, not of adam"),
+        (["--batch-size", "4"], "batch_size is 8 in"),
+        (["--lr", "5"], "optimizer_options is"),
+        (["--seed", "7"], "and cannot become 7 there: start a new run"),
+    ):
+        assert status([*asked, "--resume", str(run)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_what_a_resume_may_not_change(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == 0
     capsys.readouterr()
     assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == 2
     assert "exists: continue it with --resume" in capsys.readouterr().err
-    for asked, message in (
-        (["wrn-16-1", "sgd"], "is of model wrn-10-1, not of wrn-16-1"),
-        (["wrn-10-1", "adam"], "is of optimizer sgd, not of adam"),
-        (["--batch-size", "4"], "batch_size is 8 in"),
-        (["--lr", "5"], "optimizer_options is"),
-    ):
-        assert status([*asked, "--resume", str(run)]) == 2
-        assert message in capsys.readouterr().err
+    assert_what_a_resume_may_not_change(run, capsys)
     assert len(rows(run)) == 2
     assert status(["--resume", str(run), "--epochs", "3"]) == 0
     assert len(rows(run)) == 3

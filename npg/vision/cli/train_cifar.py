@@ -112,19 +112,23 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     if preset is not None:
         raise ValueError("--preset cannot go with --resume: a run keeps what it began with")
     if begun_only(resume):  # it was ended in its first epoch: begin anew
-        return Config(**read_yaml(resume / "config.yaml")), None
-    checkpoint = find_checkpoint(resume)
-    saved = config_of(checkpoint, load_checkpoint(checkpoint)).to_dict()
-    asked = options | {"optimizer_options": saved["optimizer_options"] | optimizer_options}
-    fixed = Config(**saved).to_dict()
-    for key, new in dataclasses.replace(Config(**saved), **asked).to_dict().items():
+        checkpoint, source = None, resume / "config.yaml"
+        saved = Config(**read_yaml(source))
+    else:
+        checkpoint = source = find_checkpoint(resume)
+        saved = config_of(source, load_checkpoint(source))
+    for name, given in (("model", model), ("optimizer", optimizer)):
+        if given not in (None, own := getattr(saved, name)):
+            raise ValueError(
+                f"{source} is of {name} {own}, not of {given}: resume with {saved.model} {saved.optimizer}, or start a "
+                "new run"
+            )
+    config = dataclasses.replace(saved, **options, optimizer_options=saved.optimizer_options | optimizer_options)
+    fixed = saved.to_dict()
+    for key, new in config.to_dict().items():
         if new != fixed[key] and key not in CHANGEABLE:
-            raise ValueError(f"{key} is {fixed[key]} in {checkpoint} and cannot become {new} there: start a new run")
-    # Another model or optimizer is refused by the trainer, by name.
-    asked |= {"model": model or saved["model"], "optimizer": optimizer or saved["optimizer"]}
-    if asked["optimizer"] != saved["optimizer"]:
-        asked["optimizer_options"] = {}
-    return dataclasses.replace(Config(**saved), **asked), checkpoint
+            raise ValueError(f"{key} is {fixed[key]} in {source} and cannot become {new} there: start a new run")
+    return config, checkpoint
 
 
 def prepare(config: Config, run_dir: Path | None, checkpoint: Path | None, world: World) -> Trainer:

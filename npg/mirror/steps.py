@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from math import inf, isfinite
 
 import torch
 from torch import Tensor
 
+from npg.fisher import Fisher
 from npg.mirror.potentials import Function, Potential
-from npg.solvers import dense_solve
+from npg.solvers import Solution, dense_solve
 from npg.step import natural_step
 
 __all__ = ["dual_natural_step", "mirror_descent", "mirror_step", "proximal_step", "trust_region_step"]
@@ -77,7 +78,7 @@ def dual_natural_step(potential: Potential, f: Function, theta: Tensor, alpha: f
         θ⁺ = ∇G*(μ⁺), (…, D).
 
     Raises:
-        ValueError: as `mirror_step`.
+        ValueError: as `mirror_step`; also if the metric is singular to working precision.
     """
     _check_alpha(alpha)
     mu = potential.gradient(theta).detach().clone()
@@ -85,17 +86,34 @@ def dual_natural_step(potential: Potential, f: Function, theta: Tensor, alpha: f
     def primal(parameters: dict[str, Tensor]) -> Tensor:
         return potential._inverse_gradient(parameters["mu"])
 
-    natural_step(
+    report = natural_step(
         primal,  # type: ignore[arg-type]  # a function of no further inputs
         (),
         potential._metric,
         lambda outputs: -f(outputs),
         learning_rate=2 * alpha,
-        solver=partial(dense_solve, method="eigh"),
+        solver=_pseudo_inverse,
         evaluate=False,
         parameters={"mu": mu},
     )
+    if not (report.accepted and report.residual <= torch.finfo(mu.dtype).eps ** 0.5):
+        raise ValueError(
+            f"the dual natural step of alpha={alpha:g} cannot be taken: the gradient or the step is not finite, or the "
+            f"metric of {potential!r} is singular to working precision there (status {report.status.value}); "
+            "mirror_step takes the same step without a solve"
+        )
     return _to_primal(potential, mu, alpha)
+
+
+def _pseudo_inverse(F: Fisher, b: Tensor, /, *, x0: Tensor | None = None, damping: float = 0.0) -> Solution:
+    """F⁺b with each coordinate in units of its own, so that none has small eigenvalues because its numbers are large.
+
+    What is left out then is singular to working precision; a residual tells where b had a part in it.
+    """
+    M = F.dense()
+    unit = M.diagonal().rsqrt()
+    solution = dense_solve(unit[:, None] * M * unit, unit * b, method="eigh")
+    return replace(solution, x=unit * solution.x)
 
 
 def proximal_step(

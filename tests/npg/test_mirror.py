@@ -197,6 +197,48 @@ def test_mirror_step_is_a_natural_gradient_step_along_the_dual_manifold(name, se
     torch.testing.assert_close(natural, mirror, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "deviation"),
+    [
+        (torch.float32, [1.0, 1.0]),
+        (torch.float32, [0.1, 10.0]),
+        (torch.float32, [0.03, 30.0]),
+        (torch.float64, [0.01, 100.0]),
+        (torch.float64, [1e-3, 1e3]),
+    ],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_the_theorem_holds_in_whatever_units_the_coordinates_are(dtype, deviation, together):
+    # ∇²G* has entries from 1/σ² to 1/(2σ⁴): none is small beside another, be it in one point or in several
+    G, sigma = POTENTIALS["diagonal_gaussian"], torch.tensor(deviation, dtype=dtype)
+    mean = torch.tensor([0.3, -0.2], dtype=dtype) * sigma
+    outputs = torch.cat([mean, sigma.log()])
+    if not together:
+        outputs = torch.stack([mean, sigma.log()], -1)
+        mean, sigma = mean[:, None], sigma[:, None]
+    theta, aim = G.natural(outputs), torch.tensor(0.1, dtype=dtype)
+
+    def f(theta: Tensor) -> Tensor:
+        m, log_sigma = families.DiagonalGaussian.split(G.outputs(theta))
+        return (((m - mean) / sigma - aim).square() + (log_sigma - sigma.log() - aim).square()).sum(-1).mean()
+
+    g = torch.autograd.functional.jacobian(f, theta) * (theta.numel() // theta.shape[-1])
+    alpha = 1e-2 * float((G.gradient(theta).abs() / g.abs()).min())
+    mirror, natural = mirror_step(G, theta, g, alpha), dual_natural_step(G, f, theta, alpha)
+    change = (mirror - theta) / theta
+    assert float(change.abs().min()) > 1e-4
+    torch.testing.assert_close((natural - theta) / theta, change, rtol=1e-2, atol=1e-6)
+
+
+def test_a_dual_natural_step_that_cannot_be_taken_is_no_step():
+    G = POTENTIALS["diagonal_gaussian"]
+    theta = G.natural(torch.tensor([4e3, 0.0], dtype=torch.float32))  # m²/σ² is 1/ε
+    with pytest.raises(ValueError, match=r"alpha=1e-09 cannot be taken: .* singular"):
+        dual_natural_step(G, lambda t: G.outputs(t).square().sum(), theta, 1e-9)
+    with pytest.raises(ValueError, match=r"alpha=10 cannot be taken: the gradient or the step is not finite"):
+        dual_natural_step(SquaredNorm(), lambda t: 1e308 * t.sum(), torch.ones(2), 10.0)
+
+
 def test_the_theorem_holds_for_a_batch_with_the_mean_of_the_objectives():
     theta = point("negative_entropy", 40, 3)
     f = convex_objective("negative_entropy", 41)

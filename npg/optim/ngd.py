@@ -74,7 +74,8 @@ class NGD(ModelOptimizer):
         weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone. 0 with ``max_kl``,
             as momentum.
         solver: a function of `npg.solvers` with its options bound, which solves with F itself; or a curvature of
-            `npg.curvature`, an object or its class, which takes an F̂ + λI for F + λI and its inverse for the solution.
+            `npg.curvature`, an object or its class, which takes an F̂ + λI for F + λI and its inverse for the solution;
+            an object begins with what it was taught before.
             The names are short for these: ``"cg"``, conjugate gradients; ``"dense"``, the report's Algorithm 1 as
             printed: F as a matrix, and its inverse (its pseudo-inverse where λ = 0 and F is singular), for up to some
             thousands of parameters; ``"kfac"`` and ``"ekfac"``, Kronecker factors; ``"diagonal"``, the diagonal of F.
@@ -186,6 +187,8 @@ class NGD(ModelOptimizer):
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
         self.solver, self.preconditioner = solver, preconditioner
         self.generator, self.update_period = generator, update_period
+        if curvature is not None and curvature.blocks:
+            self._begin_with(curvature)
 
     @staticmethod
     def _check_radius(region: object, momentum: float, weight_decay: float) -> None:
@@ -281,6 +284,18 @@ class NGD(ModelOptimizer):
                 group["damping"], report.predicted_gain, report.actual_gain, report.accepted
             )
         return report
+
+    def _begin_with(self, curvature: Curvature[Fisher]) -> None:
+        """Put what a curvature was taught before into the state, which is what steps go by."""
+        now, learnt = Parameters(self.model), curvature.parameters
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        if unknown := [name for name, p in zip(learnt.names, learnt.tensors) if shapes.get(name) != p.shape]:
+            raise ValueError(
+                f"the curvature {curvature!r} was updated for {unknown}, which the model does not have in these "
+                "shapes: give a new one, or its class"
+            )
+        curvature.blocks, curvature.parameters = curvature._former(now), now
+        KeptCurvature(self, curvature, now.tensors, 0).keep()
 
     def _make_state(self, params: list[Tensor]) -> None:
         self._count_to(self._steps(params), params)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from npg import Fisher, LevenbergMarquardt, Status, families
+from npg.curvature import DenseFisher, DiagonalFisher
 from npg.curvature.kronecker import Block, KroneckerFisher
 from npg.curvature.online import OnlinePreconditioner
 from npg.optim import NGD
@@ -613,3 +614,48 @@ def test_targets_of_a_product_that_are_no_tensors_are_refused():
     with pytest.raises(ValueError, match="got tuple"):
         NGD(model, families.Categorical(), damping=0.1).step(x, (y,))
     assert torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DiagonalFisher(decay=0.9, probes=None),
+        lambda: KroneckerFisher(decay=0.9, probes=None),
+        lambda: KroneckerFisher(decay=0.9, probes=None, corrected=True),
+        lambda: DenseFisher(decay=0.9),
+    ],
+)
+def test_a_curvature_begins_with_what_it_was_taught(make, frozen):
+    model, family = classifier(), families.Categorical()
+    curvature, twin = make(), make()
+    for x, _ in batches(12):
+        for one in (curvature, twin):
+            one.update(Fisher(model, x, family))
+    if frozen:
+        model[0].requires_grad_(False)
+    x, y = batches(13)[-1]
+    optimizer = NGD(model, family, damping=0.1, solver=curvature)
+    # a step that is refused teaches it nothing, and a state that is loaded knows as much
+    assert not optimizer.step(x * torch.nan, y).accepted
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer = NGD(model, family, damping=0.1, solver=make())
+    optimizer.load_state_dict(saved)
+    theta = [p for p in model.parameters() if p.requires_grad]
+    g = torch.cat([s.flatten() for s in torch.autograd.grad(-functional.cross_entropy(model(x), y), theta)])
+    twin.update(Fisher(model, x, family))
+    torch.testing.assert_close(optimizer.step(x, y).step, twin.inverse(0.1)(g), rtol=1e-9, atol=1e-12)
+    expected = 1 if frozen and isinstance(twin, DenseFisher) else 13  # a block of all parameters is of these alone
+    counts = {int(v) for s in optimizer.state.values() for k, v in s.items() if k.endswith("updates")}
+    assert counts == {expected}
+
+
+def test_a_curvature_of_another_model_is_refused():
+    curvature, (x, _) = KroneckerFisher(), batches(1)[0]
+    curvature.update(Fisher(nn.Linear(6, 4).double(), x, families.Categorical()))
+    for argument in ("solver", "preconditioner"):
+        with pytest.raises(ValueError, match=r"was updated for \['weight', 'bias'\], which the model does not have"):
+            NGD(classifier(), families.Categorical(), **{argument: curvature})
+    wider = nn.Linear(7, 4).double()
+    with pytest.raises(ValueError, match=r"was updated for \['weight'\], .* in these shapes"):
+        NGD(wider, families.Categorical(), solver=curvature)

@@ -153,25 +153,35 @@ def proximal_step(
             return False
         return True
 
+    # In the units of the coordinates those with large numbers hide the others; in those of ∇²G*, which knows how far a
+    # coordinate may go, none does. The residual must be small in both, beside the terms that cancel in it.
+    units = torch.stack(
+        [torch.ones_like(start), torch.func.jacrev(potential._inverse_gradient)(start).diagonal().sqrt()]
+    )
     mu, r = start, residual(start)
-    # rounding of the terms that cancel in the residual
-    tolerance = 16 * len(mu) * torch.finfo(mu.dtype).eps * float(start.norm() + (r - mu + start).norm())
+    terms = (units * start).norm(dim=1) + (units * (r - mu + start)).norm(dim=1)
+    terms = terms.clamp(min=torch.finfo(terms.dtype).tiny)
+
+    def size_of(r: Tensor) -> float:
+        return float(((units * r).norm(dim=1) / terms).max())
+
+    tolerance = 16 * len(mu) * torch.finfo(mu.dtype).eps
     for _ in range(max_iterations):
-        size = float(r.norm())
+        size = size_of(r)
         if size <= tolerance:
             return potential.inverse_gradient(mu)
         newton = torch.linalg.solve(torch.func.jacrev(residual)(mu), r)
         length = 1.0
         while length > 1e-12:
             trial = mu - length * newton
-            if usable(trial) and float(residual(trial).norm()) < size:
+            if usable(trial) and size_of(residual(trial)) < size:
                 break
             length /= 2
         else:
             break
         mu, r = trial, residual(trial)
     raise RuntimeError(
-        f"the proximal step did not converge (residual {float(r.norm()):.3g}, tolerance {tolerance:.3g}): "
+        f"the proximal step did not converge (relative residual {size_of(r):.3g}, tolerance {tolerance:.3g}): "
         f"is f convex and smooth? Otherwise take a smaller alpha than {alpha}"
     )
 

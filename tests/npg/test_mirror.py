@@ -285,6 +285,28 @@ def test_proximal_step_minimises_objective_plus_divergence(name):
     assert float(f(new)) < float(f(theta))
 
 
+@pytest.mark.parametrize("deviation", [[1.0, 1.0], [1e-3, 1e3], [1e-5, 1e5], [1e-8, 1e8], [1e5, 1e-5]])
+def test_a_proximal_step_moves_coordinates_of_small_numbers_too(deviation):
+    # f(θ) = G(θ) − ⟨θ, μ*⟩ has its minimum where ∇G = μ*, and the step with α = ½ is half of the way there, in μ
+    G, sigma = POTENTIALS["diagonal_gaussian"], torch.tensor(deviation)
+    mean, aim = sigma * torch.tensor([0.3, -0.2]), sigma * torch.tensor([0.39, -0.2])  # the first component alone moves
+    theta, target = (G.natural(torch.cat([m, sigma.log()])) for m in (mean, aim))
+    middle = (G.gradient(theta) + G.gradient(target)) / 2
+    new = proximal_step(G, lambda t: G.value(t) - t @ G.gradient(target), theta, 0.5)
+    torch.testing.assert_close(G.gradient(new) / middle, torch.ones(4), rtol=0, atol=1e-10)
+
+
+def test_a_proximal_step_keeps_the_digits_of_small_probabilities():
+    p, q = (torch.tensor(small).log().softmax(0) for small in ([1.0, 1e-9, 1e-30], [1.0, 1e-12, 1e-24]))
+
+    def f(x: Tensor) -> Tensor:  # KL(x ‖ q), whose proximal step with α = ½ is the geometric mean
+        return (x * (x / q).log()).sum()
+
+    expected = ((p.log() + q.log()) / 2).softmax(0)
+    new = proximal_step(NegativeEntropy(), f, p, 0.5)
+    torch.testing.assert_close(new / expected, torch.ones(3), rtol=0, atol=1e-8)
+
+
 def test_proximal_step_of_a_quadratic_is_a_damped_newton_step():
     A = torch.randn(5, 5, generator=generator(52))
     H = A @ A.T

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -42,7 +43,7 @@ class Job:
         command: gives what `subprocess.Popen` takes, or None where nothing is left to do; called when its turn comes.
         log: the file to which its output is appended. While a process holds it, no second one is started, nor is
             `command` called.
-        progress: how far it is, in a few words.
+        progress: how far it is, in a few words; "?" is shown where it raises.
     """
 
     name: str
@@ -56,9 +57,9 @@ class End:
     """How a job ended.
 
     Attributes:
-        status: ``done``; ``done before``, for nothing was left to do; ``failed`` by its own exit status; ``killed`` by
-            a signal; ``stopped``, as it was told to; ``waiting``, for it was not started any more; or ``running
-            elsewhere``, for another process has its log.
+        status: ``done``; ``done before``, for nothing was left to do; ``failed`` by its own exit status, or
+            as it could not be started; ``killed`` by a signal; ``stopped``, as it was told to; ``waiting``, for it was
+            not started any more; or ``running elsewhere``, for another process has its log.
         reason: the last line of its output, or the name of the signal; empty where there is nothing to say.
         seconds: that it ran.
     """
@@ -125,8 +126,10 @@ def run_jobs(
                     for job, process in list(running.items()):
                         if (end := process.end(bool(told))) is not None:
                             del running[job]
+                            if told:
+                                process.end_those_left(at_once=False)
                             finish(job, end)
-                    display.draw([f"{job.name} {job.progress()}" for job in running], len(ends), len(jobs))
+                    display.draw([f"{job.name} {_progress(job)}" for job in running], len(ends), len(jobs))
                     time.sleep(LOOK)
                 except KeyboardInterrupt:  # the second
                     told = 2
@@ -141,30 +144,40 @@ def run_jobs(
 
 
 def _start(job: Job, environment: dict[str, str]) -> _Process | End:
-    """The process of a job, or why there is none.
+    """The process of a job, or why there is none; an error is the job's own, of its command or its log.
 
     The lock of its log belongs to the open file, which the process inherits: it holds as long as the process does, also
     beyond the end of this one.
     """
-    with job.log.open("ab") as log:
-        try:
-            if fcntl is not None:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return End("running elsewhere")
-        if (command := job.command()) is None:
-            return End("done before")
-        begin = log.tell()
-        # A session of its own: the terminal's Ctrl-C comes to this process alone, which passes it on once.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    try:
+        with job.log.open("ab") as log:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return End("running elsewhere")
+            if (command := job.command()) is None:
+                return End("done before")
+            begin = log.tell()
+            # A session of its own: the terminal's Ctrl-C comes to this process alone, which passes it on once.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+    except Exception as error:
+        return End("failed", f"{type(error).__name__}: {error}")
     return _Process(job, process, begin)
+
+
+def _progress(job: Job) -> str:
+    try:
+        return job.progress()
+    except Exception:  # of a file that is half written, perhaps
+        return "?"
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,12 @@ class _Process:
             return End("killed", f"by {_signal_name(-code)}", seconds)
         return End("failed", self._last_line() or f"exit status {code}", seconds)
 
+    def end_those_left(self, *, at_once: bool) -> None:
+        """End what its process started and left behind: a shell does not pass on that it was told to stop."""
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):  # nobody is left
+                os.killpg(self.process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
+
     def _last_line(self) -> str:
         with self.job.log.open("rb") as log:
             log.seek(max(self.begin, log.seek(0, os.SEEK_END) - 8192))
@@ -214,6 +233,7 @@ def _end(processes: Iterable[_Process], told: int) -> None:
         except subprocess.TimeoutExpired:
             running.process.kill()
             running.process.wait()
+        running.end_those_left(at_once=True)
 
 
 def _signal_name(number: int) -> str:

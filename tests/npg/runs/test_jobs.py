@@ -150,6 +150,64 @@ def test_an_error_here_leaves_no_process_behind(tmp_path: Path) -> None:
         os.kill(int(jobs[1].log.read_text()), 0)
 
 
+def test_a_job_that_cannot_start_or_be_looked_at_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    def wrong() -> list[str]:
+        raise ValueError("config.yaml is no YAML")
+
+    def half_written() -> str:
+        raise KeyError("timesteps")
+
+    slow = "import time; time.sleep(1); print('fin')"
+    jobs = [
+        job("good", slow, tmp_path),
+        Job("missing", lambda: ["/no/such/command"], tmp_path / "missing.log"),
+        Job("wrong", wrong, tmp_path / "wrong.log"),
+        Job("nowhere", lambda: ["true"], tmp_path / "nowhere" / "x.log"),
+        Job("unseen", lambda: [sys.executable, "-c", slow], tmp_path / "unseen.log", half_written),
+    ]
+    ends = [outcome(end) for end in run_jobs(jobs, 2).values()]
+    assert ends[0] == ends[4] == ("done", "")
+    assert {status for status, _ in ends[1:4]} == {"failed"}
+    assert "/no/such/command" in ends[1][1]
+    assert ends[2][1] == "ValueError: config.yaml is no YAML"
+    assert ends[3][1].startswith("FileNotFoundError: ")
+    assert jobs[0].log.read_text() == jobs[4].log.read_text() == "fin\n"
+
+
+SHELL = """
+import sys
+from pathlib import Path
+from npg.runs.jobs import Job, run_jobs
+
+folder = Path(sys.argv[1])
+command = ["bash", "-c", f"sleep 60 & echo $! > {folder}/pid; mv {folder}/pid {folder}/mark; wait; true"]
+print([end.status for end in run_jobs([Job("shell", lambda: command, folder / "log")], 1).values()])
+"""
+
+
+@pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_shell_leaves_behind_is_stopped_too(times: int, tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", SHELL, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    appear(tmp_path / "mark")
+    for _ in range(times):
+        parent.send_signal(signal.SIGTERM)
+    out, _ = parent.communicate(timeout=60)
+    assert out.strip() == "['stopped']"
+    child = int((tmp_path / "mark").read_text())
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        if Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            break  # it has ended, and nobody has asked how
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        raise AssertionError("sleep lives on")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

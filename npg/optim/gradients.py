@@ -55,15 +55,14 @@ class GradientOptimizer(ExactResume):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            names = group.get("param_names", range(len(group["params"])))
-            self._validate(group, {str(name): p for name, p in zip(names, group["params"], strict=True)})
+            self._validate(group, {name: p for name, p in _named(group).items() if p.requires_grad})
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
 
     @staticmethod
     def _validate(group: dict[str, Any], named: dict[str, Tensor]) -> None:
-        """Raise ValueError for an option that is out of its range, or a parameter that cannot be trained."""
+        """Raise ValueError for an option out of its range, or a parameter that cannot be trained."""
         check(0 <= group["lr"] < inf, "lr", group["lr"], "a finite number, 0 or above")
         check(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
         decay, period, limit = group["weight_decay"], group["update_period"], group["max_change"]
@@ -135,6 +134,7 @@ class GradientOptimizer(ExactResume):
             former = plans[0].options[fixed]
             raise ValueError(f"{fixed} must stay {former}, that of the factors; got {options[fixed]}")
         if not plans or {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
+            check_dtypes({name: p for name, p in _named(group).items() if p.grad is not None})  # frozen ones thaw
             plans = self._plans[index] = self._plan(active, options)
         return plans
 
@@ -147,6 +147,13 @@ class GradientOptimizer(ExactResume):
         for plan in plans:
             plan.held = Held(plan.params, self.state)
         return plans
+
+
+def _named(group: dict[str, Any]) -> dict[str, Tensor]:
+    """The parameters of a group by their names, or their places in ``params``."""
+    params = group["params"]
+    names = group.get("param_names", [f"params[{i}]" for i in range(len(params))])
+    return dict(zip(names, params, strict=True))
 
 
 class _Outcome:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import re
 
 import pytest
 import torch
@@ -564,3 +565,27 @@ def test_a_group_with_a_rate_that_is_no_number_is_not_kept(kind):
     with pytest.raises(TypeError):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": "0.1"})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_frozen_need_not_be_trainable(kind, dtype, named):
+    # codes of a quantised base, tables of indices: other optimizers take such models too
+    model = nn.Linear(3, 2)
+    model.register_parameter("codes", nn.Parameter(torch.ones(4, dtype=dtype), requires_grad=False))
+    model.register_parameter("none", nn.Parameter(torch.ones(3, 0), requires_grad=False))
+    optimizer = kind(model.named_parameters() if named else model.parameters(), 0.1)
+    before = model.weight.detach().clone()
+    for _ in range(2):
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(model.weight, before)
+    if dtype.is_complex:  # it can be thawed, and is then refused at its first gradient
+        model.codes.requires_grad_()
+        model.codes.abs().sum().backward()
+        before = model.weight.detach().clone()
+        place = next(i for i, (name, _) in enumerate(model.named_parameters()) if name == "codes")
+        name = "codes" if named else f"params[{place}]"
+        with pytest.raises(ValueError, match=rf"parameter '{re.escape(name)}' is a torch.complex64 tensor.*convert it"):
+            optimizer.step()
+        assert torch.equal(model.weight, before)

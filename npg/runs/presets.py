@@ -18,8 +18,21 @@ __all__ = ["check_kinds", "check_names", "mapping", "parse_settings", "preset_fi
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 1e-3 is one, where PyYAML by itself reads a string; and Python's, inf and nan.
 
-    0100 and 1:30, which YAML 1.1 takes to base 8 and 60, stay strings.
+    0100 and 1:30, which YAML 1.1 takes to base 8 and 60, stay strings. A key that stands twice in a mapping is an
+    error, as the standard says.
     """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {key.value!r} stands twice: keep one of the two", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
 
 
 _NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
@@ -75,17 +88,20 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """``["target_kl=0.02", …]`` → ``{"target_kl": 0.02, …}``; values are YAML.
 
     Raises:
-        ValueError: for a setting that is not ``key=value``, or whose value is not YAML.
+        ValueError: for a setting that is not ``key=value``, whose value is not YAML, or which has two values.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not (key and equals):
             raise ValueError(f"setting {setting!r} must have the form key=value, such as gamma=0.99")
         try:
-            parsed[key] = yaml.load(value, _Loader)
+            new = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"setting {setting!r}: the value is not YAML") from error
+        if key in parsed and repr(parsed[key]) != repr(new):  # of NaN, too
+            raise ValueError(f"setting {key} is given twice, as {parsed[key]!r} and {new!r}: keep one of the two")
+        parsed[key] = new
     return parsed
 
 

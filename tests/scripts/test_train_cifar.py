@@ -217,6 +217,7 @@ def test_a_preset_may_leave_the_optimizers_empty(tmp_path: Path) -> None:
         (["wrn-10-1", "sgd", "more"], "unexpected argument 'more'"),
         (["wrn-10-1", "sgd", "--device", "gpu"], "unknown device 'gpu'; known are cpu, cuda, cuda:0"),
         (["wrn-10-1", "sgd", "--threads", "0"], "threads must be at least 1"),
+        (["wrn-10-1", "sgd", "--lr", "0.1", "--set", "lr=0.5"], "--lr is 0.1, and --set says lr=0.5: keep one of"),
         (["wrn-10-1", "sgd", "--preset", "report", "--resume", "nowhere"], "--preset cannot go with --resume"),
         (["wrn-10-1", "sgd", "--batch-size", "1000"], "batch_size must be between 1 and the 32 training images"),
         (["wrn-10-1", "sgd", "--data", "nowhere"], "no data at nowhere: expected CIFAR-10's Python archive"),

@@ -104,7 +104,14 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     if "data" in options and Path(options["data"]).exists():
         options["data"] = str(Path(options["data"]).resolve())  # a run may go on from another folder
     optimizer_options = parse_settings(options.pop("set", []))
-    optimizer_options |= {key: options.pop(key) for key in ("lr", "momentum", "weight_decay") if key in options}
+    for key in ("lr", "momentum", "weight_decay"):
+        if key in options:
+            value = options.pop(key)
+            if optimizer_options.setdefault(key, value) != value:
+                raise ValueError(
+                    f"--{key.replace('_', '-')} is {value}, and --set says {key}={optimizer_options[key]}: keep one of "
+                    "the two"
+                )
     if resume is None:
         if model is None or optimizer is None:
             raise ValueError("say which MODEL and OPTIMIZER to train, such as densenet-19 sgd; --help lists them")

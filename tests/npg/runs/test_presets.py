@@ -173,3 +173,23 @@ def test_require() -> None:
     require(True, "x", 1, "odd")
     with pytest.raises(ValueError, match=r"^x must be odd; got 'two'$"):
         require(False, "x", "two", "odd")
+
+
+@pytest.mark.parametrize("text", ["lr: 0.1\nepochs: 3\nlr: 0.5\n", "a: {lr: 0.1, lr: 0.1}", "a:\n- lr: 1\n  lr: 2\n"])
+def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "preset.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"preset.yaml is not YAML: the key 'lr' stands twice: keep one .* line"):
+        read_yaml(path)
+
+
+def test_a_key_may_stand_in_two_mappings_and_be_merged(tmp_path: Path) -> None:
+    path = tmp_path / "preset.yaml"
+    path.write_text("a: &a {lr: 1, x: 2}\nb: &b {<<: *a, lr: 3}\nc: {<<: *b, lr: 4}\n")
+    assert read_yaml(path) == {"a": {"lr": 1, "x": 2}, "b": {"lr": 3, "x": 2}, "c": {"lr": 4, "x": 2}}
+
+
+def test_a_setting_has_one_value() -> None:
+    assert parse_settings(["lr=0.1", "x=1", "lr=1e-1"]) == {"lr": 0.1, "x": 1}
+    with pytest.raises(ValueError, match=r"setting lr is given twice, as 0\.1 and 0\.5: keep one of the two"):
+        parse_settings(["lr=0.1", "x=1", "lr=0.5"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ def _read(path: Path, skip: int) -> tuple[list[str], list[dict[str, str]]]:
     with path.open(newline="", encoding="utf-8") as file:
         for _ in range(skip):
             file.readline()
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values()]  # a last line may be incomplete
+        text = file.read()
+        # What a killed run's last line lacks may be digits alone: without its end none is whole.
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        rows = [row for row in reader if None not in row.values()]  # cut within quotes
         return list(reader.fieldnames or ()), rows

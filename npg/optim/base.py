@@ -19,6 +19,7 @@ from npg.families.base import check_events, check_outputs
 from npg.families.mistakes import ANY_FAMILY, family_of
 from npg.fisher import Kind
 from npg.model import unwrapped
+from npg.parallel import equal
 from npg.parameters import Parameters
 
 __all__ = [
@@ -163,6 +164,7 @@ class ModelOptimizer(ExactResume):
         self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
         self.damping_metric, self.alpha = damping_metric, alpha
         self._factors: TrackedFactors | None = None
+        self._compared = process_group is None
         super().__init__(Parameters(model).tensors, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,6 +212,13 @@ class ModelOptimizer(ExactResume):
             if not isinstance(part, Tensor) or part.ndim == 0:
                 kind = "a tensor without axes" if isinstance(part, Tensor) else type(part).__name__
                 raise ValueError(f"targets must be a tensor whose leading axis is that of the mini-batch, got {kind}")
+        if not self._compared:  # once: equal steps keep equal parameters equal
+            if not equal(self.param_groups[0]["params"], self.process_group):
+                raise ValueError(
+                    "the parameters of model are not the same in all processes of process_group, or not finite: make "
+                    "or load the same model in each, or let DistributedDataParallel(model) send the first one to all"
+                )
+            self._compared = True
         return True
 
     def _make_state(self, params: list[Tensor]) -> None:

@@ -51,8 +51,9 @@ class DiagonalNGD(ModelOptimizer):
             per event and output if ``fisher="exact"``).
         generator: the source of signs and sampled labels, by default torch's global one, which a checkpoint has to
             hold anyway.
-        process_group: average gradient, diagonal and loss over these processes. A model in DistributedDataParallel
-            brings its own.
+        process_group: average gradient, diagonal and loss over these processes, each of which holds the same
+            parameters, which is looked at before the first step, and an equal share of the mini-batch, which is not. A
+            model in DistributedDataParallel brings its own.
 
     Raises:
         ValueError: if an option is out of its range.

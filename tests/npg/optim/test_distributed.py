@@ -28,7 +28,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(name: str, model: nn.Module, **options: object) -> torch.optim.Optimizer:
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     if name == "online-ngd":
@@ -36,7 +36,7 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
     if name.startswith("kl-shampoo"):
         return KLShampoo(model.parameters(), 0.05, weight_decay=1e-3, power=1.0 if name.endswith("1") else 0.5)
     if name == "diagonal-ngd":
-        return DiagonalNGD(model, families.Categorical(), 0.05, probes=None)
+        return DiagonalNGD(model, families.Categorical(), 0.05, probes=None, **options)
     if name == "diagonal-ngd-online":
         return DiagonalNGD(model, families.Categorical(), 0.05, damping=0.1, probes=None, damping_metric="online")
     changes = {
@@ -49,7 +49,7 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         "ngd-kfac": {"lr": 0.5, "damping": 0.1, "preconditioner": "kfac", "probes": None},
         "ngd-dense": {"lr": 0.5, "damping": 0.1, "solver": "dense"},
     }[name]
-    return NGD(model, families.Categorical(), **changes)
+    return NGD(model, families.Categorical(), **changes, **options)
 
 
 OF_GRADIENTS = ["sgd", "online-ngd", "kl-shampoo", "kl-shampoo-1"]
@@ -89,6 +89,17 @@ def work(folder: Path) -> None:
         for name in COMPILED:
             model = torch.compile(DistributedDataParallel(make_model()), backend="eager")
             trained[f"{name} compiled"] = train(name, model, share)
+        others = make_model()
+        with torch.no_grad():
+            others[0].bias += world.rank
+        x, y = batches()[0]
+        for name in ("ngd", "diagonal-ngd"):
+            optimizer = make_optimizer(name, others, process_group=world.group)
+            try:
+                optimizer.step(x[share], y[share])
+                trained[f"{name} refuses"] = "nothing"
+            except ValueError as error:
+                trained[f"{name} refuses"] = str(error)
         torch.save(trained, folder / f"rank{world.rank}.pt")
 
 
@@ -106,6 +117,12 @@ def test_two_processes_equal_one(results, name):
     start = nn.utils.parameters_to_vector(make_model().parameters())
     assert (alone - start).norm() > 0.1
     torch.testing.assert_close(first, alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["ngd", "diagonal-ngd"])
+def test_processes_that_do_not_begin_alike_are_refused(results, name):
+    for message in results[f"{name} refuses"]:
+        assert message.startswith("the parameters of model are not the same in all processes of process_group")
 
 
 if __name__ == "__main__":

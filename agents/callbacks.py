@@ -207,7 +207,11 @@ class Evaluator(_Periodic):
             self._env.obs_rms = statistics.obs_rms
         self._trained += _clocks() - self._going
         seed, stop = evaluation_seed(self._config), self._stop
-        e = evaluate(self.model, self._env, self._config.eval_episodes, seed, stop=lambda: stop.number != 0)
+        started = time.perf_counter()
+        try:
+            e = evaluate(self.model, self._env, self._config.eval_episodes, seed, stop=lambda: stop.number != 0)
+        finally:  # also of one that was stopped
+            self.seconds += time.perf_counter() - started
         # Of equals the later: it had more data. Its file comes before its row, which says that it is there.
         if (rank := self._rank(e.mean_return, math.nan if e.mean_cost is None else e.mean_cost)) >= self._best:
             self._best = rank
@@ -218,7 +222,6 @@ class Evaluator(_Periodic):
         if e.mean_cost is not None:
             self.logger.record("eval/mean_cost", e.mean_cost)
         self.last = e
-        self.seconds += e.seconds
         self._going = _clocks()
         return e
 

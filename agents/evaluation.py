@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,10 @@ class Stopped(Exception):
     """An evaluation was told to stop."""
 
 
+LONG = 30_000
+"""Steps of an episode after which `evaluate` says that it has no end; those of Atari have up to 27,000."""
+
+
 def evaluate(
     model: BaseAlgorithm,
     env: VecEnv,
@@ -179,6 +184,8 @@ def evaluate(
         deterministic: act with the mode of the policy, not with a sample.
         stop: asked after each step whether to stop.
 
+    An episode that has no end after 30,000 steps is told in a warning; the evaluation goes on with it.
+
     Raises:
         Stopped: `stop` said so.
         FloatingPointError: if parameters, observations or rewards are not finite; it names which, and where.
@@ -193,6 +200,13 @@ def evaluate(
         if stop is not None and stop():
             raise Stopped
         i, info = now["i"], now["info"]
+        if now["current_lengths"][i] == LONG:
+            warnings.warn(
+                f"an episode of the evaluation has {LONG:,} steps and no end, and the evaluation waits for it. If the "
+                "mode of the policy can go on for ever, limit the episodes by max_episode_steps in gymnasium.register, "
+                "or gymnasium.wrappers.TimeLimit",
+                stacklevel=2,
+            )
         running[i] += _cost(info)
         if now["done"] and "episode" in info:
             costs.append(float(running[i]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -11,9 +12,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from agents import NPG, TRPO
+from agents.callbacks import Evaluator
 from agents.config import RunConfig, resolve
-from agents.evaluation import _rendering_env, evaluate, film
+from agents.evaluation import Stopped, _rendering_env, evaluate, film
 from agents.training import start
+from npg.runs.signals import StopRequest
 
 
 def poisoned(env: str, what: str, at: int) -> Any:
@@ -86,3 +89,47 @@ def test_a_film_shows_the_part_that_is_asked_for(tmp_path):
     expected = every[6:15:2] if length >= 15 else every[6::2]
     assert len(some) == len(expected) > 0
     assert all(np.array_equal(a, b) for a, b in zip(some, expected))
+
+
+class Endless(gym.Env):
+    """Ends where action 1 is taken; the mode of a new policy never takes it."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(1, np.float32), 1.0, bool(action), False, {}
+
+
+def stuck() -> TRPO:
+    model = TRPO("MlpPolicy", make_vec_env(Endless, 2), seed=0, device="cpu")
+    with torch.no_grad():
+        model.policy.action_net.bias.copy_(torch.tensor([9.0, -9.0]))
+    return model
+
+
+def test_an_episode_without_an_end_is_told_once_for_each_environment(monkeypatch):
+    monkeypatch.setattr("agents.evaluation.LONG", 20)
+    model = stuck()
+    asked = iter([False] * 100 + [True])
+    with pytest.warns(UserWarning, match="has 20 steps and no end.*max_episode_steps") as told, pytest.raises(Stopped):
+        evaluate(model, model.get_env(), 2, seed=0, stop=lambda: next(asked))
+    assert len(told) == 2
+
+
+def test_the_seconds_of_an_evaluation_that_was_stopped_are_not_those_of_training(tmp_path):
+    settings = {"n_steps": 8, "policy_kwargs.net_arch": [8]}
+    config = resolve("trpo", "CartPole-v1", settings=settings, timesteps=16, n_envs=1, device="cpu")
+    run = start(config, tmp_path / "run")
+    stop = StopRequest(run.world)
+    evaluator = Evaluator(config, run.folder, stuck().get_env(), stop)
+    evaluator.init_callback(stuck())
+    stop.number = 2
+    with pytest.raises(Stopped):
+        evaluator.evaluate()
+    assert evaluator.seconds > 0

@@ -45,7 +45,7 @@ def finished_run(path: Path, optimizer: str, accuracies: list[float]) -> None:
         json.dumps({"best_top1": max(accuracies), "train_seconds": 10 * len(accuracies)})
     )
     lines = [f"{epoch},{10 * epoch},{accuracy},3e8" for epoch, accuracy in enumerate(accuracies, start=1)]
-    (path / "metrics.csv").write_text("\n".join(["epoch,seconds,validation_top1,memory_peak_bytes", *lines]))
+    (path / "metrics.csv").write_text("\n".join(["epoch,seconds,validation_top1,memory_peak_bytes", *lines, ""]))
 
 
 def test_the_table_of_finished_runs(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,15 +34,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from npg.curvature.base import Curvature, Key, State, check_average, check_damping, count, eigenvectors, inverted
 from npg.curvature.layers import (
-    Call,
     Pulled,
     events_apart,
     events_at_once,
-    input_factor,
+    input_moment,
     patches_of,
     positions_of,
     record_layers,
@@ -109,7 +108,8 @@ class KroneckerFisher(Curvature[Fisher]):
             begin with `update`.
         corrected: EKFAC in place of K-FAC, for two more backward passes (and a forward pass, with batch normalisation
             in training mode) that show which rows of a layer's inputs are of which event. Where they are not in the
-            order of the outputs' leading axis, the layer keeps K-FAC's values, and a warning names it.
+            order of the outputs' leading axis, in one of the processes even, the layer keeps K-FAC's values, and a
+            warning names it.
         probes: backward passes, each with random signs over outputs (or labels); with None one for each output (or
             label), after which A and G have no randomness but the data's, if no event has a part in the outputs of
             another. Where events interact (BatchNorm in training mode, tokens that attend to each other), what is
@@ -156,20 +156,17 @@ class KroneckerFisher(Curvature[Fisher]):
             RuntimeError: if the parameters have changed since ``fisher`` was made.
         """
         parameters = fisher.parameters
-        outputs, layers, calls = record_layers(fisher.linearization)
         past, decay = self._former(parameters), self.decay
-        keys = set(layers.values())  # no two of them share a parameter, so that no two blocks do
-        # Also of a layer that is not in use today.
-        kept = {key: block for key, block in past.items() if isinstance(block, Block) and key in keys}
-        for key, block in kept.items():
-            _check_size(block, key, parameters)
-        inside = {index for key in (*calls, *kept) for index in key}
-        rest = [index for index in range(len(parameters.tensors)) if index not in inside]
-        blocks: dict[Key, Block | Multiple] = dict(kept)
-        with torch.autocast(outputs.device.type, enabled=False):
-            factors, means, pulled = _moments(
-                fisher, outputs, calls, rest, self.probes, self.generator, keep=self.corrected
-            )
+        known = [key for key, block in past.items() if isinstance(block, Block)]
+        with torch.autocast(fisher.device.type, enabled=False):
+            layers, factors, means, pulled = _moments(fisher, known, self.probes, self.generator, keep=self.corrected)
+            keys = set(layers.values())  # no two of them share a parameter, so that no two blocks do
+            # Also of a layer that is not in use today.
+            kept: dict[Key, Block] = {key: past[key] for key in known if key in keys}
+            for key, block in kept.items():
+                _check_size(block, key, parameters)
+            inside = {index for key in (*factors, *kept) for index in key}
+            blocks: dict[Key, Block | Multiple] = dict(kept)
             for key, pair in factors.items():
                 before = kept.get(key)
                 updates, newest = count(None if before is None else before.updates, decay)
@@ -177,21 +174,21 @@ class KroneckerFisher(Curvature[Fisher]):
                     pair = before.inputs.lerp(pair[0], newest), before.outputs.lerp(pair[1], newest)
                 (s, u), (t, v) = (eigenvectors(matrix) for matrix in pair)
                 blocks[key] = Block(*pair, s, u, t, v, torch.outer(t, s), updates)
-            for index, mean in means.items():
+            for index in sorted(set(range(len(means))) - inside):
+                mean = means[index].clone()
                 former = past.get((index,))
                 former = former if isinstance(former, Multiple) else None
                 updates, newest = count(None if former is None else former.updates, decay)
                 blocks[index,] = Multiple(mean if former is None else former.values.lerp(mean, newest), updates)
-            if self.corrected:
+            if self.corrected and factors:
                 apart = events_apart(fisher.linearization, layers)
-                for key in calls.keys() - apart:
+                for key in _correct(blocks, list(factors), apart, pulled, fisher):
                     warnings.warn(
                         f"EKFAC takes K-FAC's values for {parameters.names[key[0]]!r}: the rows of its inputs are "
                         "not in the order of the events, the leading axis of the outputs. Let the layer see the batch "
                         "on its leading axis to have them corrected",
                         stacklevel=3,
                     )
-                _correct(blocks, [{k: v for k, v in uses.items() if k in apart} for uses in pulled], fisher)
         self.parameters, self.blocks = parameters, blocks
 
     @classmethod
@@ -269,9 +266,14 @@ class KroneckerFisher(Curvature[Fisher]):
         return w.T if v.ndim == 2 else w.squeeze(0)
 
 
-def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
+def _size(key: Key, parameters: Parameters) -> tuple[int, int]:
+    """(O, I) of a layer."""
     weight = parameters.tensors[key[0]]
-    size = (len(weight), weight.numel() // max(len(weight), 1) + len(key) - 1)
+    return len(weight), weight.numel() // max(len(weight), 1) + len(key) - 1
+
+
+def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
+    size = _size(key, parameters)
     if block.values.shape != size:
         raise ValueError(
             f"previous has factors of outputs and inputs {tuple(block.values.shape)} for {parameters.names[key[0]]!r}, "
@@ -279,13 +281,18 @@ def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
         )
 
 
-def _correct(blocks: dict[Key, Block | Multiple], pulled: list[Pulled], fisher: Fisher) -> None:
-    """Second moments of the gradients, event by event, in the place of the products of eigenvalues."""
-    moments: dict[Key, Tensor] = {}
-    for key, uses in ((key, uses) for probe in pulled for key, uses in probe.items()):
-        block = blocks[key]
+def _correct(
+    blocks: dict[Key, Block | Multiple], called: list[Key], apart: set[Key], pulled: list[Pulled], fisher: Fisher
+) -> list[Key]:
+    """Second moments of the gradients, event by event, in the place of the products of eigenvalues.
+
+    Returns:
+        The layers that keep the products, since their events are not ``apart`` in all processes.
+    """
+    moments = {key: torch.zeros_like(blocks[key].values) for key in called}
+    for key, uses in ((key, uses) for probe in pulled for key, uses in probe.items() if key in apart):
+        block, moment = blocks[key], moments[key]
         assert isinstance(block, Block)
-        moment = moments.setdefault(key, torch.zeros_like(block.values))
         events = events_at_once(max(block.values.numel(), *(call.patch_elements for call, _ in uses)))
         for parts in zip(*(zip(call.inputs.split(events), g.split(events)) for call, g in uses), strict=True):
             pairs = [
@@ -298,27 +305,51 @@ def _correct(blocks: dict[Key, Block | Multiple], pulled: list[Pulled], fisher: 
             else:
                 gradients = torch.stack([g.transpose(1, 2) @ a for g, a in pairs]).sum(0)
                 moment += gradients.square().sum(0) / fisher.events
-    average_(moments.values(), fisher.process_group)
-    for key, moment in moments.items():
-        blocks[key] = blocks[key]._replace(values=moment)
+    share = torch.tensor([key in apart for key in called], dtype=fisher.dtype, device=fisher.device)  # of the processes
+    average_([*moments.values(), share], fisher.process_group)
+    wholly = {key for key, part in zip(called, share.tolist()) if part == 1}
+    for key in wholly:
+        blocks[key] = blocks[key]._replace(values=moments[key])
+    return [key for key in called if key not in wholly]
+
+
+class _Moments(NamedTuple):
+    """What a batch says of F̂."""
+
+    layers: dict[nn.Module, Key]  #: that have factors, in all processes
+    factors: dict[Key, tuple[Tensor, Tensor]]  #: A and G of each that is called in any
+    means: Tensor  #: of the diagonal of each parameter that no call holds, (parameters,)
+    pulled: list[Pulled]  #: of each probe, in this process
 
 
 def _moments(
     fisher: Fisher,
-    outputs: Tensor,
-    calls: Mapping[Key, list[Call]],
-    rest: list[int],
+    known: list[Key],
     probes: int | None,
     generator: Generator | None,
     *,
     keep: bool,
-) -> tuple[dict[Key, tuple[Tensor, Tensor]], dict[int, Tensor], list[Pulled]]:
-    """A and G of each layer, the mean diagonal of every other parameter; and to ``keep``, each probe's gradients."""
-    dtype, leaves = fisher.dtype, fisher.linearization.leaves
-    inputs = {key: input_factor(made, len(key) > 1, dtype) for key, made in calls.items()}
-    factors = {key: inputs[key].new_zeros(made[0].width, made[0].width) for key, made in calls.items()}
-    means = {index: torch.zeros((), dtype=dtype, device=outputs.device) for index in rest}
+    without: frozenset[int] = frozenset(),
+) -> _Moments:
+    """The moments of a batch; and to ``keep``, each probe's gradients.
+
+    Processes may call different layers, and have to reduce the same tensors. They have the ``known`` ones in common, of
+    earlier batches: one reduction has these, and says which others there are, if any. A layer whose weight is used
+    outside of it in one process is then ``without`` factors in all.
+    """
+    parameters, group, leaves = fisher.parameters, fisher.process_group, fisher.linearization.leaves
+    outputs, layers, calls = record_layers(fisher.linearization, without)
+    means = torch.zeros(len(leaves), dtype=fisher.dtype, device=outputs.device)
+
+    def square(n: int) -> Tensor:
+        return means.new_zeros(n, n)
+
+    # Σ āāᵀ and the number of positions, which is not the same in all processes, are reduced apart.
+    inputs = {key: input_moment(made, len(key) > 1, fisher.dtype) for key, made in calls.items()}
+    factors = {key: square(_size(key, parameters)[0]) for key in calls}
     uses = [(key, call) for key, made in calls.items() for call in made]
+    held = {index for key in calls for index in key}
+    rest = [index for index in range(len(leaves)) if index not in held]
     targets: list[Any] = [*(call.output for _, call in uses), *(leaves[index] for index in rest)]
     pulled: list[Pulled] = []
     for u in fisher.factor_vectors(probes, generator):
@@ -326,12 +357,33 @@ def _moments(
         pulled.append({})
         for (key, call), gradient in zip(uses, gradients):
             if gradient is not None:
-                g = positions_of(call.module, gradient).to(dtype)
+                g = positions_of(call.module, gradient).to(fisher.dtype)
                 factors[key] += g.flatten(0, 1).T @ g.flatten(0, 1) / fisher.events
                 if keep:
                     pulled[-1].setdefault(key, []).append((call, g))
         for index, gradient in zip(rest, gradients[len(uses) :]):
             if gradient is not None and gradient.numel():
-                means[index] += gradient.to(dtype).square().mean() / fisher.events
-    average_([*inputs.values(), *factors.values(), *means.values()], fisher.process_group)
-    return {key: (inputs[key], factors[key]) for key in calls}, means, pulled
+                means[index] += gradient.to(fisher.dtype).square().mean() / fisher.events
+
+    def reduce(keys: list[Key], *others: Tensor) -> None:
+        for key in keys:
+            if key not in inputs:
+                n_outputs, n_inputs = _size(key, parameters)
+                inputs[key], factors[key] = (square(n_inputs), means.new_zeros(())), square(n_outputs)
+        average_([*others, *(x for key in keys for x in (*inputs[key], factors[key]))], group)
+
+    called = list(calls)
+    if group is not None:
+        keys = list(dict.fromkeys(layers.values()))
+        shares = means.new_zeros(2, len(means))  # of the processes, by the layer's weight: it has factors, it is called
+        for share, some in zip(shares, (keys, called)):
+            share[[key[0] for key in some]] = 1.0
+        reduce(known, means, shares)
+        having, calling = shares.tolist()
+        if split := {index for index, share in enumerate(having) if 0 < share < 1}:
+            return _moments(fisher, known, probes, generator, keep=keep, without=without | split)
+        called = [key for key in keys if calling[key[0]]]
+        if new := [key for key in called if key not in known]:
+            reduce(new)
+    pairs = {key: (inputs[key][0] / inputs[key][1], factors[key]) for key in called}
+    return _Moments(layers, pairs, means, pulled)

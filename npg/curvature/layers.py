@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -23,7 +23,7 @@ __all__ = [
     "Pulled",
     "events_apart",
     "events_at_once",
-    "input_factor",
+    "input_moment",
     "patches_of",
     "positions_of",
     "record_layers",
@@ -40,7 +40,6 @@ class Call(NamedTuple):
     module: nn.Module
     inputs: Tensor  #: (events, …)
     output: GradientEdge  #: its place in the graph, which no later operation in place can move
-    width: int  #: O
     patch_elements: int  #: of the patches of one event
 
 
@@ -74,14 +73,19 @@ def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, Key]:
     return {module: key for module, key in found.items() if key in alone}
 
 
-def record_layers(linearization: Linearization) -> tuple[Tensor, dict[nn.Module, Key], dict[Key, list[Call]]]:
+def record_layers(
+    linearization: Linearization, without: Collection[int] = ()
+) -> tuple[Tensor, dict[nn.Module, Key], dict[Key, list[Call]]]:
     """The forward pass as a graph, the layers that have factors, and every use of them in it.
+
+    Those whose weights have the indices ``without`` have none.
 
     The layers compute with copies of their parameters. What still reaches the parameters themselves are uses that are
     no call of the layer (a tied embedding, `functional.linear` with the weight), and such a layer has no factors: the
     gradient of its weight is not Σ g āᵀ over its calls.
     """
     layers = _layers(linearization.model, linearization.parameters)
+    layers = {module: key for module, key in layers.items() if key[0] not in without}
     while True:
         outputs, calls = _call_layers(linearization, layers)
         reached = _reached(outputs)
@@ -120,8 +124,9 @@ def _recorded(module: nn.Module, calls: dict[Key, list[Call]], key: Key) -> Call
         y = _batched(module, output)
         width = len(weight)
         patch_elements = y[0].numel() // width * (weight.numel() // width + 1) if y.numel() else 0
-        call = Call(module, _batched(module, input.detach()), get_gradient_edge(output), width, patch_elements)
-        calls.setdefault(key, []).append(call)
+        if y.numel() or not width:  # a call without rows is none
+            call = Call(module, _batched(module, input.detach()), get_gradient_edge(output), patch_elements)
+            calls.setdefault(key, []).append(call)
         return output
 
     return forward
@@ -220,11 +225,11 @@ def events_at_once(elements: int) -> int:
     return max(1, _ELEMENTS // max(elements, 1))
 
 
-def input_factor(calls: list[Call], biased: bool, dtype: torch.dtype) -> Tensor:
-    """A, the mean of āāᵀ over all positions."""
+def input_moment(calls: list[Call], biased: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The sum of āāᵀ over all positions, and their number: A is the one by the other."""
     total, rows = torch.zeros(()), 0
     for call in calls:
         for x in call.inputs.split(events_at_once(call.patch_elements)):
             a = patches_of(call.module, x, biased).flatten(0, 1).to(dtype)
             total, rows = total.to(a) + a.T @ a, rows + len(a)
-    return total / rows
+    return total, total.new_full((), rows)

@@ -112,6 +112,7 @@ def measure(model: str, case: tuple[str, dict[str, Any], int], world: World) -> 
     config = Config(model, optimizer, options, batch_size=8, validation_size=1, average_every=average_every)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, data, Path(folder) / "run", world)
+        trainer.take_step(*next(iter(trainer.loader)), {})  # the first step compares, and asks, more
         with counting() as counter:
             for inputs, targets in trainer.loader:
                 trainer.take_step(inputs, targets, {})

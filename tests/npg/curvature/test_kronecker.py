@@ -407,6 +407,26 @@ def test_other_modules_have_no_factors_and_layers_may_come_into_use():
     assert third.blocks[key] is second.blocks[key], "a layer that is not in use keeps its factors"
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_call_without_rows_is_none(corrected):
+    layers = made(lambda: nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]))
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers[0](x).index_add(0, (x[:, 0] > 9).nonzero()[:, 0], self.layers[1](x[x[:, 0] > 9]))
+
+    fisher = Fisher(Routed(), torch.randn(5, 3, generator=generator()), FAMILY)
+    approximation = KroneckerFisher(fisher, corrected=corrected)
+    assert {key: type(block) for key, block in approximation.blocks.items()} == {
+        (0, 1): Block, (2,): Multiple, (3,): Multiple
+    }  # fmt: skip
+    assert approximation.inverse(0.1)(torch.ones(16)).isfinite().all()
+
+
 def test_frozen_parameters_are_left_out(assert_close):
     model = made(NETWORKS["mlp"][0])
     model[0].bias.requires_grad_(False)

@@ -16,13 +16,46 @@ from npg.parallel import open_world
 STEPS = 5
 
 
-def make_model() -> nn.Module:
+class Experts(nn.Module):
+    """Layers that only some rows reach, and a weight that some use outside of its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.trunk(x).tanh()
+        y = torch.zeros(len(x), 3).to(x)
+        for layer, rows in ((self.left, x[:, 0] < 0), (self.right, x[:, 0] >= 0)):
+            if rows.any():
+                y = y.index_put((rows.nonzero()[:, 0],), layer(hidden[rows]))
+        outside = x[:, 1] > 10
+        return y + functional.linear(hidden, self.left.weight) * outside.unsqueeze(1) if outside.any() else y
+
+
+def make_model(name: str = "") -> nn.Module:
     torch.manual_seed(0)
+    if name.endswith("experts"):
+        return Experts().double()
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 9, 3)).double()
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
+#: Of each step, how many rows of each process go to the left: all, none, or some.
+LEFT = [(6, 0), (5, 2), (0, 6), (3, 6), (1, 2)]
+
+
+def batches(name: str = "") -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(1)
+    if name.endswith("experts"):
+        made = [(torch.randn(12, 3, generator=g).double(), torch.randint(3, (12,), generator=g)) for _ in range(STEPS)]
+        for (x, _), of_ranks in zip(made, LEFT, strict=True):
+            for rank, n in enumerate(of_ranks):
+                sign = torch.ones(6).double()
+                sign[:n] = -1
+                x[6 * rank : 6 * rank + 6, 0] = sign * (x[6 * rank : 6 * rank + 6, 0].abs() + 0.1)
+        if name.startswith("outside"):
+            made[3][0][7, 1] = 11.0  # in the second process alone
+        return made
     return [
         (torch.randn(12, 2, 5, 5, generator=g).double(), torch.randint(3, (12,), generator=g)) for _ in range(STEPS)
     ]
@@ -35,7 +68,7 @@ def make_optimizer(name: str, model: nn.Module, **options: object) -> torch.opti
         return OnlineNGD(model.parameters(), 0.1, weight_decay=1e-3)
     if name.startswith("kl-shampoo"):
         return KLShampoo(model.parameters(), 0.05, weight_decay=1e-3, power=1.0 if name.endswith("1") else 0.5)
-    if name == "diagonal-ngd":
+    if name.startswith("diagonal-ngd") and not name.endswith("online"):
         return DiagonalNGD(model, families.Categorical(), 0.05, probes=None, **options)
     if name == "diagonal-ngd-online":
         return DiagonalNGD(model, families.Categorical(), 0.05, damping=0.1, probes=None, damping_metric="online")
@@ -48,7 +81,7 @@ def make_optimizer(name: str, model: nn.Module, **options: object) -> torch.opti
         "ekfac": {"lr": 0.5, "damping": 0.1, "solver": "ekfac", "probes": None, "update_period": 2},
         "ngd-kfac": {"lr": 0.5, "damping": 0.1, "preconditioner": "kfac", "probes": None},
         "ngd-dense": {"lr": 0.5, "damping": 0.1, "solver": "dense"},
-    }[name]
+    }[name.removesuffix(" experts").removeprefix("outside ")]
     return NGD(model, families.Categorical(), **changes, **options)
 
 
@@ -66,13 +99,17 @@ NAMES = [
     "ngd-kfac",
     "ngd-dense",
 ]
+#: Of these also a model whose layers, and the rows that reach them, differ between the processes.
+EXPERTS = [f"{name} experts" for name in ("diagonal-ngd", "ngd", "kfac", "ekfac", "ngd-kfac")]
+#: Their multiples have the signs of probes, which differ from process to process.
+OUTSIDE = [f"outside {name} experts" for name in ("kfac", "ekfac")]
 #: Of these also what `torch.compile` makes of DistributedDataParallel, in the order that PyTorch recommends.
 COMPILED = ["online-ngd", "diagonal-ngd", "ngd", "kfac"]
 
 
 def train(name: str, model: nn.Module, part: slice) -> Tensor:
     optimizer = make_optimizer(name, model)
-    for x, y in batches():
+    for x, y in batches(name):
         if name in OF_GRADIENTS:
             optimizer.zero_grad()
             functional.cross_entropy(model(x[part]), y[part]).backward()
@@ -85,7 +122,9 @@ def train(name: str, model: nn.Module, part: slice) -> Tensor:
 def work(folder: Path) -> None:
     with open_world("cpu") as world:
         share = slice(6 * world.rank, 6 * world.rank + 6)
-        trained = {name: train(name, DistributedDataParallel(make_model()), share) for name in NAMES}
+        trained = {
+            name: train(name, DistributedDataParallel(make_model(name)), share) for name in [*NAMES, *EXPERTS, *OUTSIDE]
+        }
         for name in COMPILED:
             model = torch.compile(DistributedDataParallel(make_model()), backend="eager")
             trained[f"{name} compiled"] = train(name, model, share)
@@ -109,14 +148,23 @@ def results(tmp_path_factory, two_processes):
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
-@pytest.mark.parametrize("name", [*NAMES, *(f"{name} compiled" for name in COMPILED)])
+@pytest.mark.filterwarnings("ignore:EKFAC takes K-FAC's values")
+@pytest.mark.parametrize("name", [*NAMES, *EXPERTS, *(f"{name} compiled" for name in COMPILED)])
 def test_two_processes_equal_one(results, name):
     first, second = results[name]
     assert torch.equal(first, second), "replicas must stay bitwise equal"
-    alone = train(name.removesuffix(" compiled"), make_model(), slice(None))
-    start = nn.utils.parameters_to_vector(make_model().parameters())
+    alone = train(name.removesuffix(" compiled"), make_model(name), slice(None))
+    start = nn.utils.parameters_to_vector(make_model(name).parameters())
     assert (alone - start).norm() > 0.1
     torch.testing.assert_close(first, alone, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_weight_that_one_process_uses_outside_of_its_layer_has_no_factors_in_any(results, name):
+    first, second = results[name]
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert not torch.equal(first, results[name.removeprefix("outside ")][0])
 
 
 @pytest.mark.parametrize("name", ["ngd", "diagonal-ngd"])

@@ -26,6 +26,7 @@ from agents.recurrent import RecurrentPolicy
 from agents.standard import telling
 from agents.trpo import TrustRegionAlgorithm
 from agents.update import Batch, critic_for, surrogate
+from envs.seeding import stream_seed
 from npg.constraint import Constraint
 from npg.model import undone_on_error
 from npg.parallel import average_, equal, mean_, moments
@@ -241,7 +242,7 @@ class CPO(TrustRegionAlgorithm):
         critic = critic_for(self, head, parameters, policy.optimizer, self.cost_critic_damping)
         # a stream of its own, so that the policy draws what TRPO's does
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), training_mode(policy, but=[]):
-            torch.manual_seed((torch.initial_seed() + 1 + self.n_updates) % 2**63)
+            torch.manual_seed(stream_seed(torch.initial_seed(), self.n_updates))
             loss = critic.fit(observations, self._costs.returns)
         if isinstance(critic, NaturalCritic):
             self.cost_critic_damping = critic.damping

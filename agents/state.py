@@ -105,8 +105,7 @@ def begin_episodes(model: NaturalPolicyAlgorithm, config: RunConfig, world: Worl
     """
     seed = training_seed(config, model)
     if not world.is_main:
-        own = np.random.SeedSequence((seed, world.rank)).generate_state(1)
-        set_random_seed(int(own[0]), using_cuda=world.device.type == "cuda")
+        set_random_seed(world.own_seed(seed), using_cuda=world.device.type == "cuda")
     env = cast(VecEnv, model.get_env())
     cast(IndependentSeeds, env.unwrapped).seed(seed, first=world.rank * model.n_envs)
 

@@ -20,6 +20,7 @@ __all__ = [
     "environment_seeds",
     "independently_seeded",
     "purpose_seed",
+    "stream_seed",
 ]
 
 RUN_SEEDS = 2**28
@@ -63,6 +64,15 @@ def environment_seeds(seed: int, n: int, first: int = 0) -> list[int]:
         int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1)[0] >> 1)
         for index in range(first, first + n)
     ]
+
+
+def stream_seed(seed: int, index: int) -> int:
+    """The seed, of 63 bits, of a part of what a run draws beside its own stream: of each a hash of both, as above.
+
+    With seed + index, the run with the next seed would draw in one part what this one draws in the next.
+    """
+    key = (0, index)  # that of an environment is a single number
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0] >> 1)
 
 
 class IndependentSeeds(VecEnv):

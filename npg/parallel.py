@@ -21,6 +21,7 @@ from time import monotonic, sleep
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -104,6 +105,13 @@ class World:
     def is_main(self) -> bool:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
+
+    def own_seed(self, seed: int) -> int:
+        """The seed of what this process draws by itself: in the main one that of the run, in others a hash of 32 bits.
+
+        With seed + rank, a process of one run would draw what another does in the run with the next seed.
+        """
+        return seed if self.is_main else int(np.random.SeedSequence((seed, self.rank)).generate_state(1)[0])
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Do `work` in every process, in the main one before the others; what it raises there is raised in all.

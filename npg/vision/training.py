@@ -139,7 +139,7 @@ class Trainer:
         if config.ema:
             average = get_ema_multi_avg_fn(config.ema)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        torch.manual_seed(config.seed + world.rank)  # dropout and sampled labels differ from process to process
+        torch.manual_seed(world.own_seed(config.seed))  # dropout and sampled labels differ from process to process
 
         self.epoch, self.seconds, self._stop = 0, 0.0, StopRequest(world)
         self.accuracy = -math.inf  # after the last epoch, in percent

@@ -211,6 +211,17 @@ def test_without_costs_or_a_limit_a_whole_training_is_trpo_s_to_the_last_bit(pri
     assert (ours.episode_cost == 0) == (limit < inf)
 
 
+def test_the_cost_critic_draws_what_no_other_run_or_update_draws(monkeypatch):
+    seeds, seed_all = [], torch.manual_seed
+    for seed in range(3):
+        model = small(CPO, costly(), cost_limit=3.0, seed=seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_all(seed))[1])
+            model.learn(3 * 160)
+    assert len(seeds) == 9
+    assert len({*range(6), *seeds}) == 15
+
+
 @pytest.mark.parametrize("discrete", [False, True])
 def test_the_cost_stays_near_its_limit_where_trpo_s_goes_to_the_top(discrete):
     env = costly(8, discrete=discrete)

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 
 from envs import VecNormalize, make_vec_env
 from envs.envpool_vec_env import import_envpool
-from envs.seeding import RUN_SEEDS, Purpose, environment_seeds, purpose_seed
+from envs.seeding import RUN_SEEDS, Purpose, environment_seeds, purpose_seed, stream_seed
 from envs.vec_env import VectorEnvAdapter
 
 N = 64
@@ -30,6 +30,12 @@ def test_no_two_seeds_are_equal():
     seeds = [s for key in keys(range(128)) for s in environment_seeds(key, N)]
     assert len(set(seeds)) == len(seeds) == 128 * 8 * N
     assert 0 <= min(seeds) <= max(seeds) < 2**31
+
+
+def test_no_two_parts_of_runs_draw_the_same():
+    seeds = [stream_seed(seed, index) for seed in range(64) for index in range(64)]
+    assert len({*range(128), *seeds}) == 128 + 64 * 64
+    assert 0 <= min(seeds) <= max(seeds) < 2**63
 
 
 def test_a_seed_depends_on_run_and_index_only():

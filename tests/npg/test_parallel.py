@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from npg import Fisher, LevenbergMarquardt, TrustRegion, conjugate_gradient, families, natural_step
-from npg.parallel import average_, equal, mean_, moments, open_world, size
+from npg.parallel import World, average_, equal, mean_, moments, open_world, size
 
 STEPS = 3
 OPTIONS = {
@@ -180,6 +180,14 @@ def test_mean(ranks):
 def test_equality_is_of_finite_numbers(ranks):
     for rank in ranks:
         assert rank["equal"].tolist() == [False] * 8 + [True]
+
+
+def test_no_two_processes_of_any_runs_draw_the_same():
+    worlds = [World(torch.device("cpu"), rank, 8) for rank in range(8)]
+    seeds = [world.own_seed(seed) for world in worlds for seed in range(64)]
+    assert seeds[:64] == list(range(64))
+    assert len({*range(128), *seeds}) == 128 + 7 * 64
+    assert 0 <= min(seeds) <= max(seeds) < 2**32
 
 
 def test_moments(ranks):

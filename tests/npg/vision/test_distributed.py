@@ -97,6 +97,7 @@ def work(out: Path) -> None:
             trained = trainer(world, out / name, *case)
             trained.run()
             results[name] = parameters(trained)
+            results["seed"] = torch.initial_seed()
             results[f"{name} row"] = trained.folder and trained.folder.rows[0]
 
         norm = trainer(Spy(**vars(world)), out / "norm", norm=True)
@@ -187,6 +188,12 @@ def test_two_processes_are_one(name: str, ranks: list[dict[str, Any]], tmp_path:
         if not key.startswith(("seconds", "memory")) and value == value:
             assert theirs[key] == pytest.approx(value, rel=1e-8), key
     assert theirs["seconds_communication"] > 0 or "sgd" not in name
+
+
+def test_the_main_process_draws_by_the_seed_and_others_what_no_run_does(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["seed"] for rank in ranks)
+    assert first == Config("tiny", "sgd").seed
+    assert second > 1000
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "averaged" in name])

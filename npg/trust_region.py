@@ -102,6 +102,7 @@ class LevenbergMarquardt:
     """Damping that follows how well the quadratic model predicts (Martens 2010, section 4.1).
 
     With ρ = actual gain / predicted gain: λ ← λ/ω where ρ > 3/4, and λ ← ωλ where ρ < 1/4 or the step was refused.
+    An accepted step of length zero, whose gains are 0, says nothing of the model, and leaves λ.
 
     Args:
         factor: ω > 1.
@@ -124,9 +125,10 @@ class LevenbergMarquardt:
 
     def update(self, damping: float, predicted_gain: float, actual_gain: float, accepted: bool) -> float:
         """The damping of the next step."""
+        nothing = accepted and predicted_gain == actual_gain == 0
         ratio = actual_gain / predicted_gain if accepted and predicted_gain > 0 else -inf
         if ratio > 0.75:
             damping /= self.factor
-        elif not ratio >= 0.25:
+        elif not (nothing or ratio >= 0.25):  # written so that NaN raises it
             damping *= self.factor
         return min(max(damping, self.minimum), self.maximum)

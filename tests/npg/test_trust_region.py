@@ -146,7 +146,9 @@ def test_ranges_of_the_trust_region(options, match):
         (1.0, 0.9, False, 2.0),
         (1.0, nan, True, 2.0),
         (nan, 1.0, True, 2.0),
-        (0.0, 0.0, True, 2.0),
+        (0.0, 0.0, True, 1.0),  # a step of length zero
+        (0.0, 0.0, False, 2.0),
+        (0.0, -1.0, True, 2.0),
         (-1.0, -1.0, True, 2.0),
     ],
 )
@@ -158,7 +160,7 @@ def test_damping_stays_in_its_range():
     rule = LevenbergMarquardt(factor=10.0, minimum=1e-3, maximum=1.0)
     assert rule.update(1e-3, 1.0, 1.0, True) == 1e-3
     assert rule.update(0.5, 1.0, -1.0, True) == 1.0
-    assert rule.update(0.0, 1.0, 0.5, True) == 1e-3
+    assert rule.update(0.0, 1.0, 0.5, True) == rule.update(0.0, 0.0, 0.0, True) == 1e-3
     assert rule.update(sqrt(1e-3), 1.0, 0.5, True) == sqrt(1e-3)
 
 

@@ -157,6 +157,13 @@ def test_damping_control_follows_the_model():
     assert want < 1.0
 
 
+def test_a_warm_up_that_begins_at_zero_leaves_the_damping():
+    optimizer = NGD(classifier(), families.Categorical(), lr=0.0, damping=0.1, damping_control=LevenbergMarquardt())
+    for x, y in batches(3):
+        assert optimizer.step(x, y).accepted
+    assert optimizer.param_groups[0]["damping"] == 0.1
+
+
 def test_warm_start_saves_iterations():
     x, y = batches(1)[0]
     iterations = []

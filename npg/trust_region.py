@@ -89,9 +89,9 @@ class TrustRegion:
         trial = Trial(0.0, 0.0)
         for backtracks in range(self.max_trials):
             trial = evaluate(scale)
-            # written so that NaN fails
+            # written so that NaN fails, and a gain of +∞ too, which comes of ratios that overflow
             inside = -_ROUNDING * self.radius <= trial.kl <= self.radius
-            if inside and trial.gain > self.min_gain_ratio * (slope * scale):
+            if inside and self.min_gain_ratio * (slope * scale) < trial.gain < inf:
                 return SearchResult(True, scale, trial, backtracks)
             scale *= self.shrink
         return SearchResult(False, 0.0, trial, self.max_trials - 1)

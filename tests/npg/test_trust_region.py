@@ -77,6 +77,7 @@ def test_lengths_are_powers_of_shrink_and_trials_are_counted():
         Trial(1.0, -0.054),  # its digits are lost
         Trial(1.0, -1e-6),
         Trial(-inf, 0.0),
+        Trial(inf, 0.0),
         Trial(0.0, 0.0),
         Trial(1.0, 0.1000001),
     ],

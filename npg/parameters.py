@@ -142,6 +142,7 @@ class Parameters:
     @torch.no_grad()
     def move(self, origin: Sequence[Tensor], step: Tensor, scale: float | Tensor = 1.0) -> None:
         """θ ← origin + scale·step, in place."""
-        for p, value, change in zip(self.tensors, origin, self.unflatten(step), strict=True):
-            p.copy_(value + change * scale)
+        # scaled in the precision of the vector: float16 does not hold every s whose βs it holds
+        for p, value, change in zip(self.tensors, origin, self.unflatten(step * scale), strict=True):
+            p.copy_(value + change)
         torch.clear_autocast_cache()

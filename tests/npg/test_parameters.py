@@ -90,6 +90,17 @@ def test_move_and_restore_are_in_place_and_exact(mlp):
     assert addresses == [p.data_ptr() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 1e6, 1e30])
+def test_a_step_is_scaled_before_it_is_rounded(dtype, scale):
+    """An objective in other units has another solution s, and the same step βs."""
+    parameters = Parameters({"only": nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=dtype))})
+    step = torch.tensor([0.25, 0.5, -1.0], dtype=parameters.dtype) / scale
+    parameters.move(parameters.copy(), step, scale)
+    moved = torch.tensor([1.25, -1.5, -0.5], dtype=parameters.dtype)
+    torch.testing.assert_close(parameters.get(), moved, rtol=1e-6, atol=1e-6)
+
+
 def test_bad_input(mlp):
     parameters = Parameters(mlp(2))
     for bad in (torch.zeros(5), torch.zeros(5, parameters.numel), torch.zeros(parameters.numel, 1, 1), torch.zeros(())):

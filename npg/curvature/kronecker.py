@@ -21,6 +21,7 @@ Damping may be shared out to the factors, each at its own scale: with π² = (tr
     (G + √λ/π I) ⊗ (A + π√λ I) = G ⊗ A + √λ (π G ⊗ I + I ⊗ A / π) + λI
 
 which is more than λI wherever one of the factors is large: products of a large and a small eigenvalue are trusted less.
+Where a factor is zero, π = 1.
 
 Sources: Martens and Grosse (2015), arXiv 1503.05671; for convolutions Grosse and Martens (2016), arXiv 1602.01407; for
 EKFAC George et al. (2018), arXiv 1806.03884; for layers at several positions Eschenhagen et al. (2023), arXiv
@@ -70,7 +71,8 @@ class Block(NamedTuple):
         if not shared:
             return self.values + damping
         s, t = self.input_values, self.output_values
-        ratio = torch.where(t.sum() > 0, s.mean() / t.mean(), 1.0).sqrt()  # π
+        both = (s.sum() > 0) & (t.sum() > 0)  # of a factor of zeros there is no scale
+        ratio = torch.where(both, s.mean() / t.mean(), 1.0).sqrt()  # π
         root = damping**0.5
         return self.values + root * (ratio * t.unsqueeze(1) + s / ratio) + damping
 

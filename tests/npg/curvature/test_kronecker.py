@@ -294,6 +294,23 @@ def test_damping_shared_out_to_the_factors(network, corrected, assert_close):
     assert_close(approximation.inverse(0.04, shared=True)(v), torch.linalg.solve(expected, v))
 
 
+@pytest.mark.parametrize("zero", [(), ("inputs",), ("outputs",), ("inputs", "outputs")])
+def test_damping_shared_out_to_a_factor_of_zeros(zero, assert_close):
+    """Dead inputs of a layer without bias, or outputs that nothing depends on: π = 1."""
+    model = made(lambda: nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2)))
+    x = torch.randn(5, 3, generator=generator()) * ("inputs" not in zero)
+    with torch.no_grad():
+        model[1].weight *= "outputs" not in zero
+    approximation = KroneckerFisher(Fisher(model, x, FAMILY), probes=None)
+    block = approximation.blocks[(0,)]
+    a, g = block.inputs, block.outputs
+    assert [bool((f == 0).all()) for f in (a, g)] == ["inputs" in zero, "outputs" in zero]
+    pi = 1.0 if zero else ((a.trace() / 3) / (g.trace() / 2)).sqrt()
+    both = torch.kron(g + 0.2 / pi * torch.eye(2), a + 0.2 * pi * torch.eye(3))
+    v = torch.randn(12, generator=generator())
+    assert_close(approximation.inverse(0.04, shared=True)(v)[:6], torch.linalg.solve(both, v[:6]))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_solution_knows_its_model(network, shared, assert_close):
     model, x = network

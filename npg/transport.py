@@ -201,12 +201,16 @@ class _WeightedGraph(_Graph):
         self.conductances = graph.detach().double()
 
     def _factor(self, p: Tensor) -> Tensor:
-        """Cholesky's factor of L(p) + 11ᵀ/C: 1 spans the null space of L, and no change has a part in it."""
+        """Cholesky's factor of L(p) + ℓ 11ᵀ/C: 1 spans the null space of L, and no change has a part in it.
+
+        ℓ = tr L / C, the mean eigenvalue: conductances may be in any unit.
+        """
         # a floor under θ keeps the distance across empty classes finite: 10¹² times that of full ones
         theta = (0.5 * (p.unsqueeze(-1) + p.unsqueeze(-2))).clamp(min=1e-12)
         edges = self.conductances.to(p.device) * theta
         laplacian = torch.diag_embed(edges.sum(-1)) - edges
-        factor, failed = torch.linalg.cholesky_ex(laplacian + 1 / p.shape[-1])
+        mean = edges.sum((-2, -1), keepdim=True) / p.shape[-1]
+        factor, failed = torch.linalg.cholesky_ex(laplacian + mean / p.shape[-1])
         return factor.masked_fill((failed > 0)[..., None, None], torch.nan)  # which a solver and a search report
 
     def _inverse_laplacian(self, p: Tensor) -> LinearMap:

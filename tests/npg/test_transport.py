@@ -142,6 +142,15 @@ def test_weighted_graph_equals_the_dense_twin(seed):
     torch.testing.assert_close(M, dense_twin(graph, logits), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("unit", [1e-200, 1e-16, 1e-12, 1e-4, 1e4, 1e14, 1e20, 1e200])
+@pytest.mark.parametrize("graph", [complete(5), chain(5), random_graph(5, 7)], ids=["complete", "chain", "random"])
+def test_squared_distances_go_with_one_over_the_conductances(graph, unit):
+    metric, scaled = (wasserstein(families.Categorical(), w) for w in (graph, graph * unit))
+    old, new = randn(3, 5, seed=11), randn(3, 5, seed=12)
+    torch.testing.assert_close(scaled(old)(new) * unit, metric(old)(new), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(scaled.divergence(old, new) * unit, metric.divergence(old, new), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("graph", [complete(5), chain(5), random_graph(5, 7)], ids=["complete", "chain", "random"])
 def test_metric_is_the_cost_of_the_cheapest_flow(graph):
     logits, u = randn(5, seed=20), randn(5, seed=21)

@@ -114,7 +114,8 @@ class NaturalCritic:
 
     def fit(self, observations: Any, returns: Tensor) -> float:
         """Fit to the returns (N,); the mean squared error after the last step, NaN where something is not finite."""
-        inputs, targets = self.head.prepare(observations), returns.unsqueeze(-1)
+        inputs = self.head.prepare(observations)
+        targets = returns.unsqueeze(-1).double()  # so that a small gain keeps its digits
         # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
         variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))
         loss = nan

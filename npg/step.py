@@ -139,7 +139,7 @@ def natural_step(
         inputs: a tensor, or a tuple of positional arguments.
         family: the predictive distribution of the outputs, or a geometry of them (`npg.geometry`).
         objective: outputs (…, D) ↦ the mean over events of what to maximise, (): a log-likelihood, a surrogate return.
-            A mean in float64, ``.mean(dtype=torch.float64)``, keeps the digits of a gain that is small against it.
+            Of ``outputs.double()`` it keeps the digits of a gain that is small against it, or against an event's terms.
         trust_region: the radius, of the KL or of the divergence of ``metric``, and how to keep to it.
         learning_rate: a fixed, or with a trust region the largest, multiple of the solution.
         damping: λ ≥ 0.

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from npg.curvature.base import Curvature, State
 from npg.curvature.kronecker import KroneckerFisher
 from npg.curvature.plain import DiagonalFisher
-from npg.families import Family, Geometry
+from npg.families import Family, Geometry, in_double
 from npg.fisher import Fisher, Kind
 from npg.geometry import FisherRao
 from npg.model import Buffers
@@ -237,11 +237,15 @@ class NGD(ModelOptimizer):
             x0 = self.warm_start * theta.flatten(self._states("solution", params))
         decay = group["lr"] * group["weight_decay"]
         origin = theta.copy() if momentum or decay else []
+        log_likelihood = partial(self._log_likelihood, targets=targets)
+        if self.trust_region is not None or self.damping_control is not None:
+            # A gain that is looked at is a small difference of large means: float64 keeps its digits, as the KL's.
+            log_likelihood = partial(in_double, log_likelihood)
         report = natural_step(
             self.model,
             inputs,
             self.geometry,
-            lambda outputs: self._log_likelihood(outputs, targets).mean(),
+            lambda outputs: log_likelihood(outputs).mean(),
             trust_region=self.trust_region,
             learning_rate=group["lr"],
             damping=group["damping"],

@@ -18,7 +18,7 @@ from agents import MDPO, NPG, TRPO, natural_step
 from agents import critic as critics
 from agents.buffer import random_part
 from agents.critic import AdamCritic
-from agents.update import batch_of, copy_of_state
+from agents.update import batch_of, copy_of_state, critic_of
 
 torch.set_num_threads(1)
 
@@ -469,3 +469,25 @@ def test_other_optimizers_are_left_alone_and_differentiable_ones_refused_by_name
         options = {"optimizer_class": optimizer, "optimizer_kwargs": {"differentiable": True}}
         with pytest.raises(ValueError, match=r"optimizer_kwargs has differentiable=True.*leave it out"):
             filled(policy_kwargs=options)
+
+
+def test_a_natural_critic_sees_gains_that_float32_would_round_away(monkeypatch):
+    """A common error of 3·10⁻⁴ beside a noise of 1 that no linear critic fits: the gain is 4·10⁻⁸ nats."""
+    model = filled(critic="natural", n_critic_updates=1, policy_kwargs={"net_arch": []})
+    reports, step = [], critics.natural_step
+
+    def noted(*args, **kwargs):
+        reports.append(step(*args, **kwargs))
+        return reports[-1]
+
+    monkeypatch.setattr(critics, "natural_step", noted)
+    observations = torch.as_tensor(model.rollout_buffer.observations).reshape(128, 4)
+    features = torch.cat([observations, torch.ones(128, 1)], 1).double()
+    noise = torch.randn(128, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = noise - features @ torch.linalg.lstsq(features, noise).solution
+    with torch.no_grad():
+        returns = model.policy.predict_values(observations) + (noise + 3e-4).float()
+    critic_of(model).fit(observations, returns.squeeze(1))
+    (report,) = reports
+    assert report.accepted
+    assert report.actual_gain == pytest.approx(report.predicted_gain, rel=0.1)

@@ -157,6 +157,25 @@ def test_damping_control_follows_the_model():
     assert want < 1.0
 
 
+@pytest.mark.parametrize("options", [{"damping_control": LevenbergMarquardt()}, {"max_kl": 1.0}])
+def test_gains_that_are_small_against_the_log_likelihood_keep_their_digits(options):
+    """Of hundreds of outputs it is hundreds of nats, which float32 rounds by more than the last gains."""
+    torch.manual_seed(0)
+    x, model, twin, family = torch.randn(64, 4), nn.Linear(4, 784), nn.Linear(4, 784), families.Gaussian()
+    y = model(x).detach() + 0.01 * torch.randn(64, 784)
+    with torch.no_grad():
+        model.weight += 1e-4 * torch.randn_like(model.weight)
+    twin.load_state_dict(model.state_dict())
+    optimizer = NGD(model, family, lr=0.3, damping=1e-2, **options)
+    double = NGD(twin.double(), family, lr=0.3, damping=1e-2, **options)
+    for _ in range(3):
+        report, want = optimizer.step(x, y), double.step(x.double(), y.double())
+        assert report.accepted
+        assert want.accepted
+        assert report.actual_gain == pytest.approx(want.actual_gain, rel=0.05)
+    assert optimizer.param_groups[0]["damping"] == double.param_groups[0]["damping"]
+
+
 def test_a_warm_up_that_begins_at_zero_leaves_the_damping():
     optimizer = NGD(classifier(), families.Categorical(), lr=0.0, damping=0.1, damping_control=LevenbergMarquardt())
     for x, y in batches(3):

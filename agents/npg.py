@@ -19,8 +19,9 @@ __all__ = ["NPG"]
 class NPG(NaturalStepAlgorithm):
     """Natural policy gradient (Kakade 2002): θ ← θ + α(F + λI)⁻¹∇J.
 
-    With ``target_kl``, α is such that the quadratic model of the KL equals it (Rajeswaran et al. 2017, equation 4);
-    with ``step_size``, α is that. Neither checks the true KL or return; `TRPO` does.
+    With ``target_kl`` = δ, α is such that ½dᵀ(F + λI)d = δ for the step d (Rajeswaran et al. 2017, equation 4), so that
+    the quadratic model of the KL, ½dᵀFd, is at most δ: the less, the larger λ is against F. With ``step_size``, α is
+    that. Neither checks the true KL or return; `TRPO` does.
 
     Args:
         {options}
@@ -46,7 +47,7 @@ class NPG(NaturalStepAlgorithm):
     )
 
     def actor_step(self, batch: Batch) -> StepReport:
-        """One step of length α, or of the length at which the quadratic model of the KL is δ."""
+        """One step of length α, or of the length at which ½dᵀ(F + λI)d is δ."""
         if self.step_size is not None:
             return self.natural_step(batch, learning_rate=self.step_size)
         region = TrustRegion(radius=self.radius(self.target_kl), backtrack=False)

@@ -3,7 +3,8 @@
     max gᵀx   subject to   c + bᵀx ≤ 0   and   ½xᵀHx ≤ δ
 
 with the gradient g of the objective, the gradient b of a cost and its excess c over a limit (Achiam et al. 2017,
-equation 10). `docs/cpo.md` derives the solution from v = H⁻¹g and w = H⁻¹b.
+equation 10), and H = F + λI, so that the quadratic model of the KL, ½xᵀFx, is at most δ. `docs/cpo.md` derives the
+solution from v = H⁻¹g and w = H⁻¹b.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class SearchResult(NamedTuple):
 class TrustRegion:
     """The set KL(old ‖ new) ≤ δ around a policy or a classifier, and how to stay in it (Schulman et al. 2015, app. C).
 
-    The proposal is scaled so that the quadratic model of the KL equals δ, and is then shortened until the true mean KL
-    is within δ and the objective has gained.
+    The proposal is scaled so that ½dᵀ(F + λI)d = δ, by which the quadratic model of the KL, ½dᵀFd, is at most δ; and is
+    then shortened until the true mean KL is within δ and the objective has gained.
 
     Args:
         radius: δ > 0, in nats per event.

@@ -147,7 +147,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         default="adam",
         check=partial(one_of, known=("adam", "natural")),
         doc='``"adam"``: epochs of mini-batch Adam; ``"natural"``: Gauss–Newton steps on the whole batch, the natural '
-        "gradient of a Gaussian likelihood.",
+        "gradient of a Gaussian likelihood, damped for returns with a deviation of about 1: normalise rewards for it.",
         keyword=True,
     )
     advantage_deviation: Literal["batch", "running"] = option(

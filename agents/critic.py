@@ -91,13 +91,17 @@ class NaturalCritic:
     Each is cut where the values would move by more than the returns' own spread. The damping follows Levenberg and
     Marquardt's rule, and does not fall below where it would begin to fit the noise of one rollout.
 
+    F = E[JᵀJ] / σ², with the derivatives J of the values and the variance σ² of the returns, falls as one over the
+    square of the returns' unit, while λ and its range do not know that unit. They are made for returns with a deviation
+    of about 1: normalise rewards. Where σ is 100, λ outweighs F, and steps become short ones along the gradient.
+
     Attributes:
         head: the critic as a network.
         parameters: those that are trained, by name.
         steps: natural steps.
         products: conjugate-gradient iterations of each.
         fisher_fraction: the part of the rows, drawn at random for every step, on which the Fisher is taken.
-        damping: λ, in units of the returns' own precision; `fit` adapts it.
+        damping: λ, in the units of F: nats per square of a parameter. `fit` adapts it, within the range of `CONTROL`.
         process_group: the processes that learn together.
     """
 
@@ -113,10 +117,14 @@ class NaturalCritic:
     CONTROL = LevenbergMarquardt(factor=2.0, minimum=0.05, maximum=1e3)
 
     def fit(self, observations: Any, returns: Tensor) -> float:
-        """Fit to the returns (N,); the mean squared error after the last step, NaN where something is not finite."""
+        """Fit to the returns (N,), or (E, T) of sequences.
+
+        Returns:
+            The mean squared error after the last step, NaN where something is not finite.
+        """
         inputs = self.head.prepare(observations)
         targets = returns.unsqueeze(-1).double()  # so that a small gain keeps its digits
-        # In units of the returns' own variance the Fisher, its damping and the radius are the same for every task.
+        # In units of the returns' own variance the objective and the radius are the same for every task; λ is not.
         variance = float(moments(returns, self.process_group)[1].clamp(min=1e-8))
         loss = nan
         if not isfinite(variance):

@@ -55,7 +55,8 @@ class AdamCritic:
         """Fit to the returns (N,), or (E, T) of sequences, of which a mini-batch takes whole ones.
 
         Returns:
-            The mean squared error over the last epoch, NaN where something is not finite.
+            The mean of the mean squared errors of the last epoch's mini-batches, whatever their size;
+            NaN where something is not finite.
         """
         inputs, parameters = self.head.prepare(observations), list(self.parameters.values())
         self.optimizer.zero_grad()  # without gradients the optimizer passes over all other parameters

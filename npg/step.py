@@ -49,7 +49,8 @@ class StepReport:
         status: how the solver ended; ``NON_FINITE`` as well where it was not asked, because the objective, its gradient
             or F is not finite.
         iterations: products with F that the solver took.
-        residual: ‖g − (F + λI)s‖/‖g‖.
+        residual: ‖g − (F + λI)s‖/‖g‖; NaN where a curvature's inverse took the place of a solve, and with
+            `npg.solvers.solve_in_metric` that of the system it transforms this one to.
         backtracks: how often the step was shortened.
         scale: the factor β of the solution s in the step d = βs; 0 where the step was refused.
         gradient_norm: ‖g‖, a number wherever g is finite.

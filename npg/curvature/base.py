@@ -98,7 +98,7 @@ class Curvature(ABC, Generic[Evidence]):
 
         Returns:
             A `Solution` whose curvature and model value are those of C + λI, and whose residual is NaN: it would be of
-            F, which is not looked at.
+            F, which is not looked at. `StepReport.residual` is NaN then too.
         """
         x = self.inverse(damping, **options)(b)
         curvature = torch.dot(x.double(), (self @ x).double()) + damping * torch.dot(x.double(), x.double())

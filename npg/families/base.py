@@ -87,7 +87,7 @@ class Geometry(ABC):
 
     @abstractmethod
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        """Per event, what ½dᵀM(η)d is the second order of; (…, D), (…, D) → (…)."""
+        """D(old, new) ≥ 0 per event, with D(η, η + d) = ½dᵀM(η)d + O(‖d‖³); (…, D), (…, D) → (…). KL is in nats."""
 
     def factor(self, outputs: Tensor) -> LinearMap:
         """A factor L with L Lᵀ = M(η), as a map ε ↦ Lε, (…, D) → (…, D); further axes in front broadcast.

@@ -70,7 +70,8 @@ class KLShampoo(GradientOptimizer):
     p = 1 is the natural gradient; p = ½, its square root, whitens: a step has the same size however large the gradients
     are. Both are the same in any rotated basis of either side of a weight. What is no matrix (biases, normalisation,
     1 × n) has a diagonal in place of L ⊗ R, and the rate lr · vector_scale; with p = ½ that is Adam with a relative
-    damping.
+    damping and without corrections of its averages: M begins at 0, and the diagonal at the mean square of the first
+    gradient, so that with ``nesterov`` the first step has 1 − μ² of its length.
 
     The state depends on the gradients alone: under DistributedDataParallel, which averages them, it is the same on all
     ranks without any communication of its own. If a constant c scales all gradients, c^(1 − 2p) scales the steps; a

@@ -92,7 +92,7 @@ class ExactResume(Optimizer):
         """Load a `state_dict` of the same optimizer over parameters of the same shapes.
 
         Raises:
-            ValueError: if it is of parameters of other shapes; nothing is loaded then.
+            ValueError: if it is of another optimizer, or of parameters of other shapes; nothing is loaded then.
         """
         # `torch.distributed.checkpoint` puts {} where a flattened state lacks an entry.
         kept = {i: {k: v for k, v in state.items() if v != {}} for i, state in state_dict["state"].items()}
@@ -100,6 +100,11 @@ class ExactResume(Optimizer):
 
         # Users' hooks may change what is loaded, and what was: this one comes after theirs, and `restore` before.
         def look(_: Optimizer, hooked: dict[str, Any]) -> None:
+            if lacking := sorted({key for group in hooked["param_groups"] for key in self.defaults.keys() - group}):
+                raise ValueError(
+                    f"state_dict is not of {type(self).__name__}, its parameter groups lack {lacking}: load a state that "
+                    f"{type(self).__name__} saved, or begin without one"
+                )
             saved = chain.from_iterable(group["params"] for group in hooked["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             loaded.extend((p, hooked["state"].get(i, {})) for i, p in zip(saved, params, strict=False))

@@ -620,6 +620,19 @@ def test_callback_can_stop_training():
     assert model.num_timesteps == 20
 
 
+@pytest.mark.parametrize("steps", [32, 128])
+@pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
+def test_another_number_of_steps_is_refused_before_a_rollout_and_taken_by_load(policy, steps, tmp_path):
+    model = small(policy=policy)
+    model.learn(1)
+    model.n_steps = steps
+    with pytest.raises(ValueError, match=rf"n_steps={steps} .* for 64 steps: .*TRPO\.load\(path, env, n_steps={steps}\)"):
+        model.learn(1, reset_num_timesteps=False)
+    assert model.num_timesteps == 2 * 64
+    model.save(tmp_path / "agent")
+    TRPO.load(tmp_path / "agent", toy(), n_steps=steps).learn(1)
+
+
 class Newest(VecEnvWrapper):
     """Keeps the last observations, and whose episodes ended before them."""
 

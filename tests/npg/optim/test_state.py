@@ -389,6 +389,42 @@ def test_a_state_of_another_shape_is_refused_before_it_is_loaded(data):
     assert not other.state
 
 
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "adam": lambda model: torch.optim.Adam(model.parameters()),
+    "online-ngd": lambda model: OnlineNGD(model.parameters(), lr=0.1),
+    "kl-shampoo": lambda model: KLShampoo(model.parameters(), lr=0.1),
+    **MAKE,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "lacking"),
+    [
+        ("online-ngd", "sgd", "'alpha'"),
+        ("online-ngd", "kl-shampoo", "'alpha'"),
+        ("kl-shampoo", "adam", "'momentum'"),
+        ("ngd", "adam", "'damping', 'momentum'"),
+        ("diagonal-ngd", "ngd", "'decay'"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_before_it_is_loaded(name, saved, lacking):
+    model = network()
+    optimizer, other = OPTIMIZERS[name](model), OPTIMIZERS[saved](model)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"not of {type(optimizer).__name__}, its parameter groups lack .*{lacking}"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("name", ["online-ngd", "kl-shampoo", *MAKE])
+def test_a_state_with_what_a_scheduler_added_is_loaded(name):
+    optimizer, other = OPTIMIZERS[name](network()), OPTIMIZERS[name](network())
+    torch.optim.lr_scheduler.LinearLR(other)
+    optimizer.load_state_dict(other.state_dict())
+    assert "initial_lr" in optimizer.param_groups[0]
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_a_warm_start_goes_on_in_another_dtype(dtypes, data):
     x, y = data

@@ -271,7 +271,9 @@ def find_agent(path: Path) -> tuple[RunFolder, SavedAgent]:
     return folder, folder.newest()
 
 
-def check_named(path: Path, found: tuple[str, str], algo: str | None = None, env: str | None = None) -> None:
+def check_named(
+    path: Path, found: tuple[str, str], algo: str | None = None, env: str | None = None, option: str | None = None
+) -> None:
     """Compare what a command names with what the folder that it opens is of.
 
     No module is imported because a folder says so: an environment ``module:Id`` has to be named.
@@ -281,6 +283,7 @@ def check_named(path: Path, found: tuple[str, str], algo: str | None = None, env
         found: the algorithm and the environment that it is of.
         algo: the algorithm that is named, if any.
         env: the environment that is named, if any.
+        option: with which the command names it; by default the command is that which continues.
 
     Raises:
         ValueError: if another one is named, or none where the folder's would import a module.
@@ -290,9 +293,10 @@ def check_named(path: Path, found: tuple[str, str], algo: str | None = None, env
             raise ValueError(f"the {what} of {path} is {of}, not {given}")
     module, colon, _ = found[1].rpartition(":")
     if colon and env is None:
+        remedy = f"add {option} {found[1]}" if option else f"write {continuation(*found, path)}"
         raise ValueError(
             f"the environment of {path} is {found[1]}, and to make it would import {module}, which its folder alone "
-            "cannot ask for: name the environment in the command too"
+            f"cannot ask for: {remedy}"
         )
 
 

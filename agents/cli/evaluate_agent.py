@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
     with parser.preparing(*MISTAKES):
         folder = RunFolder.open(args.run_dir)
-        check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env)
+        check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env, option="--env")
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
         files = folder.best if args.model == "best" else folder.last
         mode = "deterministic" if args.deterministic else "stochastic"

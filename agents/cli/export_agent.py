@@ -60,7 +60,7 @@ def export_run(args: argparse.Namespace) -> Path:
         require(args.out.parent.is_dir(), "--out", str(args.out), "in a folder that exists: make it first")
         require(not args.out.is_dir(), "--out", str(args.out), "a file")
     folder, files = find_agent(args.run_dir)
-    check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env)
+    check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env, option="--env")
     if files == folder.last and args.model == "best":
         files = folder.best
     name = f"{files.model.stem}{'' if args.deterministic else '_stochastic'}{FORMATS[args.format]}"

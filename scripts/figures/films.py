@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in options.runs:
             folder = RunFolder.open(run)
             algo, env = folder.config.algo, folder.config.env
-            check_named(run, (algo, env), env=env if env in options.env else None)
+            check_named(run, (algo, env), env=env if env in options.env else None, option="--env")
             seed = purpose_seed(options.seed, Purpose.EVALUATION_BY_HAND)
             agent = folder.best if options.model == "best" else folder.last
             span = {"begin": options.skip, "end": options.skip + options.seconds}

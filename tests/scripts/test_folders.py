@@ -73,6 +73,8 @@ def test_no_folder_imports_a_module(command, folder, options, named, gift, load,
     assert end.value.code == 2
     told = capsys.readouterr().err
     assert f"the environment of {folder} is {ENV}, and to make it would import gift" in told
+    remedy = f"add --env {ENV}" if "--env" in named else f"trpo {ENV} --resume {folder}"
+    assert told.rstrip().endswith(remedy)
     assert "gift" not in sys.modules
     with pytest.raises(SystemExit):
         command([*opened, *named[:1], "other:Gift-v0"], *extra)

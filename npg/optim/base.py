@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import chain
 from math import inf
 from typing import Any, TypeAlias, cast
@@ -81,6 +83,12 @@ def decay_matrices(params: Iterable[Tensor], amount: float | Tensor) -> None:
         torch._foreach_mul_(matrices, 1 - amount)
 
 
+@cache
+def _options(cls: type) -> frozenset[str]:
+    """The arguments of its constructor; schedulers and users put entries of other names into a parameter group."""
+    return frozenset(inspect.signature(cls).parameters)
+
+
 class ExactResume(Optimizer):
     """An optimizer whose state comes back from a checkpoint with the dtype it was saved with.
 
@@ -102,8 +110,8 @@ class ExactResume(Optimizer):
         def look(_: Optimizer, hooked: dict[str, Any]) -> None:
             if lacking := sorted({key for group in hooked["param_groups"] for key in self.defaults.keys() - group}):
                 raise ValueError(
-                    f"state_dict is not of {type(self).__name__}, its parameter groups lack {lacking}: load a state that "
-                    f"{type(self).__name__} saved, or begin without one"
+                    f"state_dict is not of {type(self).__name__}, its parameter groups lack {lacking}: load a state "
+                    f"that {type(self).__name__} saved, or begin without one"
                 )
             saved = chain.from_iterable(group["params"] for group in hooked["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -211,6 +219,12 @@ class ModelOptimizer(ExactResume):
             raise TypeError(
                 f"{type(self).__name__} differentiates the model itself, without loss.backward() or a closure: "
                 "call step(inputs, targets)"
+            )
+        if strange := sorted(_options(type(self)) & (self.param_groups[0].keys() - self.defaults.keys())):
+            name = strange[0]
+            raise ValueError(
+                f"{name} is no part of the parameter group, where it would change nothing: "
+                + (f"set optimizer.{name}" if name == "max_kl" else f"give it to a new {type(self).__name__}")
             )
         # of a families.Product they are a tuple, with those of each part
         for part in (pytree.tree_leaves(targets) if isinstance(self.family, Product) else None) or [targets]:

@@ -69,7 +69,8 @@ class NGD(ModelOptimizer):
         lr: step size; 1 is the full natural (Gauss–Newton) step.
         damping: λ ≥ 0. It has to be positive where F is singular to working precision and the gradient is noisy: with
             batch normalisation, for one.
-        max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree.
+        max_kl: a KL radius δ in nats per event; steps are then shortened until the true KL and the loss agree. It may
+            be set later, as ``optimizer.max_kl``; a state does not hold it.
         momentum: μ, in [0, 1); 0 with ``max_kl``, since momentum would carry the model out of the radius.
         weight_decay: decoupled; parameters of one axis (biases, most normalisation) are left alone. 0 with ``max_kl``,
             as momentum.
@@ -143,9 +144,9 @@ class NGD(ModelOptimizer):
     ) -> None:
         check(0 <= lr < inf, "lr", lr, "a finite number, 0 or above")
         check(0 <= damping < inf, "damping", damping, "a finite number, 0 or above")
-        check(max_kl is None or 0 < max_kl < inf, "max_kl", max_kl, "None or a positive KL in nats")
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
+        self._check_kl(max_kl)
         self._check_radius(max_kl, momentum, weight_decay)
         check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
         check(rtol >= 0, "rtol", rtol, "0 or above")
@@ -183,13 +184,31 @@ class NGD(ModelOptimizer):
         self._objective_curvature = 1.0 if own else 0.0
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
-        self.trust_region = None if max_kl is None else TrustRegion(max_kl)
+        self.trust_region: TrustRegion | None = None
+        self.max_kl = max_kl
         self.damping_control = damping_control
         self.warm_start, self.curvature_fraction = warm_start, curvature_fraction
         self.solver, self.preconditioner = solver, preconditioner
         self.generator, self.update_period = generator, update_period
         if curvature is not None and curvature.blocks:
             self._begin_with(curvature)
+
+    @property
+    def max_kl(self) -> float | None:
+        """The radius δ of `trust_region` in nats per event, None without one; it may be set between steps."""
+        return None if self.trust_region is None else self.trust_region.radius
+
+    @max_kl.setter
+    def max_kl(self, radius: float | None) -> None:
+        self._check_kl(radius)
+        if radius is None or self.trust_region is None:
+            self.trust_region = None if radius is None else TrustRegion(radius)
+        else:
+            self.trust_region = replace(self.trust_region, radius=radius)
+
+    @staticmethod
+    def _check_kl(radius: float | None) -> None:
+        check(radius is None or 0 < radius < inf, "max_kl", radius, "None or a positive KL in nats")
 
     @staticmethod
     def _check_radius(region: object, momentum: float, weight_decay: float) -> None:
@@ -212,7 +231,8 @@ class NGD(ModelOptimizer):
         Raises:
             TypeError: without inputs and targets, or with a closure; with ``curvature_fraction`` also for inputs in
                 which no rows can be found.
-            ValueError: with ``curvature_fraction``, where it is not clear which tensors have the batch's rows.
+            ValueError: with ``curvature_fraction``, where it is not clear which tensors have the batch's rows; where an
+                option was put into the parameter group that does not belong there.
         """
         if not self._has_batch(inputs, targets, closure):
             return cast(StepReport, None)

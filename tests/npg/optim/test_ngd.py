@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npg import Fisher, LevenbergMarquardt, Status, families
+from npg import Fisher, LevenbergMarquardt, Status, TrustRegion, families
 from npg.curvature import DenseFisher, DiagonalFisher
 from npg.curvature.kronecker import Block, KroneckerFisher
 from npg.curvature.online import OnlinePreconditioner
-from npg.optim import NGD
+from npg.optim import NGD, DiagonalNGD
 
 
 def classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -127,6 +127,43 @@ def test_max_kl_keeps_the_true_kl_within_the_radius():
         assert 0.002 < kl <= 0.01
         torch.testing.assert_close(kl.item(), report.kl)
         assert functional.cross_entropy(model(x), y) < before
+
+
+def test_the_radius_may_be_set_between_steps():
+    (x, y), *_ = batches(1)
+    optimizer = NGD(classifier(), families.Categorical(), lr=1e6, damping=1e-3)
+    for radius in (1e-2, 1e-4, 1e-6):
+        optimizer.max_kl = radius
+        assert optimizer.max_kl == radius
+        assert 0.3 * radius < optimizer.step(x, y).kl <= radius
+    optimizer.trust_region = TrustRegion(1e-2, kl_direction="new_old")
+    optimizer.max_kl = 1e-3
+    assert optimizer.trust_region == TrustRegion(1e-3, kl_direction="new_old")
+    with pytest.raises(ValueError, match=r"max_kl=-1 is not usable"):
+        optimizer.max_kl = -1
+    optimizer.max_kl = None
+    assert optimizer.trust_region is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "remedy"),
+    [
+        (NGD, "max_kl", r"set optimizer\.max_kl"),
+        (NGD, "warm_start", "give it to a new NGD"),
+        (DiagonalNGD, "probes", "give it to a new DiagonalNGD"),
+    ],
+)
+def test_an_option_in_the_parameter_group_is_refused_where_it_would_do_nothing(cls, name, remedy):
+    (x, y), *_ = batches(1)
+    model = classifier()
+    optimizer = cls(model, families.Categorical(), lr=0.1, damping=0.1)
+    optimizer.param_groups[0]["of_the_user"] = 1
+    optimizer.step(x, y)
+    optimizer.param_groups[0][name] = 0.5
+    before = vector(model)
+    with pytest.raises(ValueError, match=rf"{name} is no part of the parameter group, .*: {remedy}"):
+        optimizer.step(x, y)
+    assert torch.equal(vector(model), before)
 
 
 def test_momentum_is_heavy_ball_on_the_steps():

@@ -408,9 +408,10 @@ def _as_tuple(inputs: Any) -> tuple[Any, ...]:
 def _at_least_float(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.ndim < 1:
         kind = f"a {outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+        remedy = "" if isinstance(outputs, Tensor) else ": wrap it in a module whose forward returns that tensor alone"
         raise TypeError(
             "model must return one floating-point tensor whose last axis holds the parameters of a distribution, "
-            f"got {kind}"
+            f"got {kind}{remedy}"
         )
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 

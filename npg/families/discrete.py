@@ -47,13 +47,16 @@ def _index_hint(outputs: Tensor, targets: Tensor) -> str:
     """How targets of another shape become class indices, where that is plain."""
     if targets.shape == (*outputs.shape[:-1], 1):
         return ", by targets.squeeze(-1)"
+    if outputs.ndim > 2 and targets.shape == (*outputs.shape[:1], *outputs.shape[2:]):  # as cross_entropy takes them
+        return ", and let the model return outputs.movedim(1, -1), with the classes on the last axis"
     return ", by targets.argmax(-1) of rows with a single 1" if targets.shape == outputs.shape else ""
 
 
 class Categorical(Family):
     """One of C classes; outputs are logits (…, C), targets are class indices (…).
 
-    Forbidden classes may carry the logit −inf: they have probability, metric and KL contribution zero.
+    Classes stand on the last axis, also for sequences and images, where `torch.nn.functional.cross_entropy` has them on
+    axis 1. Forbidden classes may carry the logit −inf: they have probability, metric and KL contribution zero.
     """
 
     @staticmethod

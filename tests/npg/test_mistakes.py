@@ -194,6 +194,19 @@ def test_targets_of_another_kind_are_refused_with_the_remedy(family, width, targ
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("axes", [(), (5,), (5, 7)])
+@pytest.mark.parametrize("on_axis_1", [False, True])
+def test_classes_on_axis_1_are_told_where_they_belong(axes, on_axis_1):
+    """As `cross_entropy` takes them; with them on the last axis both say the same."""
+    outputs, targets = torch.randn(8, 3, *axes), torch.randint(3, (8, *axes))
+    loss = nn.functional.cross_entropy(outputs, targets)
+    if on_axis_1 and axes:
+        with pytest.raises(ValueError, match=r"one per event, and let the model return outputs\.movedim\(1, -1\)"):
+            CATEGORICAL.log_likelihood(outputs, targets)
+    else:
+        torch.testing.assert_close(-CATEGORICAL.log_likelihood(outputs.movedim(1, -1), targets).mean(), loss)
+
+
 # Solvers --------------------------------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,7 @@ def middle(curves: list[Curve]) -> Curve:
     return Curve(curves[0].model, curves[0].optimizer, curves[0].measured_on, epochs, seconds, accuracy)
 
 
-def draw(curves: list[Curve], out: Path, dataset: str, weight: float) -> None:
+def draw(curves: list[Curve], out: Path, dataset: str | None, weight: float) -> None:
     """One row per model: accuracy over epochs, and beside it over seconds."""
     models = sorted({curve.model for curve in curves})
     size = (WIDTH, 0.6 + 3.4 * len(models))
@@ -133,8 +133,8 @@ def draw(curves: list[Curve], out: Path, dataset: str, weight: float) -> None:
                 smoothed = smooth(typical.accuracy, weight)
                 (drawn[optimizer],) = axis.plot(getattr(typical, x), smoothed, color=colour, linestyle=line)
         measured = " and ".join(sorted({curve.measured_on for curve in of_model}))
-        left.set_ylabel(f"{measured} precision (%)")
-        left.set_title(f"{model}, {dataset}", loc="left")
+        left.set_ylabel(f"{measured} accuracy (%)")
+        left.set_title(", ".join(filter(None, (model, dataset))), loc="left")
         for axis, label in ((left, "epoch"), (right, "time (s)")):
             axis.set_xlabel(label)
             axis.set_xlim(left=0)
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", metavar="RUN", type=Path, nargs="+", help="a run folder, or a CSV of curves")
     parser.add_argument("--out", type=Path, default=Path("cifar_curves.png"), metavar="FILE", help="[%(default)s]")
-    parser.add_argument("--dataset", default="CIFAR-10", metavar="NAME", help="for the titles [%(default)s]")
+    parser.add_argument("--dataset", metavar="NAME", help="for the titles, such as CIFAR-10 [none]")
     parser.add_argument(
         "--smoothing", type=float, default=0.6, metavar="W", help="weight of the past in the average [%(default)s]"
     )

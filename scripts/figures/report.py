@@ -946,7 +946,8 @@ def main() -> None:
         print(f"{name:>11}  {perf_counter() - begin:.1f} s")
     if arguments.curves:
         script, picture = Path(__file__).with_name("cifar_curves.py"), arguments.out / "cifar.png"
-        subprocess.run([sys.executable, script, *arguments.curves, "--out", picture], check=True)
+        options = ["--dataset", "CIFAR-10", "--out", picture]
+        subprocess.run([sys.executable, script, *arguments.curves, *options], check=True)
     style.update_csv(arguments.out / "numbers.csv", rows, "picture")
 
 

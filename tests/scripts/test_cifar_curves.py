@@ -24,3 +24,13 @@ def test_the_middle_of_runs_is_the_median_where_all_of_them_are(script: ModuleTy
 def test_the_moving_average(script: ModuleType) -> None:
     assert script.smooth([2.0, 4.0], 0.5) == pytest.approx([2.0, (0.5 * 2 + 4) / 1.5])
     assert script.smooth([3.0, 1.0], 0.0) == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(("dataset", "title"), [(None, "net"), ("My images", "net, My images")])
+def test_the_labels(script: ModuleType, dataset: str | None, title: str, tmp_path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(script, "save", lambda figure, out: drawn.append(figure))
+    script.draw([script.Curve("net", "sgd", "test", [1.0, 2.0], [1.0, 2.0], [50.0, 70.0])], tmp_path, dataset, 0.0)
+    left, _ = drawn[0].axes
+    assert left.get_title(loc="left") == title
+    assert left.get_ylabel() == "test accuracy (%)"

@@ -74,8 +74,8 @@ class Collector(OnPolicyAlgorithm):
         if n_rollout_steps != rollout_buffer.buffer_size:
             name = type(self).__name__
             raise ValueError(
-                f"n_steps={n_rollout_steps} is not usable, the rollout buffer is for {rollout_buffer.buffer_size} steps: "
-                f"save the agent, and {name}.load(path, env, n_steps={n_rollout_steps}) makes another"
+                f"n_steps={n_rollout_steps} is not usable, the rollout buffer is for {rollout_buffer.buffer_size} "
+                f"steps: save the agent, and {name}.load(path, env, n_steps={n_rollout_steps}) makes another"
             )
         started = perf_counter()
         assert self._last_obs is not None, "no previous observation"

@@ -286,7 +286,7 @@ class TakesStructures(OnPolicyAlgorithm):
 
         Raises:
             ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
-                from 0 along one axis. If observations, or a part of a Dict of them, do not.
+                from 0 along one axis. If observations, or a part of a Dict of them, do not, or have no axis.
         """
         if env is None:
             return policy, None
@@ -303,6 +303,12 @@ class TakesStructures(OnPolicyAlgorithm):
                 raise ValueError(
                     f"the environments have the observations {part}{of}, which Stable-Baselines3's policies would take "
                     "to count from 0 along one axis: let the environment subtract the start, and flatten them"
+                )
+            if isinstance(part, spaces.Box) and part.shape == ():
+                of = f" for {name!r}" if name else ""
+                raise ValueError(
+                    f"the environments have the observations {part}{of}, single numbers without an axis, which "
+                    "policies do not take: give the space and what the environment returns the shape (1,)"
                 )
         known = self.policy_aliases.get(policy) if isinstance(policy, str) else policy
         if isinstance(policy, str) and known in _MASKED and gives_masks(venv):  # a class is taken at its word

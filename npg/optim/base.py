@@ -220,7 +220,7 @@ class ModelOptimizer(ExactResume):
                 f"{type(self).__name__} differentiates the model itself, without loss.backward() or a closure: "
                 "call step(inputs, targets)"
             )
-        if strange := sorted(_options(type(self)) & (self.param_groups[0].keys() - self.defaults.keys())):
+        if strange := sorted(_options(cast(Any, type(self))) & (self.param_groups[0].keys() - self.defaults.keys())):
             name = strange[0]
             raise ValueError(
                 f"{name} is no part of the parameter group, where it would change nothing: "

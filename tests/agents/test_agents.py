@@ -626,7 +626,9 @@ def test_another_number_of_steps_is_refused_before_a_rollout_and_taken_by_load(p
     model = small(policy=policy)
     model.learn(1)
     model.n_steps = steps
-    with pytest.raises(ValueError, match=rf"n_steps={steps} .* for 64 steps: .*TRPO\.load\(path, env, n_steps={steps}\)"):
+    with pytest.raises(
+        ValueError, match=rf"n_steps={steps} .* for 64 steps: .*TRPO\.load\(path, env, n_steps={steps}\)"
+    ):
         model.learn(1, reset_num_timesteps=False)
     assert model.num_timesteps == 2 * 64
     model.save(tmp_path / "agent")
@@ -844,11 +846,15 @@ class Still(Noise):
 ODD = [spaces.Discrete(3, start=1), spaces.MultiDiscrete([3, 3], start=[1, 0]), spaces.MultiDiscrete([[2], [3]])]
 
 
-@pytest.mark.parametrize("space", ODD, ids=str)
-def test_observations_that_do_not_count_from_0_are_refused_before_a_rollout(space):
+@pytest.mark.parametrize(
+    ("space", "reason"),
+    [*((space, "from 0 along") for space in ODD), (spaces.Box(-1, 1, ()), r"without an axis.*shape \(1,\)")],
+    ids=str,
+)
+def test_observations_that_policies_do_not_take_are_refused_before_a_rollout(space, reason):
     for whole, named in ((space, ""), (spaces.Dict({"a": BOX, "b": space}), " for 'b'")):
         policy = "MultiInputPolicy" if named else "MlpPolicy"
-        with pytest.raises(ValueError, match=rf"have the observations {re.escape(str(space))}{named}, .* from 0 along"):
+        with pytest.raises(ValueError, match=rf"have the observations {re.escape(str(space))}{named}, .*{reason}"):
             agent(vec(Still, space=whole), policy=policy)
 
 

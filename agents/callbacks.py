@@ -170,7 +170,7 @@ class Evaluator(_Periodic):
         known = earlier if folder.best.model.exists() else {}
         returns = known.get("mean_return", np.empty(0))
         costs = known.get("mean_cost", np.full_like(returns, math.nan))
-        self._limit = config.hyperparameters.get("cost_limit", math.inf)
+        self.limit = config.hyperparameters.get("cost_limit", math.inf)
         self._best = max(map(self._rank, returns, costs), default=(-math.inf, -math.inf))
         self.last: Evaluation | None = None
         self.seconds = 0.0
@@ -186,9 +186,13 @@ class Evaluator(_Periodic):
             self._trained += [earlier[name][at[-1]] if len(at) and name in earlier else math.nan for name in CLOCKS]
         self._going = _clocks()
 
-    def _rank(self, mean_return: float, mean_cost: float) -> tuple[float, float]:
-        """What the best agent has most of: to keep CPO's limit goes before the return. NaN: a cost is not known."""
-        return -float(np.fmax(mean_cost - self._limit, 0.0)), mean_return
+    def excess(self, mean_cost: float | None) -> float:
+        """How far a mean cost is above CPO's limit; 0 within it, and where it is not known (None or NaN)."""
+        return 0.0 if mean_cost is None else float(np.fmax(mean_cost - self.limit, 0.0))
+
+    def _rank(self, mean_return: float, mean_cost: float | None) -> tuple[float, float]:
+        """What the best agent has most of: to keep CPO's limit goes before the return."""
+        return -self.excess(mean_cost), mean_return
 
     def _act(self) -> None:
         with suppress(Stopped):  # the training then stops too
@@ -213,7 +217,7 @@ class Evaluator(_Periodic):
         finally:  # also of one that was stopped
             self.seconds += time.perf_counter() - started
         # Of equals the later: it had more data. Its file comes before its row, which says that it is there.
-        if (rank := self._rank(e.mean_return, math.nan if e.mean_cost is None else e.mean_cost)) >= self._best:
+        if (rank := self._rank(e.mean_return, e.mean_cost)) >= self._best:
             self._best = rank
             save_agent(self.model, self._folder.best)
         self._folder.add_evaluation(e.summary | dict(zip(CLOCKS, self._trained.round(3).tolist())))

@@ -402,7 +402,6 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
     run = start(config, path, f"trial {trial.number} of {path.parent.parent}")
     run_folder, model = run.folder, run.model
     assert run_folder is not None
-    limit = config.hyperparameters.get("cost_limit", math.inf)
 
     def report(value: float, timesteps: int) -> None:
         # Counted in steps: of rollouts as long as several periods there is one evaluation, not several.
@@ -410,7 +409,7 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
         step = k * tuning.evaluations + (tuning.evaluations if over else timesteps // config.eval_freq)
         trial.report((before + value) / (k + 1), step)
         # With a limit the return alone does not tell which trial is behind.
-        if limit == math.inf and step < tuning.seeds * tuning.evaluations and trial.should_prune():
+        if evaluator.limit == math.inf and step < tuning.seeds * tuning.evaluations and trial.should_prune():
             from optuna import TrialPruned
 
             raise TrialPruned
@@ -424,8 +423,8 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
         if not evaluator.is_done:
             evaluator.evaluate()
         assert evaluator.last is not None
-        if limit < math.inf:
-            excess = max(0.0, (evaluator.last.mean_cost or 0.0) - limit)
+        if evaluator.limit < math.inf:
+            excess = evaluator.excess(evaluator.last.mean_cost)
             trial.set_user_attr("excess", trial.user_attrs.get("excess", 0.0) + excess / tuning.seeds)
         return evaluator.last.mean_return
     finally:

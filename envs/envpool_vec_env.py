@@ -15,8 +15,16 @@ from numpy.typing import NDArray
 
 from envs.seeding import environment_seeds
 from envs.vec_env import ArrayVecEnv, Transition
+from envs.velocity import LIMITS, PLANAR, checked_limit
 
-__all__ = ["DIFFERENCES", "SAME_AS_GYMNASIUM", "EnvPoolVecEnv", "import_envpool", "options"]
+__all__ = [
+    "DIFFERENCES",
+    "SAME_AS_GYMNASIUM",
+    "EnvPoolVecEnv",
+    "EnvPoolVelocityVecEnv",
+    "import_envpool",
+    "options",
+]
 
 SAME_AS_GYMNASIUM = frozenset(
     {
@@ -227,7 +235,8 @@ class EnvPoolVecEnv(ArrayVecEnv):
                 last = {i: {key: part[i].copy() for key, part in observations.items()} for i in finished.tolist()}
                 for key, part in observations.items():
                     part[finished] = first[key]
-        return Transition(observations, rewards, terminated, truncated, last, *self._score(state, rewards, dones))
+        scores, over = self._score(state, rewards, dones)
+        return Transition(observations, rewards, terminated, truncated, last, scores, over, self._costs(state))
 
     def _restart(self, indices: NDArray[np.int32]) -> Any:
         self._pool._reset(indices)
@@ -239,6 +248,10 @@ class EnvPoolVecEnv(ArrayVecEnv):
         """Rewards as the statistics count them, and where the statistics end."""
         return rewards, dones
 
+    def _costs(self, state: list[NDArray[Any]]) -> NDArray[np.float64] | None:
+        """The costs of the steps, in a task that has some."""
+        return None
+
     def _observations(self, state: list[NDArray[Any]]) -> Any:
         # The memory is new in every step, so that there is nothing to copy.
         if self._obs is not None:
@@ -248,6 +261,39 @@ class EnvPoolVecEnv(ArrayVecEnv):
     def close(self) -> None:
         """Stop EnvPool's threads."""
         self._pool = None
+
+
+class EnvPoolVelocityVecEnv(EnvPoolVecEnv):
+    """EnvPool's robots with the cost of `velocity_limited`: 1 in steps whose speed is above a limit, else 0.
+
+    Args:
+        task: a robot of `envs.velocity.LIMITS`, such as ``HalfCheetah-v5``.
+        num_envs: how many environments.
+        n_threads: as of `EnvPoolVecEnv`.
+        config: options of the task; and ``limit``, in metres per second, for another one than the robot's own.
+        env_id: the id that its ``spec`` has.
+
+    Raises:
+        ValueError: as of `EnvPoolVecEnv`, and if the limit is not a positive number.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        num_envs: int = 1,
+        n_threads: int | None = None,
+        config: dict[str, Any] | None = None,
+        env_id: str | None = None,
+    ) -> None:
+        config, name = dict(config or {}), task.rpartition("-")[0]
+        self.limit, self.planar = checked_limit(config.pop("limit", LIMITS[name])), name in PLANAR
+        super().__init__(task, num_envs, n_threads, config, env_id)
+
+    def _costs(self, state: list[NDArray[Any]]) -> NDArray[np.float64]:
+        speed = state[self._row["info:x_velocity"]]
+        if self.planar:
+            speed = np.hypot(speed, state[self._row["info:y_velocity"]])
+        return (speed > self.limit).astype(np.float64)
 
 
 def _flat(space: gym.Space[Any]) -> gym.Space[Any]:

@@ -19,10 +19,18 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
-from envs.envpool_vec_env import DIFFERENCES, SAME_AS_GYMNASIUM, EnvPoolVecEnv, import_envpool, options
+from envs.envpool_vec_env import (
+    DIFFERENCES,
+    SAME_AS_GYMNASIUM,
+    EnvPoolVecEnv,
+    EnvPoolVelocityVecEnv,
+    import_envpool,
+    options,
+)
 from envs.episodes import EpisodeWriter
 from envs.seeding import independently_seeded
 from envs.vec_env import Float32Observations, GymnasiumVecEnv, VectorEnvAdapter, float32_space
+from envs.velocity import ROBOTS
 
 __all__ = ["UnknownEnvironment", "make_vec_env"]
 
@@ -281,7 +289,8 @@ def _make(
             raise _absent(env_id, game, "envpool")
         if game is not None:
             return EnvPoolAtariVecEnv(game, n_envs, n_threads)
-        return EnvPoolVecEnv(env_id, n_envs, n_threads, env_kwargs)
+        cls = EnvPoolVelocityVecEnv if env_id in ROBOTS else EnvPoolVecEnv
+        return cls(_task(env_id), n_envs, n_threads, env_kwargs, env_id)
     if not _in_gymnasium(env_id, game):
         raise _absent(env_id, game, "gymnasium")
     if game is not None:
@@ -305,11 +314,17 @@ def _fastest(env_id: str, game: Game | None, env_kwargs: dict[str, Any]) -> str:
             creator = None
         if getattr(creator, "metadata", {}).get("autoreset_mode") is AutoresetMode.SAME_STEP:
             return "own"
-    return "envpool" if env_id in SAME_AS_GYMNASIUM and _fits_envpool(env_id, env_kwargs) else "gymnasium"
+    return "envpool" if _task(env_id) in SAME_AS_GYMNASIUM and _fits_envpool(env_id, env_kwargs) else "gymnasium"
+
+
+def _task(env_id: str) -> str:
+    """EnvPool's id of it."""
+    return ROBOTS.get(env_id, env_id)
 
 
 def _fits_envpool(env_id: str, env_kwargs: dict[str, Any]) -> bool:
-    return _in_envpool(env_id, None) and set(env_kwargs) <= options(env_id)
+    own = {"limit"} if env_id in ROBOTS else set()
+    return _in_envpool(env_id, None) and set(env_kwargs) - own <= options(_task(env_id))
 
 
 def _instead(env_id: str, error: ImportError) -> str:
@@ -336,7 +351,7 @@ def _in_envpool(env_id: str, game: Game | None) -> bool:
     if game is not None:
         return game.name in envpool_games()
     envpool = import_envpool()
-    return envpool is not None and env_id in envpool.list_all_envs()
+    return envpool is not None and _task(env_id) in envpool.list_all_envs()
 
 
 def _in_gymnasium(env_id: str, game: Game | None) -> bool:

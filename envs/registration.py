@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 
 from envs.partial import VELOCITIES
-from envs.velocity import LIMITS
+from envs.velocity import ROBOTS
 
 __all__: list[str] = []
 
@@ -40,7 +40,7 @@ gym.register(
 )
 # The time limits are those of the tasks within, which have none there (-1): max_episode_steps may be longer too.
 for _id, _ours, _entry_point in (
-    *((f"{_name}-v5", f"npg/{_name}Velocity-v5", "envs.velocity:velocity_limited") for _name in LIMITS),
+    *((_id, _ours, "envs.velocity:velocity_limited") for _ours, _id in ROBOTS.items()),
     *((_id, "npg/{}NoVel-{}".format(*_id.split("-")), "envs.partial:without_velocities") for _id in VELOCITIES),
 ):
     gym.register(

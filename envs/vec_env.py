@@ -88,6 +88,8 @@ class Transition(NamedTuple):
     """(n,): what the statistics count; differs from `rewards` where those are clipped."""
     over: NDArray[np.bool_]
     """(n,): where the statistics end; differs from terminated | truncated where a life is an episode to the learner."""
+    costs: NDArray[np.float64] | None = None
+    """(n,): ``info["cost"]``, of tasks that have one."""
 
 
 class ArrayVecEnv(IndependentSeeds):
@@ -99,8 +101,8 @@ class ArrayVecEnv(IndependentSeeds):
     - ``TimeLimit.truncated``: truncated and not terminated;
     - ``episode``: return ``r``, length ``l`` in steps and seconds ``t`` since construction, as Monitor writes them.
 
-    The infos of all other environments are empty. `step_async` starts the step and returns, `step_wait` waits for it:
-    what lies between the two runs beside the environments.
+    The infos of all other environments are empty, but for the ``cost`` of a task that has one. `step_async` starts the
+    step and returns, `step_wait` waits for it: what lies between the two runs beside the environments.
     """
 
     def __init__(self, num_envs: int, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
@@ -153,11 +155,13 @@ class ArrayVecEnv(IndependentSeeds):
         if not self._waiting:
             raise RuntimeError("step_wait() without a step under way: call step_async() first")
         self._waiting = False
-        observations, rewards, terminated, truncated, last, scores, over = self._receive()
+        observations, rewards, terminated, truncated, last, scores, over, costs = self._receive()
         self._returns += scores
         dones = terminated | truncated
         # New dictionaries, because wrappers and callbacks write into them; 16 of them cost less than a microsecond.
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if costs is not None:
+            infos = [{"cost": cost} for cost in costs.tolist()]
         if last is not None:
             seconds = round(time.time() - self._start, 6)
             for i in np.flatnonzero(dones).tolist():

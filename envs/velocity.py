@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from math import hypot, isfinite
+from math import hypot, inf
+from numbers import Real
 from typing import Any
 
 import gymnasium as gym
 
-__all__ = ["LIMITS", "VelocityCost", "velocity_limited"]
+__all__ = ["LIMITS", "PLANAR", "ROBOTS", "VelocityCost", "checked_limit", "velocity_limited"]
 
 #: In metres per second, as Safety-Gymnasium sets them (its SafetyAntVelocity-v1 and so on).
 LIMITS = {
@@ -19,7 +20,9 @@ LIMITS = {
     "Walker2d": 2.3415,
 }
 #: Robots that run in the plane: their speed is √(x² + y²), and that of all others the one along x.
-_PLANAR = ("Ant", "Humanoid")
+PLANAR = ("Ant", "Humanoid")
+#: The robot's id, by that of its task with a limit.
+ROBOTS = {f"npg/{name}Velocity-v5": f"{name}-v5" for name in LIMITS}
 
 
 class VelocityCost(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -37,9 +40,7 @@ class VelocityCost(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def __init__(self, env: gym.Env[Any, Any], limit: float, planar: bool = False) -> None:
         gym.utils.RecordConstructorArgs.__init__(self, limit=limit, planar=planar)
         gym.Wrapper.__init__(self, env)
-        if not (limit > 0 and isfinite(limit)):
-            raise ValueError(f"limit={limit} must be a positive number of metres per second.")
-        self.limit, self.planar = float(limit), planar
+        self.limit, self.planar = checked_limit(limit), planar
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """The environment's step, with its cost."""
@@ -53,6 +54,13 @@ class VelocityCost(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 f"{self.env.unwrapped!r} gives no info[{error}]: only robots whose velocity it tells can be limited."
             ) from error
         return observation, reward, terminated, truncated, {**info, "cost": float(velocity > self.limit)}
+
+
+def checked_limit(limit: Any) -> float:
+    """A limit in metres per second, or ValueError if it is not a positive number."""
+    if isinstance(limit, bool) or not isinstance(limit, Real) or not 0 < (speed := float(limit)) < inf:
+        raise ValueError(f"limit={limit!r} must be a positive number of metres per second.")
+    return speed
 
 
 def velocity_limited(env_id: str, limit: float | None = None, **kwargs: Any) -> gym.Env[Any, Any]:
@@ -77,4 +85,4 @@ def velocity_limited(env_id: str, limit: float | None = None, **kwargs: Any) -> 
             "metres per second."
         )
     env = gym.make(env_id, disable_env_checker=True, **kwargs)
-    return VelocityCost(env, LIMITS[name] if limit is None else limit, planar=name in _PLANAR)
+    return VelocityCost(env, LIMITS[name] if limit is None else limit, planar=name in PLANAR)

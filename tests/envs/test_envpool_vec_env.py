@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("envpool")
 
 from envs import make_vec_env
-from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, _flat, import_envpool
+from envs.envpool_vec_env import SAME_AS_GYMNASIUM, EnvPoolVecEnv, EnvPoolVelocityVecEnv, _flat, import_envpool
 from envs.seeding import environment_seeds
+from envs.velocity import LIMITS, PLANAR
 
 # --------------------------------------------------------------------- Gymnasium's state from EnvPool's observation
 
@@ -190,6 +191,74 @@ def test_every_step_equals_gymnasiums(env_id):
             np.testing.assert_array_equal(after[i], exact[i].astype(np.float32))
             elapsed[i] = 0
     assert finished > 0 or env_id in ("Swimmer-v5", "Acrobot-v1")
+
+
+# ---------------------------------------------------------------------------------------- robots with a limit
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_robot_with_a_limit_has_gymnasium_s_costs(name):
+    """From states of EnvPool, put into Gymnasium's robot; half of the steps are above the limit."""
+    n, twin = 16, Twin(f"{name}-v5")
+    exact = native(f"{name}-v5", n, seed=5).reset()[0]
+    space = twin.env.action_space
+    actions = sample(space, n, np.random.default_rng(0))
+    speeds = []
+    for observation, action in zip(exact, actions, strict=True):
+        twin.put(observation)
+        *_, info = twin.env.step(action)
+        speeds.append(np.hypot(info["x_velocity"], info["y_velocity"]) if name in PLANAR else info["x_velocity"])
+    limit = float(np.median([speed for speed in speeds if speed > 0]))
+    costs = [float(speed > limit) for speed in speeds]
+    assert 0 < sum(costs) < n - 1
+    env = make_vec_env(f"npg/{name}Velocity-v5", n, seed=5, env_kwargs={"limit": limit})
+    assert isinstance(env, EnvPoolVelocityVecEnv)
+    env.reset()
+    *_, infos = env.step(actions)
+    assert [info["cost"] for info in infos] == costs
+
+
+def test_a_robot_with_a_limit_has_a_cost_in_every_step_and_the_task_s_own_limit():
+    """As EnvPool tells the velocities of the same steps, through the endings of episodes; the rest is the robot's."""
+    n, rng = 4, np.random.default_rng(0)
+    env, plain = make_vec_env("npg/HopperVelocity-v5", n, seed=3), make_vec_env("Hopper-v5", n, seed=3)
+    pool = native("Hopper-v5", n, seed=3)
+    pool.reset()
+    assert env.limit == LIMITS["Hopper"]
+    np.testing.assert_array_equal(env.reset(), plain.reset())
+    found, ended = [], 0
+    for _ in range(300):
+        actions = sample(env.action_space, n, rng)
+        velocities = pool.step(actions)[-1]["x_velocity"]
+        *ours, infos = env.step(actions)
+        *theirs, plain_infos = plain.step(actions)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+        costs = [info.pop("cost") for info in infos]
+        assert costs == (velocities > LIMITS["Hopper"]).tolist()
+        assert [info.keys() for info in infos] == [info.keys() for info in plain_infos]
+        if ours[-1].any():
+            pool.reset(np.flatnonzero(ours[-1]).astype(np.int32))
+        found += costs
+        ended += int(ours[-1].sum())
+    assert 0 < sum(found) < len(found)
+    assert ended > 5
+    assert env.get_attr("spec")[0].id == "npg/HopperVelocity-v5"
+
+
+def test_where_robots_with_a_limit_run_on_envpool():
+    fast = [
+        make_vec_env("npg/HopperVelocity-v5", 1, env_kwargs=kwargs)
+        for kwargs in ({}, {"limit": 1, "reset_noise_scale": 0.0})
+    ]
+    assert [type(env) for env in fast] == [EnvPoolVelocityVecEnv] * 2
+    assert fast[1].limit == 1.0
+    slow = make_vec_env("npg/HopperVelocity-v5", 1, env_kwargs={"env_id": "HalfCheetah-v5"})
+    assert slow.get_attr("limit") == [LIMITS["HalfCheetah"]]
+    with pytest.raises(ValueError, match="limit=-1 must be a positive number of metres per second"):
+        make_vec_env("npg/HopperVelocity-v5", 1, env_kwargs={"limit": -1})
+    with pytest.raises(ValueError, match=r"env_kwargs has \['speed'\]"):
+        make_vec_env("npg/HopperVelocity-v5", 1, backend="envpool", env_kwargs={"speed": 1})
 
 
 # -------------------------------------------------------------------------------------------------------- endings

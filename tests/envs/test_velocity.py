@@ -40,7 +40,7 @@ def test_the_cost_is_one_above_the_limit(name):
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_robot_has_an_id(name):
-    env = make_vec_env(f"npg/{name}Velocity-v5", 2, seed=0)
+    env = make_vec_env(f"npg/{name}Velocity-v5", 2, seed=0, backend="gymnasium")
     env.reset()
     *_, infos = env.step(np.stack([env.action_space.sample()] * 2))
     assert [set(info) >= {"cost", "x_velocity"} for info in infos] == [True, True]
@@ -48,8 +48,9 @@ def test_every_robot_has_an_id(name):
     env.close()
 
 
-def test_an_episode_lasts_as_long_as_the_robot_s_own_and_has_its_statistics():
-    env = make_vec_env("npg/HalfCheetahVelocity-v5", 1, seed=0, env_kwargs={"limit": 0.05})
+@pytest.mark.parametrize("backend", ["gymnasium", "auto"])
+def test_an_episode_lasts_as_long_as_the_robot_s_own_and_has_its_statistics(backend):
+    env = make_vec_env("npg/HalfCheetahVelocity-v5", 1, seed=0, backend=backend, env_kwargs={"limit": 0.05})
     env.reset()
     for step in range(1, 1001):
         _, _, dones, infos = env.step(env.action_space.sample()[None])
@@ -61,7 +62,7 @@ def test_an_episode_lasts_as_long_as_the_robot_s_own_and_has_its_statistics():
 
 
 def test_its_state_can_be_saved():
-    a, b = (make_vec_env("npg/HopperVelocity-v5", 2, seed=seed) for seed in (0, 1))
+    a, b = (make_vec_env("npg/HopperVelocity-v5", 2, seed, "gymnasium") for seed in (0, 1))
     a.reset()
     actions = np.stack([a.action_space.sample() for _ in range(2)])
     a.step(actions)
@@ -74,7 +75,7 @@ def test_its_state_can_be_saved():
 def test_what_has_no_limit_or_no_velocity_is_refused():
     with pytest.raises(ValueError, match="env_id='Reacher-v5' has no limit of its own: there are limits for Ant, "):
         velocity_limited("Reacher-v5")
-    for limit in (0.0, -1.0, nan, inf):
+    for limit in (0.0, -1.0, nan, inf, True, "fast"):
         with pytest.raises(ValueError, match="must be a positive number of metres per second"):
             velocity_limited("Hopper-v5", limit=limit)
     env = VelocityCost(gym.make("CartPole-v1"), 1.0)

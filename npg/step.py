@@ -28,6 +28,7 @@ from npg.linearize import Linearization
 from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, undone_on_error, unwrapped
 from npg.parallel import mean_
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
+from npg.solvers.solution import check_damping
 from npg.trust_region import SearchResult, Trial, TrustRegion
 
 __all__ = ["StepReport", "natural_step"]
@@ -266,8 +267,7 @@ def _check(objective: Any, trust_region: Any, learning_rate: float | None, dampi
         raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
     if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):
         raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
-    if not 0 <= damping < inf:
-        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
+    check_damping(damping)
     if constraint is None:
         return
     if not isinstance(constraint, Constraint):

@@ -33,6 +33,7 @@ from npg.families import (
     Product,
     covariance,
 )
+from npg.families.base import blockwise
 from npg.geometry import Euclidean, FisherRao, geometry_of
 
 __all__ = ["geometry", "wasserstein"]
@@ -180,16 +181,13 @@ class _Product(Geometry):
     def __init__(self, parts: Sequence[Geometry], sizes: Sequence[int]) -> None:
         self.parts, self.sizes = list(parts), list(sizes)
 
-    def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
-        return lambda u: torch.cat([m(part) for m, part in zip(maps, u.split(self.sizes, -1), strict=True)], -1)
-
     def __call__(self, outputs: Tensor) -> LinearMap:
         pairs = zip(self.parts, outputs.split(self.sizes, -1), strict=True)
-        return self._blockwise([part(o) for part, o in pairs])
+        return blockwise([part(o) for part, o in pairs], self.sizes)
 
     def factor(self, outputs: Tensor) -> LinearMap:
         pairs = zip(self.parts, outputs.split(self.sizes, -1), strict=True)
-        return self._blockwise([part.factor(o) for part, o in pairs])
+        return blockwise([part.factor(o) for part, o in pairs], self.sizes)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
         pairs = zip(self.parts, old.split(self.sizes, -1), new.split(self.sizes, -1), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from math import inf, nan
+from math import nan
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
@@ -18,7 +18,6 @@ __all__ = [
     "Key",
     "State",
     "check_average",
-    "check_damping",
     "count",
     "eigenvectors",
     "inverted",
@@ -105,12 +104,6 @@ class Curvature(ABC, Generic[Evidence]):
         value = 0.5 * curvature - torch.dot(b.double(), x.double())
         status = Status.CONVERGED if bool(torch.isfinite(value)) else Status.NON_FINITE
         return Solution(x, status, (status,), 0, torch.full_like(curvature, nan), curvature, value)
-
-
-def check_damping(damping: float) -> None:
-    """Raise ValueError unless λ is a finite number ≥ 0."""
-    if not 0 <= damping < inf:
-        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 
 
 def check_average(decay: float, probes: int | None = None) -> None:

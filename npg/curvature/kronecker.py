@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from npg.curvature.base import Curvature, Key, State, check_average, check_damping, count, eigenvectors, inverted
+from npg.curvature.base import Curvature, Key, State, check_average, count, eigenvectors, inverted
 from npg.curvature.layers import (
     Pulled,
     events_apart,
@@ -50,6 +50,7 @@ from npg.curvature.layers import (
 from npg.fisher import Fisher
 from npg.parallel import average_
 from npg.parameters import Parameters
+from npg.solvers.solution import check_damping
 
 __all__ = ["Block", "KroneckerFisher", "Multiple"]
 

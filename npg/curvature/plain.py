@@ -10,12 +10,12 @@ from torch import Generator, Tensor
 from npg.curvature.base import (
     Curvature,
     check_average,
-    check_damping,
     count,
     eigenvectors,
     inverted,
 )
 from npg.fisher import Fisher
+from npg.solvers.solution import check_damping
 
 __all__ = ["DenseFisher", "DiagonalFisher"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ __all__ = [
     "Geometry",
     "LinearMap",
     "OutOfDomainError",
+    "blockwise",
     "check_events",
     "check_outputs",
     "column_hint",
@@ -28,6 +29,11 @@ class OutOfDomainError(ValueError):
 
     `npg.natural_step` refuses its step for this error, and lets every other one through.
     """
+
+
+def blockwise(maps: Sequence[LinearMap], sizes: Sequence[int]) -> LinearMap:
+    """The block diagonal map of `maps`, each for its share `sizes` of the last axis."""
+    return lambda u: torch.cat([m(part) for m, part in zip(maps, u.split(list(sizes), -1), strict=True)], -1)
 
 
 def check_outputs(outputs: Tensor, inputs: Any = None) -> None:

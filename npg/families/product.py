@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from npg.families.base import Family, LinearMap
+from npg.families.base import Family, LinearMap, blockwise
 from npg.families.mistakes import family_of
 
 __all__ = ["Product"]
@@ -99,10 +99,7 @@ class Product(Family):
         return torch.cat([part.score(o, y) for part, o, y in each], -1)
 
     def metric(self, outputs: Tensor) -> LinearMap:
-        return self._blockwise([part.metric(o) for part, o in zip(self.parts, self._split(outputs))])
+        return blockwise([part.metric(o) for part, o in zip(self.parts, self._split(outputs))], self.sizes)
 
     def metric_factor(self, outputs: Tensor) -> LinearMap:
-        return self._blockwise([part.metric_factor(o) for part, o in zip(self.parts, self._split(outputs))])
-
-    def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
-        return lambda u: torch.cat([m(part) for m, part in zip(maps, self._split(u))], -1)
+        return blockwise([part.metric_factor(o) for part, o in zip(self.parts, self._split(outputs))], self.sizes)

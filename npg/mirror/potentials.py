@@ -22,6 +22,7 @@ from npg.families import (
     Product,
     relative_entropy,
 )
+from npg.families.base import blockwise
 
 __all__ = ["Function", "LogPartition", "NegativeEntropy", "Potential", "SquaredNorm", "log_partition"]
 
@@ -280,13 +281,10 @@ class _SumOfLogPartitions(LogPartition):
         return torch.cat([part._inverse_gradient(own) for part, own in self._each(mu)], -1)
 
     def _hessian(self, theta: Tensor) -> LinearMap:
-        return self._blockwise([part._hessian(own) for part, own in self._each(theta)])
+        return blockwise([part._hessian(own) for part, own in self._each(theta)], self._sizes)
 
     def _metric(self, theta: Tensor) -> LinearMap:
-        return self._blockwise([part._metric(own) for part, own in self._each(theta)])
-
-    def _blockwise(self, maps: list[LinearMap]) -> LinearMap:
-        return lambda u: torch.cat([m(own) for m, (_, own) in zip(maps, self._each(u))], -1)
+        return blockwise([part._metric(own) for part, own in self._each(theta)], self._sizes)
 
 
 class _Softplus(LogPartition):

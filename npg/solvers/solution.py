@@ -23,6 +23,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "check_damping",
     "check_system",
     "column_units",
     "dot_in_double",
@@ -166,6 +167,11 @@ def check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
         raise ValueError(f"x0 must have the shape {tuple(b.shape)} of b, got {tuple(x0.shape)}")
     if x0 is not None and x0.dtype != b.dtype:
         raise ValueError(f"x0 must have the dtype {b.dtype} of b, got {x0.dtype}")
+    check_damping(damping)
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError unless λ is a finite number ≥ 0."""
     if not 0 <= damping < inf:
         raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.monitor import Monitor
@@ -205,12 +206,57 @@ class _Single:
             env = gym.make(self.env_id, **self.env_kwargs)
         else:
             env = _is_env("env_id", self.env_id(**self.env_kwargs))
+        if type(env.unwrapped).__module__.partition(".")[0] not in ("envs", "gymnasium"):
+            env = _FirstAnswers(env)
         env = monitor = Monitor(env)
         if (wrap := self.python.wrapper_class) is not None:
             env = _EndsSeen(_is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs)), monitor)
         if float32_space(env.observation_space) is not env.observation_space:
             env = Float32Observations(env)
         return env
+
+
+class _FirstAnswers(gym.Wrapper[Any, Any, Any, Any]):
+    """Looks at the first reset and the first step, whether they answer as Gymnasium's do; later ones cost nothing."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        name = type(self.unwrapped).__name__
+        try:
+            answer = self.env.reset(seed=seed, options=options)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise TypeError(
+                f"{name}.reset() must take seed and options: {error}. Write reset(self, *, seed=None, options=None), "
+                "and call super().reset(seed=seed) in it."
+            ) from error
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict)):
+            got = _kinds(answer)
+            raise TypeError(f"{name}.reset() must return (observation, info) with a dict as info, got {got}.")
+        self.reset = self.env.reset  # type: ignore[method-assign]
+        return answer
+
+    def step(self, action: Any) -> Any:
+        answer, name = self.env.step(action), type(self.unwrapped).__name__
+        if not (isinstance(answer, tuple) and len(answer) == 5 and isinstance(answer[4], dict)):
+            old = isinstance(answer, tuple) and len(answer) == 4
+            remedy = " Gym before 0.26 had one `done`: say which of the two it is, since values differ." if old else ""
+            raise TypeError(
+                f"{name}.step() must return (observation, reward, terminated, truncated, info) with a dict as info, "
+                f"got {_kinds(answer)}.{remedy}"
+            )
+        reward: Any = answer[1]
+        if np.ndim(reward) or not isinstance(reward, numbers.Real | np.generic | np.ndarray):
+            raise TypeError(f"{name}.step() must return a number as reward, got {reward!r}.")
+        self.step = self.env.step  # type: ignore[method-assign]
+        return answer
+
+
+def _kinds(answer: Any) -> str:
+    """What was returned, by the names of the types."""
+    if not isinstance(answer, tuple):
+        return type(answer).__name__
+    return f"({', '.join(type(part).__name__ for part in answer)})"
 
 
 class _EndsSeen(gym.Wrapper[Any, Any, Any, Any]):

@@ -507,3 +507,61 @@ def test_what_only_envpool_has_cannot_be_wrapped():
         make_vec_env("Catch-v0", wrapper_class=Scaled)
     with pytest.raises(ValueError, match=r"wrapper_class=.*cannot be put around ALE/Pong-v5"):
         make_vec_env("ALE/Pong-v5", wrapper_class=Scaled)
+
+
+SEEN = np.zeros(3, np.float32)
+
+
+class Answers(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, first=(SEEN, {}), step=(SEEN, 0.0, False, False, {})):
+        self.answers = first, step
+
+    def reset(self, *, seed=None, options=None):
+        return self.answers[0]
+
+    def step(self, action):
+        return self.answers[1]
+
+
+class Seedless(Answers):
+    def reset(self):
+        return self.answers[0]
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "message"),
+    [
+        (Answers, {"first": SEEN}, r"reset\(\) must return \(observation, info\) .*got ndarray"),
+        (Answers, {"first": (SEEN, None)}, r"reset\(\) must return .*got \(ndarray, NoneType\)"),
+        (Seedless, {}, r"reset\(\) must take seed and options"),
+        (Answers, {"step": (SEEN, 0.0, False, {})}, r"step\(\) must .*got \(ndarray, float, bool, dict\)\. Gym before"),
+        (
+            Answers,
+            {"step": (SEEN, 0.0, False, False, None)},
+            r"step\(\) must return .*a dict as info, got .*NoneType",
+        ),
+        (Answers, {"step": (SEEN, None, False, False, {})}, r"step\(\) must return a number as reward, got None"),
+        (Answers, {"step": (SEEN, SEEN, False, False, {})}, r"step\(\) must return a number as reward, got array"),
+        (Answers, {"step": (SEEN, "1", False, False, {})}, r"step\(\) must return a number as reward, got '1'"),
+    ],
+)
+def test_an_environment_that_answers_otherwise_than_gymnasium_s_is_named(cls, kwargs, message):
+    env = make_vec_env(cls, 1, seed=0, env_kwargs=kwargs)
+
+    def begin() -> None:
+        env.reset()
+        env.step(np.zeros(1, dtype=np.int64))
+
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}\.{message}"):
+        begin()
+
+
+@pytest.mark.parametrize("reward", [1, 1.0, True, np.float32(1), np.int64(1), np.array(1.0)])
+def test_any_number_is_a_reward(reward):
+    env = make_vec_env(Answers, 1, seed=0, env_kwargs={"step": (SEEN, reward, False, False, {})})
+    env.reset()
+    for _ in range(2):
+        assert env.step(np.zeros(1, dtype=np.int64))[1] == [1.0]

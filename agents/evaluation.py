@@ -28,6 +28,7 @@ from agents.masks import as_taken
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
 from envs.checks import unusable
+from envs.velocity import ROBOTS
 from envs.watchdog import Watchdog, raising_exits
 
 __all__ = [
@@ -375,7 +376,7 @@ def _rendering_env(config: RunConfig, seed: int) -> VecEnv:
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo looks for a display by itself
     env_kwargs = config.env_kwargs | {"render_mode": "rgb_array"}
-    spec = gym.registry.get(config.env)
+    spec = gym.registry.get(ROBOTS.get(config.env, config.env))
     if spec is not None and ".envs.mujoco." in str(spec.entry_point) and "camera_id" not in env_kwargs:
         # Gymnasium 1.4 lets runners leave the picture. A task without such a camera keeps its own.
         env_kwargs.setdefault("camera_name", "track")

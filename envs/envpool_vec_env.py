@@ -270,7 +270,7 @@ class EnvPoolVelocityVecEnv(EnvPoolVecEnv):
         task: a robot of `envs.velocity.LIMITS`, such as ``HalfCheetah-v5``.
         num_envs: how many environments.
         n_threads: as of `EnvPoolVecEnv`.
-        config: options of the task; and ``limit``, in metres per second, for another one than the robot's own.
+        config: options of the task; and ``limit``, in metres per second; None for the robot's own.
         env_id: the id that its ``spec`` has.
 
     Raises:
@@ -286,8 +286,11 @@ class EnvPoolVelocityVecEnv(EnvPoolVecEnv):
         env_id: str | None = None,
     ) -> None:
         config, name = dict(config or {}), task.rpartition("-")[0]
-        self.limit, self.planar = checked_limit(config.pop("limit", LIMITS[name])), name in PLANAR
+        limit = config.pop("limit", None)
+        self.limit, self.planar = LIMITS[name] if limit is None else checked_limit(limit), name in PLANAR
         super().__init__(task, num_envs, n_threads, config, env_id)
+        assert self.spec is not None
+        self.spec.kwargs["limit"] = self.limit
 
     def _costs(self, state: list[NDArray[Any]]) -> NDArray[np.float64]:
         speed = state[self._row["info:x_velocity"]]

@@ -386,7 +386,7 @@ def _instead(env_id: str, error: ImportError) -> str:
 
 def _install(env_id: str) -> str:
     """What to do for Gymnasium's `env_id`, where it is known: an extra to install, or the id of today."""
-    spec = gym.registry[env_id]
+    spec = gym.registry[_task(env_id)]
     if spec.version in (2, 3) and f"{spec.name}-v5" in gym.registry:  # MuJoCo's, which have left Gymnasium
         return f" Remedy: {spec.name}-v5."
     extra = next((extra for extra in ("mujoco", "box2d") if f".envs.{extra}." in str(spec.entry_point)), None)
@@ -440,7 +440,7 @@ def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any], python: _Py
         remedy = _install(env_id)
         if _fits_envpool(env_id, env_kwargs):
             remedy += " Remedy: backend='envpool'."
-        elif import_envpool() is None and (env_id in SAME_AS_GYMNASIUM or env_id.startswith(tuple(DIFFERENCES))):
+        elif import_envpool() is None and (_task(env_id) in SAME_AS_GYMNASIUM or env_id.startswith(tuple(DIFFERENCES))):
             remedy += ' Remedy: pip install "npg-toolkit[fast]" for EnvPool.'
         reason = str(error).rstrip(".")
         raise ImportError(

@@ -66,7 +66,12 @@ def test_parameters_and_statistics_that_are_not_finite_are_named():
 
 @pytest.mark.parametrize(
     ("env", "given", "fixed"),
-    [("Hopper-v5", {}, True), ("Reacher-v5", {}, False), ("Hopper-v5", {"camera_id": -1}, False)],
+    [
+        ("Hopper-v5", {}, True),
+        ("Reacher-v5", {}, False),
+        ("Hopper-v5", {"camera_id": -1}, False),
+        ("npg/HopperVelocity-v5", {}, True),
+    ],
 )
 def test_the_camera_follows_runners(env, given, fixed):
     pytest.importorskip("mujoco")

@@ -249,10 +249,11 @@ def test_a_robot_with_a_limit_has_a_cost_in_every_step_and_the_task_s_own_limit(
 def test_where_robots_with_a_limit_run_on_envpool():
     fast = [
         make_vec_env("npg/HopperVelocity-v5", 1, env_kwargs=kwargs)
-        for kwargs in ({}, {"limit": 1, "reset_noise_scale": 0.0})
+        for kwargs in ({"limit": None}, {"limit": 1, "reset_noise_scale": 0.0})
     ]
     assert [type(env) for env in fast] == [EnvPoolVelocityVecEnv] * 2
-    assert fast[1].limit == 1.0
+    assert [env.limit for env in fast] == [LIMITS["Hopper"], 1.0]
+    assert fast[1].get_attr("spec")[0].kwargs["limit"] == 1.0  # with which Gymnasium makes the same task
     slow = make_vec_env("npg/HopperVelocity-v5", 1, env_kwargs={"env_id": "HalfCheetah-v5"})
     assert slow.get_attr("limit") == [LIMITS["HalfCheetah"]]
     with pytest.raises(ValueError, match="limit=-1 must be a positive number of metres per second"):

@@ -205,8 +205,9 @@ def test_missing_packages_are_named_with_their_extras(without, monkeypatch):
         raise gym.error.DependencyNotInstalled("MuJoCo is not installed")
 
     monkeypatch.setattr(gym, "make", absent)
-    with pytest.raises(ImportError, match=r"npg-toolkit\[mujoco\].*npg-toolkit\[fast\]"):
-        make_vec_env("HalfCheetah-v5")
+    for env_id in ("HalfCheetah-v5", "npg/HalfCheetahVelocity-v5"):
+        with pytest.raises(ImportError, match=r"npg-toolkit\[mujoco\].*npg-toolkit\[fast\]"):
+            make_vec_env(env_id)
 
 
 BOX2D = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3", "BipedalWalkerHardcore-v3", "CarRacing-v3"]

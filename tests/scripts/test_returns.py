@@ -161,6 +161,27 @@ def test_costs_have_columns_of_their_own_and_a_picture(script: ModuleType, load,
     assert Image.open(tmp_path / "cpo.png").size[0] > 800
 
 
+def test_masks_have_a_table_and_a_picture(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, path, page = load("figures", "masks"), tmp_path / "masks.csv", tmp_path / "page.md"
+    rows = [("task", "algo", "seed", "steps", "return_mean")]
+    for seed, final in ((0, 10), (1, 4)):
+        rows += [("arms", "trpo", seed, 100 * i, final * i / 4) for i in range(1, 5)]
+    rows += [("connect-four", algo, 0, 100, 0.6) for algo in figures.ALGORITHMS]
+    page.write_text("<!-- table: masks --><!-- end -->")
+    arguments = ["--csv", str(path), "--out", str(tmp_path), "--table", str(page)]
+    path.write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
+    assert figures.main(arguments) == 2
+    assert "has no row of arms and contrib-maskable-ppo" in capsys.readouterr().err
+    rows.append(("arms", "contrib-maskable-ppo", 0, 300, 5))
+    path.write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
+    assert figures.main(arguments) == 0
+    lines = page.read_text().split("\n")
+    assert "| arms | 5.00, after steps | 200, – | 300 |" in lines
+    assert "| arms | the end, 400 steps | 10.0, 4.00 | 5.00 |" in lines
+    assert "| connect-four | 0.50, after steps | 100 | 100 |" in lines
+    assert Image.open(tmp_path / "masks.png").size[0] > 800
+
+
 def test_runs_that_have_a_row_are_not_repeated(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

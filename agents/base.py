@@ -394,6 +394,9 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     ) -> Self:
         """Learn, as Stable-Baselines3's algorithms do; TensorBoard's runs have the name of the class by default.
 
+        Schedules end with each call, be it of a part of the training (``reset_num_timesteps=False``) only: see
+        `agents.schedules`.
+
         Raises:
             FloatingPointError: if observations, rewards or the critic's loss are not finite.
         """

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from agents.base import NaturalPolicyAlgorithm
-from agents.checks import all_finite, number, whole
+from agents.checks import all_finite, flag, number, whole
 from agents.options import option
 from agents.update import Batch, copy_of_state
 from npg.fisher import Fisher
 from npg.model import Buffers
-from npg.parallel import average_, mean_
+from npg.parallel import average_, mean_, size
 from npg.parameters import Parameters
 
 __all__ = ["MDPO", "MDPOReport"]
@@ -69,7 +69,7 @@ class MDPO(NaturalPolicyAlgorithm):
     actor_learning_rate: float = option(
         default=3e-4,
         check=partial(number, low=0, above=True),
-        doc="of the actor's Adam; it falls linearly to 0, as in the paper.",
+        doc="of the actor's Adam; it falls linearly to 0, as in the paper, unless ``annealed=False``.",
         after="gamma",
     )
     n_actor_updates: int = option(
@@ -81,9 +81,19 @@ class MDPO(NaturalPolicyAlgorithm):
     step_size: float = option(
         default=1.0,
         check=partial(number, low=0, above=True),
-        doc="t_0 > 0; t_k falls linearly from it to 0 over the training, as in the paper.",
+        doc="t_0 > 0; t_k = t_0 (1 − k/K) in the update k = 0, 1, … of K, as in the paper, unless ``annealed=False``.",
         after="n_actor_updates",
     )
+    annealed: bool = option(
+        default=True,
+        check=flag,
+        doc="whether ``step_size`` and ``actor_learning_rate`` fall to 0 until the end of the present call of `learn`, "
+        "or stay as they are. Say False if `learn` is called again and again.",
+        keyword=True,
+    )
+
+    remaining: float = 1.0
+    """1 − k/K of the last update: what remained of the training when its rollout began, which is never nothing."""
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -122,6 +132,11 @@ class MDPO(NaturalPolicyAlgorithm):
         moved = {own[index]: state["state"][i] for index, i in enumerate(group["params"]) if i in state["state"]}
         return {"state": moved, "param_groups": [{**group, "params": list(range(len(every)))}]}
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        rollout = self.n_steps * self.n_envs * size(self.process_group)
+        self.remaining = 1 - (num_timesteps - rollout) / total_timesteps
+
     def actor_step(self, batch: Batch) -> MDPOReport:
         """Several steps of Adam on the surrogate minus a multiple of the KL; all of them, or none."""
         started = perf_counter()
@@ -129,8 +144,7 @@ class MDPO(NaturalPolicyAlgorithm):
         actor, optimizer, group = self.networks.actor, self.actor_optimizer, self.process_group
         family, surrogate = actor.family, self.surrogate(batch)
         parameters = Parameters(self.networks.actor_parameters)
-        # Annealed to 0 with the remaining progress; the last update still needs a finite multiplier.
-        remaining = max(self.progress_remaining, 1e-2)
+        remaining = self.remaining if self.annealed else 1.0
         proximity = 1 / (self.step_size * remaining)
         for param_group in optimizer.param_groups:
             param_group["lr"] = self.actor_learning_rate * remaining

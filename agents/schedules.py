@@ -2,6 +2,11 @@
 
 A setting is a number, a function of the remaining progress, or RL Zoo's word for one: ``"linear_1e-3"`` falls in a
 straight line from 0.001 to 0.
+
+A training is one call of `learn`. What remains is counted after each rollout, up to the end of that call, as
+Stable-Baselines3 does: a call with ``reset_num_timesteps=False`` begins with the part of all steps that it adds, and
+one of a single rollout is over when its update comes. For a training in pieces take constants, or set the attribute
+between the calls.
 """
 
 from __future__ import annotations

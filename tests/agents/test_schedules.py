@@ -81,6 +81,70 @@ def test_the_rate_of_mdpo_s_critic_follows_it_too():
     assert model.logger.name_to_value["train/learning_rate"] == 0.0
 
 
+class Annealed(BaseCallback):
+    """What MDPO's rate of the actor was in every update, as a part of the one that was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = []
+
+    def _on_training_start(self):
+        step = self.model.actor_step
+
+        def noted(batch):
+            report = step(batch)
+            (group,) = self.model.actor_optimizer.param_groups
+            self.parts.append(group["lr"] / self.model.actor_learning_rate)
+            return report
+
+        self.model.actor_step = noted
+
+    def _on_training_end(self):
+        del self.model.actor_step
+
+    def _on_step(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("calls", "parts"),
+    [
+        ([512], [1, 3 / 4, 1 / 2, 1 / 4]),
+        ([512 - 50], [1 - 128 * k / (512 - 50) for k in range(4)]),  # the last rollout goes beyond the end
+        ([128], [1]),
+        ([128] * 4, [1, 1 / 2, 1 / 3, 1 / 4]),  # no call knows of those that are to come
+        ([256] * 2, [1, 1 / 2, 1 / 2, 1 / 4]),
+    ],
+)
+def test_mdpo_anneals_from_the_full_step_to_the_end_of_each_call(calls, parts):
+    model, seen = small(MDPO), Annealed()
+    for steps in calls:
+        model.learn(steps, reset_num_timesteps=False, callback=seen)
+    assert seen.parts == pytest.approx(parts)
+
+
+def test_mdpo_s_penalty_falls_with_its_rate():
+    """From the second gradient step on, the update k has the penalty of 1/t_k."""
+    models = [small(MDPO), small(MDPO, annealed=False, step_size=0.75, actor_learning_rate=0.75 * 3e-4)]
+    for model in models:
+        model.set_random_seed(0)
+        model._setup_learn(10**6, None)
+        model.collect()
+        model._update_current_progress_remaining(256, 512)  # the second of four updates
+        model.train()
+    assert torch.equal(*map(parameters_of, models))
+
+
+def test_mdpo_without_annealing_learns_in_pieces_as_at_once():
+    models, seen = [], Annealed()
+    for calls in ([512], [128] * 4):
+        models.append(small(MDPO, annealed=False))
+        for steps in calls:
+            models[-1].learn(steps, reset_num_timesteps=False, callback=seen)
+    assert seen.parts == [1] * 8
+    assert torch.equal(*map(parameters_of, models))
+
+
 @pytest.mark.parametrize("given", ["linear_0.02", lambda p: 0.02 * p], ids=["name", "function"])
 def test_a_model_keeps_its_schedules(given, tmp_path):
     model = small(target_kl=given, learning_rate=given)

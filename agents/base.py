@@ -25,7 +25,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
 from torch import Tensor
 
 from agents.afterstate import AfterstatePolicy
@@ -78,8 +78,9 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         check=_policy,
         doc='``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, one that remembers like ``"MlpLstmPolicy"``, '
         "or an actor-critic policy class.",
+        attribute=False,
     )
-    env: Any = option(annotation="GymEnv | str", doc="the environment, or its Gymnasium id.")
+    env: Any = option(annotation="GymEnv | str", doc="the environment, or its Gymnasium id.", attribute=False)
     learning_rate: float | Schedule = option(
         default=1e-3,
         check=partial(number, low=0),
@@ -142,7 +143,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     verbose: int = option(default=0, check=partial(whole, low=0), doc="0 for silence, 1 for information.")
     seed: int | None = option(default=None, check=_seed, doc="of all random numbers.")
     device: Any = option(default="auto", annotation="torch.device | str", doc="where the networks live.")
-    _init_setup_model: bool = option(default=True)
+    _init_setup_model: bool = option(default=True, attribute=False)
     critic: Literal["adam", "natural"] = option(
         default="adam",
         check=partial(one_of, known=("adam", "natural")),
@@ -207,7 +208,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         policy, env, setup = (given.pop(name) for name in ("policy", "env", "_init_setup_model"))
         if theirs["seed"] is not None:
             theirs["seed"] = int(theirs["seed"])  # Python's own generator takes no other integers
-        vars(self).update(given)
+        vars(self).update(given, stats_window_size=theirs["stats_window_size"])
         self.algorithm = self.name()
         self.critic_damping = 0.1
         self.check_options()
@@ -228,6 +229,32 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
 
     def check_options(self) -> None:
         """Refuse options that do not fit each other, before anything is built."""
+
+    def option_written(self, name: str, value: Any) -> None:
+        """Pass a new value on to what was made with the old one.
+
+        Raises:
+            ValueError: for an option that is built in, and so stays; it says what to do.
+        """
+        if "networks" not in vars(self):  # nothing was made yet
+            return
+        if (remedy := _BUILT_IN.get(name)) and value != (present := getattr(self, name)):
+            raise ValueError(
+                f"{name} is built into the agent, which has {present!r}, got {value!r}: "
+                + remedy.format(algorithm=type(self).__name__, name=name)
+            )
+        if name in ("gamma", "gae_lambda"):
+            setattr(self.rollout_buffer, name, value)
+        elif name == "learning_rate":
+            self.lr_schedule = FloatSchedule(value)
+        elif name == "stats_window_size":
+            self._stats_window_size = value
+        elif name == "train_shared_features":
+            self.networks = Networks(self)
+        elif name == "ema" and value and self.average is not None:
+            self.average.decay = value
+        elif name == "ema":
+            self.average = PolicyAverage(self.policy, value) if value else None
 
     @classmethod
     def name(cls) -> str:
@@ -376,6 +403,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         if env is not None:
             env = as_taken(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
         model = super().load(path, env, *args, **kwargs)
+        if "stats_window_size" in {*data, *kwargs}:  # Stable-Baselines3 goes by a name of its own
+            model._stats_window_size = model.stats_window_size
         model.check_options()
         return model
 
@@ -476,3 +505,15 @@ _STABLE_BASELINES3 = (
     *("rollout_buffer_class", "rollout_buffer_kwargs", "tensorboard_log", "policy_kwargs"),
     *("verbose", "seed", "device"),
 )
+
+_LOAD = "save the agent, and {algorithm}.load(path, env, {name}=…) makes another"
+
+#: Options that cannot change once the networks and the rollout buffer are made, and what to do instead.
+_BUILT_IN = {
+    "n_steps": _LOAD,
+    "rollout_buffer_class": _LOAD,
+    "rollout_buffer_kwargs": _LOAD,
+    "use_sde": "make a new agent",
+    "policy_kwargs": "make a new agent",
+    "seed": "call set_random_seed, which seeds the generators anew",
+}

@@ -69,14 +69,7 @@ class Collector(OnPolicyAlgorithm):
 
         Raises:
             NotImplementedError: if the policy's log-likelihoods are not those of its distribution.
-            ValueError: if the buffer is for another number of steps, as after ``agent.n_steps = 32``.
         """
-        if n_rollout_steps != rollout_buffer.buffer_size:
-            name = type(self).__name__
-            raise ValueError(
-                f"n_steps={n_rollout_steps} is not usable, the rollout buffer is for {rollout_buffer.buffer_size} "
-                f"steps: save the agent, and {name}.load(path, env, n_steps={n_rollout_steps}) makes another"
-            )
         started = perf_counter()
         assert self._last_obs is not None, "no previous observation"
         assert self._last_episode_starts is not None, "no previous observation"

@@ -215,7 +215,6 @@ class CPO(TrustRegionAlgorithm):
 
     def actor_step(self, batch: Batch) -> StepReport:
         """The best step within the radius and the limit, or the one that leads back to the limit."""
-        _limit("cost_limit", self.cost_limit)
         constraint = None
         if self.cost_limit < inf:
             if self._costs is None:

@@ -3,8 +3,9 @@
     class TRPO(NaturalPolicyAlgorithm):
         target_kl: float = option(default=0.01, check=positive, doc="δ, in nats.")
 
-An option is an argument of the constructor, a line of the docstring and an attribute of the object. A class has the
-options of its base classes and its own. ``help(TRPO)``, ``inspect.signature(TRPO)`` and type checkers see all of them.
+An option is an argument of the constructor, a line of the docstring and an attribute of the object, which may be
+written later and is then checked alike. A class has the options of its base classes and its own. ``help(TRPO)``,
+``inspect.signature(TRPO)`` and type checkers see all of them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Option:
     keyword: bool
     annotation: str = ""
     scheduled: bool = False
+    attribute: bool = True
 
 
 def option(
@@ -47,6 +49,7 @@ def option(
     keyword: bool = False,
     annotation: str = "",
     scheduled: bool = False,
+    attribute: bool = True,
 ) -> Any:
     """Declare an option in the body of a class that `HasOptions`.
 
@@ -59,8 +62,24 @@ def option(
         annotation: its type for the signature, where the attribute has another one.
         scheduled: whether it may be a function of the remaining progress, or the name of one (`agents.schedules`);
             its first value is checked, and the attribute is the function.
+        attribute: whether it is an attribute too; else that of this name, if any, is something else.
     """
-    return Option(default, doc, check, after, keyword, annotation, scheduled)
+    return Option(default, doc, check, after, keyword, annotation, scheduled, attribute)
+
+
+class _Attribute:
+    """An option as an attribute: what is written is checked as the constructor's argument is.
+
+    Without ``__get__``, reading it is the plain look-up in the object's own attributes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __set__(self, owner: HasOptions, value: Any) -> None:
+        value = owner.checked(self.name, value)
+        owner.option_written(self.name, value)
+        vars(owner)[self.name] = value
 
 
 @typing.dataclass_transform(field_specifiers=(option,))
@@ -82,7 +101,9 @@ class HasOptions:
         for name in own:
             declared = vars(cls)[name]
             every[name] = replace(declared, annotation=declared.annotation or cls.__annotations__[name])
-            delattr(cls, name)  # the attribute is the object's
+            delattr(cls, name)  # the value is the object's
+            if declared.attribute:
+                setattr(cls, name, _Attribute(name))
             names.insert(len(names) if declared.after is None else names.index(declared.after) + 1, name)
         names.sort(key=lambda name: every[name].keyword)
         cls.options = {name: every[name] for name in names}
@@ -145,6 +166,9 @@ class HasOptions:
         if option.check is not None:
             option.check(name, first)
         return value
+
+    def option_written(self, name: str, value: Any) -> None:
+        """Called before an option's attribute takes a new value: pass it on to what was made with the old one."""
 
 
 def _constructor(cls: type[HasOptions]) -> Callable[..., None]:

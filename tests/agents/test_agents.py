@@ -625,12 +625,9 @@ def test_callback_can_stop_training():
 def test_another_number_of_steps_is_refused_before_a_rollout_and_taken_by_load(policy, steps, tmp_path):
     model = small(policy=policy)
     model.learn(1)
-    model.n_steps = steps
-    with pytest.raises(
-        ValueError, match=rf"n_steps={steps} .* for 64 steps: .*TRPO\.load\(path, env, n_steps={steps}\)"
-    ):
-        model.learn(1, reset_num_timesteps=False)
-    assert model.num_timesteps == 2 * 64
+    with pytest.raises(ValueError, match=rf"n_steps is .* has 64, got {steps}: .*TRPO\.load\(path, env, n_steps=…\)"):
+        model.n_steps = steps
+    assert model.n_steps == 64
     model.save(tmp_path / "agent")
     TRPO.load(tmp_path / "agent", toy(), n_steps=steps).learn(1)
 
@@ -782,13 +779,88 @@ def test_mistakes_are_named_before_anything_is_built(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+def test_mistakes_are_named_where_an_attribute_is_written(algorithm):
+    model = small(algorithm)
+    kept = dict(vars(model))
+    more = [("critic", "foo"), ("kl_reduction", "foo"), ("fisher_fraction", 5), ("max_refusals", -1), ("ema", 1.0)]
+    more += [("preconditioner", "foo"), ("cg_damping", -1.0), ("step_size", -1.0), ("target_kl", 0.0)]
+    for option, value in [*MISTAKES, *more]:
+        if option in algorithm.options and (option, value) not in [("policy", 7), ("sub_sampling_factor", 128)]:
+            with pytest.raises((TypeError, ValueError), match=rf"^{option} must"):
+                setattr(model, option, value)
+    assert vars(model) == kept
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_discounts_that_are_written_later_are_those_of_rewards_and_of_time_limits(ours):
+    options = {} if ours else {"rollout_buffer_class": RolloutBuffer}  # Stable-Baselines3's
+    late, early = small(**options), small(gamma=0.5, gae_lambda=0.25, **options)
+    late.gamma, late.gae_lambda = 0.5, 0.25
+    for model in (late, early):
+        model.set_random_seed(0)
+        filled(model)
+    assert np.array_equal(late.rollout_buffer.returns, early.rollout_buffer.returns)
+
+
+def test_options_that_are_written_later_are_obeyed():
+    model = small(learning_rate=1e-3, target_kl=0.01)
+    model.learning_rate, model.target_kl, model.stats_window_size = "linear_0.5", "linear_0.02", 7
+    model.train_shared_features = True
+    assert [model.lr_schedule(p) for p in (1.0, 0.5)] == [0.5, 0.25]
+    assert model.radius(model.target_kl) == 0.02
+    model.learn(1)
+    assert model.ep_info_buffer.maxlen == 7
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0.0  # of the last update
+
+
+def test_an_average_may_begin_change_and_end_later():
+    model = small()
+    model.ema = 0.5
+    model.learn(1)
+    average, first = model.average, parameters_of(model)
+    model.ema = 0.75
+    model.learn(1)
+    expected = torch.lerp(first, parameters_of(model), 0.25)
+    assert torch.allclose(torch.cat([p.flatten() for p in average.policy.parameters()]), expected, atol=1e-7)
+    model.ema = 0
+    assert model.deployed_policy is model.policy
+
+
+def test_features_that_are_shared_may_be_trained_by_the_critic_later():
+    options = {"env": toy(OBSERVATIONS["image"][1]), "policy": "CnnPolicy"}
+    late, early = small(**options), small(**options, train_shared_features=True)
+    before = [*late.networks.critic_parameters]
+    late.train_shared_features = True
+    assert [*late.networks.critic_parameters] == [*early.networks.critic_parameters] != before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("seed", 5, "call set_random_seed"),
+        ("use_sde", True, "make a new agent"),
+        ("policy_kwargs", {"net_arch": [8]}, "make a new agent"),
+        ("rollout_buffer_kwargs", {"n": 1}, r"TRPO\.load\(path, env, rollout_buffer_kwargs=…\)"),
+        ("rollout_buffer_class", RolloutBuffer, r"TRPO\.load\(path, env, rollout_buffer_class=…\)"),
+    ],
+)
+def test_what_is_built_in_cannot_be_written_but_as_it_is(option, value, remedy):
+    model = small()
+    present = getattr(model, option)
+    with pytest.raises(ValueError, match=rf"^{option} is built into the agent, which has .*, got .*: .*{remedy}"):
+        setattr(model, option, value)
+    setattr(model, option, present)
+    model._setup_model()  # as Stable-Baselines3's `load` does
+    assert getattr(model, option) is present
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
 @pytest.mark.parametrize("way", ["kwargs", "custom_objects"])
 def test_load_refuses_what_the_constructor_does(algorithm, way, tmp_path):
     env = toy()
     small(algorithm, env).save(tmp_path / "model")
     for option, value in [*MISTAKES, ("critic", "natual"), ("advantage_deviation", "runing"), ("ema", 1.5)]:
-        unsaved = {"policy", *(["stats_window_size"] if way == "custom_objects" else [])}  # and so not looked at
-        if option not in algorithm.options or option in unsaved:
+        if option not in algorithm.options or option == "policy":  # which is not saved, and so not looked at
             continue
         given = {option: value} if way == "kwargs" else {"custom_objects": {option: value}}
         with pytest.raises((TypeError, ValueError), match=rf"^{option}\b|^n_steps \* n_envs must.*{option}"):
@@ -806,9 +878,12 @@ def test_load_refuses_options_that_do_not_fit_each_other(tmp_path):
 def test_load_takes_options_attributes_and_arguments_of_stable_baselines3(tmp_path):
     small().save(tmp_path / "model")
     given = {"target_kl": 0.5, "critic_damping": 2.0, "num_timesteps": 7, "force_reset": False, "device": "cpu"}
+    given["stats_window_size"] = 5
     model = TRPO.load(tmp_path / "model", **given, custom_objects={"learning_rate": "linear_0.25", "of_mine": 1})
     assert (model.target_kl, model.critic_damping, model.num_timesteps) == (0.5, 2.0, 7)
     assert [model.lr_schedule(p) for p in (1.0, 0.5)] == [0.25, 0.125]
+    model.set_env(toy())
+    assert model.learn(1).ep_info_buffer.maxlen == 5
 
 
 def test_numbers_of_numpy_and_schedules_are_numbers():

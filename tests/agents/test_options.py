@@ -20,7 +20,7 @@ class Base(HasOptions):
 
     first: int = option(check=partial(whole, low=1), doc="needed.")
     rate: float = option(default=0.5, check=partial(number, low=0, high=1), doc="a rate in [0, 1].")
-    _setup: bool = option(default=True)
+    _setup: bool = option(default=True, attribute=False)
     kind: str = option(default="a", check=partial(one_of, known=("a", "b")), doc="which.", keyword=True)
 
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -58,7 +58,22 @@ def test_the_docstring_has_every_option_that_has_a_meaning_and_fits_the_line():
 def test_values_are_bound_by_place_and_by_name_and_kept_as_attributes():
     made = Derived(1, 5, kind="b")
     assert (made.first, made.steps, made.rate, made.kind) == (1, 5, 0.5, "b")
-    assert not hasattr(Derived, "steps")  # the attribute is the object's
+    assert Derived(1).steps == 3  # the value is the object's
+    assert not hasattr(Derived, "_setup")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("first", 0, ValueError), ("steps", 1.0, TypeError), ("rate", 1.5, ValueError), ("kind", "c", ValueError)],
+)
+def test_what_is_written_later_is_checked_as_the_argument_is(name, value, error):
+    made = Derived(1, 5)
+    before = dict(vars(made))
+    with pytest.raises(error, match=f"^{name} must"):
+        setattr(made, name, value)
+    assert vars(made) == before
+    made.rate, made.other = 0.25, "anything"
+    assert (made.rate, made.other) == (0.25, "anything")
 
 
 @pytest.mark.parametrize(

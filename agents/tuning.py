@@ -8,8 +8,8 @@
     trials/         the run folder of each trial
 
 Each trial is a training run. The first one is the preset itself, the others are proposed by the tree-structured Parzen
-estimator (Bergstra et al. 2011). A trial whose evaluation is below the median of those before it ends early. Seeds are
-100 and above: those of reports, 0, 1, 2, …, tune nothing.
+estimator (Bergstra et al. 2011). A trial whose evaluation is below the median of the earlier trials' at the same step
+ends early. Seeds are 100 and above: those of reports, 0, 1, 2, …, tune nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -221,7 +222,7 @@ class Tuning:
             storage=optuna.storages.JournalStorage(backend),
             direction="maximize",
             load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=self.config.evaluations // 5),
+            pruner=cast(Any, _Median(after_trials=4, after_steps=self.config.evaluations // 5)),
         )
 
     def _of_preset(self) -> dict[str, Any]:
@@ -382,6 +383,31 @@ def result_of(trial: FrozenTrial) -> str:
 
 def _broken(trial: FrozenTrial) -> str:
     return f" (cost {excess:.3g} above the limit)" if (excess := excess_of(trial)) else ""
+
+
+@dataclass(frozen=True)
+class _Median:
+    """A pruner for Optuna: a trial ends early where it is below the median of the complete trials, at the same step.
+
+    Optuna's own compares the best evaluation so far. It ends no trial that was good once, and so none after its first
+    seed: the mean over seeds falls when another one begins.
+
+    Attributes:
+        after_trials: how many trials have to be complete before.
+        after_steps: the first step at which a trial may end.
+    """
+
+    after_trials: int
+    after_steps: int
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the trial, as it was reported last, is to end."""
+        step = trial.last_step
+        complete = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
+        if step is None or step < self.after_steps or len(complete) < self.after_trials:
+            return False
+        others = [t.intermediate_values[step] for t in complete if step in t.intermediate_values]
+        return bool(others) and not trial.intermediate_values[step] >= median(others)
 
 
 class _Pruner(Evaluator):

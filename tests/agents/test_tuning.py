@@ -199,6 +199,45 @@ def test_a_trial_below_the_median_ends_early(tmp_path, monkeypatch):
     assert search.best.number == 6
 
 
+RISING = [*range(50, 501, 50)]
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("seeds", "evaluations"),
+    [
+        # six trials are RISING with each seed, and this one is …
+        ([RISING], 10),
+        ([[0, *RISING[1:]]], 10),  # behind in its first evaluation, which tells nothing
+        ([[0, 90, *RISING[2:]]], 2),
+        ([[50, 100, 900, *[10] * 7]], 4),  # the best once, then behind
+        ([[50, 100, math.nan, *RISING[3:]]], 3),
+        ([RISING, [9] * 10], 11),  # as good with one seed, and lost with the next
+        ([[*RISING[:9], 700], [9] * 10], 15),  # until (700 + 9) / 2 < (500 + 250) / 2
+        ([[*RISING[:9], 700], [max(9, y - 190) for y in RISING]], 20),  # ahead in the mean of both
+    ],
+)
+def test_a_trial_ends_where_it_is_behind_the_others_at_the_same_step(tmp_path, monkeypatch, seeds, evaluations):
+    import optuna
+
+    made = []
+
+    def train(config, path, trial, k, before, search):
+        for i, value in enumerate(RISING if trial.number < 6 else seeds[k], 10 * k + 1):
+            if trial.number == 6:
+                made.append(value)
+            trial.report((before + value) / (k + 1), i)
+            if i < 10 * len(seeds) and trial.should_prune():
+                raise optuna.TrialPruned
+        return float(value)
+
+    monkeypatch.setattr(tuning, "_train", train)
+    given = {"trials": 7, "seeds": len(seeds), "evaluations": 10, "options": OPTIONS, "space": SPACE}
+    search = Tuning.create(tmp_path / "s", TuningConfig("trpo", "CartPole-v1", **given), settings=FIXED)
+    search.run()
+    assert len(made) == evaluations
+
+
 class Asked:
     """A trial of Optuna's that never ends early."""
 

@@ -286,7 +286,8 @@ class TakesStructures(OnPolicyAlgorithm):
 
         Raises:
             ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
-                from 0 along one axis. If observations, or a part of a Dict of them, do not, or have no axis.
+                from 0 along one axis, or a Box of whole numbers. If observations, or a part of a Dict of them, do not
+                count so, or have no axis.
         """
         if env is None:
             return policy, None
@@ -295,6 +296,12 @@ class TakesStructures(OnPolicyAlgorithm):
             raise ValueError(
                 f"the environments have the actions {venv.action_space}, which Stable-Baselines3's policies would take "
                 "to count from 0 along one axis: make it a Tuple of this one part, which is given right"
+            )
+        actions: Any = venv.action_space
+        if isinstance(actions, spaces.Box) and actions.dtype.kind != "f":
+            raise ValueError(
+                f"the environments have the actions {actions}, whole numbers, of which policies would give fractions: "
+                "take MultiDiscrete, or a Box of floating point that the environment rounds"
             )
         seen: Any = venv.observation_space
         for name, part in (seen.spaces if isinstance(seen, spaces.Dict) else {"": seen}).items():

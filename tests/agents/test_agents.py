@@ -28,7 +28,7 @@ from agents import MDPO, NPG, TRPO
 from agents.update import batch_of, critic_of
 from npg import Fisher, families
 from npg.transport import wasserstein
-from tests.agents.models import Noise, agent, vec
+from tests.agents.models import ALGORITHMS, Noise, agent, vec
 
 torch.set_num_threads(1)
 
@@ -776,6 +776,14 @@ def test_mistakes_are_named_before_anything_is_built(algorithm):
         assert "must" in text
         assert repr(shown) in text or f"got {shown}" in text or option == "sub_sampling_factor", text
         assert torch.equal(torch.get_rng_state(), before), option
+
+
+@pytest.mark.parametrize("cls", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int8, np.bool_])
+def test_actions_of_whole_numbers_are_no_box(cls, dtype):
+    space = spaces.Box(0, 1, (2,), dtype)
+    with pytest.raises(ValueError, match=rf"actions {re.escape(str(space))}, whole numbers, .*: take MultiDiscrete"):
+        small(cls, toy(action=space))
 
 
 @pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from time import monotonic, sleep
 from types import FrameType
 from typing import Any
@@ -40,17 +41,24 @@ class Watchdog(VecEnvWrapper):
 
     Args:
         venv: the environments.
-        seconds: that a call may take; 0 for no limit.
+        seconds: that a call may take; 0 or inf for no limit.
         name: what messages call them.
 
     Attributes:
         failed: whether an error came out of them. `close` then ends their processes in the place of asking them.
 
     Raises:
+        TypeError: if ``seconds`` is no number.
+        ValueError: if it is negative or NaN.
         TimeoutError: from `step` and `reset`, if they take longer.
     """
 
     def __init__(self, venv: VecEnv, seconds: float, name: str) -> None:
+        given: Any = seconds  # which no type checker may have seen
+        if isinstance(given, bool) or not isinstance(given, Real):
+            raise TypeError(f"seconds must be a number, got {seconds!r} ({type(seconds).__name__}): 0 sets no limit")
+        if not seconds >= 0:
+            raise ValueError(f"seconds must lie in [0, inf], got {seconds}: 0 sets no limit")
         super().__init__(venv)
         self.seconds, self.name, self.failed = seconds, name, False
         self._calls, self._steps, self._what = 0, 0, ""  # nothing is under way where this is empty
@@ -143,7 +151,7 @@ class Watchdog(VecEnvWrapper):
 def _look(watchdog: weakref.ref[Watchdog], closed: threading.Event, seconds: float) -> None:
     """Find the call that takes too long, and interrupt it."""
     seen, looks = 0, 0
-    while not closed.wait(seconds / _LOOKS):
+    while not closed.wait(min(float(seconds) / _LOOKS, threading.TIMEOUT_MAX)):
         if (watched := watchdog()) is None:
             return
         looks = looks + 1 if watched._what and watched._calls == seen else 0

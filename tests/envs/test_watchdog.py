@@ -55,6 +55,30 @@ def failing(how, where="step", processes=None, seconds=0.5):
     return Watchdog(venv, seconds, "Failing-v0")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "error", "message"),
+    [
+        (-1, ValueError, r"seconds must lie in \[0, inf\], got -1: 0 sets no limit"),
+        (float("nan"), ValueError, r"seconds must lie in \[0, inf\], got nan"),
+        ("60", TypeError, r"seconds must be a number, got '60' \(str\)"),
+        (None, TypeError, "seconds must be a number, got None"),
+        (True, TypeError, "seconds must be a number, got True"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(seconds, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        failing("", seconds=seconds)
+
+
+@pytest.mark.parametrize("seconds", [0, float("inf"), 1e300, np.float32(60), np.int64(60)])
+def test_limits_that_no_call_reaches(seconds, capfd):
+    env = failing("", seconds=seconds)
+    stepped(env)
+    assert env._thread is None or env._thread.is_alive()
+    env.close()
+    assert not capfd.readouterr().err
+
+
 def stepped(env):
     env.reset()
     for _ in range(5):

@@ -18,10 +18,19 @@ Array = npt.NDArray[np.float64]
 
 
 def interquartile_mean(scores: npt.ArrayLike) -> Array:
-    """The mean of what is left of n runs without the ⌊n/4⌋ lowest and the ⌊n/4⌋ highest: (…, n) → (…)."""
+    """The mean of what is left of n runs without the ⌊n/4⌋ lowest and the ⌊n/4⌋ highest: (…, n) → (…).
+
+    It is NaN where a score is, as that of a run that has none.
+
+    Raises:
+        ValueError: if there are no runs.
+    """
     ordered = np.sort(np.asarray(scores, dtype=float), axis=-1)
     n = ordered.shape[-1]
-    return ordered[..., n // 4 : n - n // 4].mean(-1)
+    if not n:
+        raise ValueError(f"scores must hold at least one run, got the shape {ordered.shape}: leave out what has none")
+    mean = ordered[..., n // 4 : n - n // 4].mean(-1)
+    return np.where(np.isnan(ordered[..., -1]), np.nan, mean)[()]  # NaN is sorted behind all numbers
 
 
 def performance_profile(scores: npt.ArrayLike, thresholds: npt.ArrayLike) -> Array:

@@ -16,6 +16,20 @@ def test_the_interquartile_mean_by_hand():
     assert interquartile_mean([-1000.0, 1.0, 2.0, 3.0, 1000.0]) == 2.0
 
 
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_score_that_is_missing_is_no_best_one(place):
+    scores = np.insert([1.0, 2.0, 3.0, 4.0], place, np.nan)
+    assert np.isnan(interquartile_mean(scores))
+    np.testing.assert_array_equal(interquartile_mean([scores, [1.0, 2.0, 3.0, 4.0, np.inf]]), [np.nan, 3.0])
+    assert np.isnan(bootstrap_interval([scores])).all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_the_mean_of_no_runs_is_refused(shape):
+    with pytest.raises(ValueError, match=r"^scores must hold at least one run, got the shape \("):
+        interquartile_mean(np.empty(shape))
+
+
 @pytest.mark.parametrize("n", range(1, 13))
 def test_the_interquartile_mean_is_scipys_trimmed_mean(n):
     scores = np.random.default_rng(n).normal(size=(3, n))

@@ -54,6 +54,15 @@ def _policy(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be the name of a policy, or its class, got {value!r}")
 
 
+def _policy_kwargs(name: str, value: Any) -> None:
+    kind(name, value, dict, "a dict of arguments of the policy")
+    optimizer = (value or {}).get("optimizer_class")
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.LBFGS):
+        raise ValueError(f"{name} has optimizer_class={optimizer.__name__}, whose steps need a closure: take Adam")
+    if "lr" in ((value or {}).get("optimizer_kwargs") or {}):
+        raise ValueError(f"{name} has an lr in its optimizer_kwargs, which is set by learning_rate: give it there")
+
+
 def _seed(name: str, value: Any) -> None:
     if value is not None:
         whole(name, value, 0, 2**32 - 1)
@@ -137,7 +146,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     policy_kwargs: Any = option(
         default=None,
         annotation="dict[str, Any] | None",
-        check=partial(kind, kinds=dict, what="a dict of arguments of the policy"),
+        check=_policy_kwargs,
         doc="arguments of the policy.",
     )
     verbose: int = option(default=0, check=partial(whole, low=0), doc="0 for silence, 1 for information.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from agents.afterstate import AfterstatePolicy
 from agents.hybrid import HybridActorCriticCnnPolicy, HybridActorCriticPolicy, HybridMultiInputActorCriticPolicy
 from agents.recurrent import RecurrentPolicy
-from envs.checks import LARGEST
+from envs.checks import LARGEST, check_arrays
 from envs.hybrid import HybridActions, is_hybrid, leaves
 from envs.masks import ACTION_MASK, ActionMasks, check_mask_space, check_masks, gives_masks, mask_sizes
 
@@ -286,12 +286,14 @@ class TakesStructures(OnPolicyAlgorithm):
 
         Raises:
             ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
-                from 0 along one axis, or a Box of whole numbers. If observations, or a part of a Dict of them, do not
-                count so, or have no axis.
+                from 0 along one axis, or a Box of whole numbers or without bounds. If observations, or a part of a Dict
+                of them, do not count so, have no axis, or are no arrays.
         """
         if env is None:
             return policy, None
-        venv = self._wrap_env(maybe_make_env(env, verbose), verbose)
+        made: Any = maybe_make_env(env, verbose)
+        check_arrays(made.observation_space, "the environments")
+        venv = self._wrap_env(made, verbose)
         if _counts_otherwise(venv.action_space):
             raise ValueError(
                 f"the environments have the actions {venv.action_space}, which Stable-Baselines3's policies would take "
@@ -302,6 +304,11 @@ class TakesStructures(OnPolicyAlgorithm):
             raise ValueError(
                 f"the environments have the actions {actions}, whole numbers, of which policies would give fractions: "
                 "take MultiDiscrete, or a Box of floating point that the environment rounds"
+            )
+        if isinstance(actions, spaces.Box) and not np.isfinite([actions.low, actions.high]).all():
+            raise ValueError(
+                f"the environments have the actions {actions}, which are not bounded: give them finite bounds; or make "
+                "it a Tuple of this one part, whose bounds are then those of float32"
             )
         seen: Any = venv.observation_space
         for name, part in (seen.spaces if isinstance(seen, spaces.Dict) else {"": seen}).items():

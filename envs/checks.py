@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
-__all__ = ["LARGEST", "check_values", "unusable"]
+__all__ = ["LARGEST", "check_arrays", "check_values", "unusable"]
 
 LARGEST = 1e18
 """What an observation or a reward has to stay below: the square of more would leave float32."""
@@ -38,3 +39,22 @@ def check_values(observations: Any, rewards: NDArray[Any] | None, where: str, st
     for name, rows in (*named, ("reward", rewards)):
         if rows is not None and (found := unusable(rows)):
             raise FloatingPointError(f"{name} {found} in step {step} {where}: correct the environment, or wrap it")
+
+
+def check_arrays(space: spaces.Space[Any], who: str) -> None:
+    """Refuse observations of which a part is no array of one shape, such as Text, Sequence or Graph.
+
+    Args:
+        space: of the observations.
+        who: has them, in the plural.
+
+    Raises:
+        ValueError: it names the part.
+    """
+    for name, part in (space.spaces if isinstance(space, spaces.Dict) else {"": space}).items():
+        if part.shape is None and not isinstance(part, spaces.Dict | spaces.Tuple):
+            of = f" for {name!r}" if name else ""
+            raise ValueError(
+                f"{who} have the observations {part}{of}, which are no arrays of one shape: give a Box, Discrete, "
+                "MultiDiscrete or MultiBinary, or a Dict of such"
+            )

@@ -20,6 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
+from envs.checks import check_arrays
 from envs.envpool_vec_env import (
     DIFFERENCES,
     SAME_AS_GYMNASIUM,
@@ -206,6 +207,7 @@ class _Single:
             env = gym.make(self.env_id, **self.env_kwargs)
         else:
             env = _is_env("env_id", self.env_id(**self.env_kwargs))
+        check_arrays(env.observation_space, f"environments of {type(env.unwrapped).__name__}")
         if type(env.unwrapped).__module__.partition(".")[0] not in ("envs", "gymnasium"):
             env = _FirstAnswers(env)
         env = monitor = Monitor(env)

@@ -26,6 +26,7 @@ from torch import nn
 
 from agents import MDPO, NPG, TRPO
 from agents.update import batch_of, critic_of
+from envs import make_vec_env
 from npg import Fisher, families
 from npg.transport import wasserstein
 from tests.agents.models import ALGORITHMS, Noise, agent, vec
@@ -924,6 +925,37 @@ class Still(Noise):
 
     def _reward(self, action: Any) -> float:
         return 0.0
+
+
+@pytest.mark.parametrize("cls", [TRPO, MDPO])
+@pytest.mark.parametrize("low", [-np.inf, np.array([0, -np.inf], np.float32)], ids=["unbounded", "half"])
+def test_actions_without_bounds_are_for_a_tuple(cls, low):
+    space = spaces.Box(low, np.inf, (2,), np.float32)
+    with pytest.raises(ValueError, match=rf"actions {re.escape(str(space))}, which are not bounded: .*Tuple"):
+        agent(vec(Still, space), cls)
+    agent(vec(Still, spaces.Tuple((space,))), cls).learn(1)
+
+
+@pytest.mark.parametrize("space", [spaces.Text(5), spaces.Sequence(BOX), spaces.Graph(BOX, None)], ids=str)
+def test_observations_that_are_no_arrays_are_named(space):
+    for whole, named in ((space, ""), (spaces.Dict({"a": BOX, "b": space}), " for 'b'")):
+        what = rf"have the observations {re.escape(str(space))}{named}, which are no arrays .*: give a Box"
+        with pytest.raises(ValueError, match=f"^the environments {what}"):
+            small(env=Still(space=whole))
+        with pytest.raises(ValueError, match=f"^environments of Still {what}"):
+            make_vec_env(lambda whole=whole: Still(space=whole), 2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"optimizer_class": torch.optim.LBFGS}, "policy_kwargs has optimizer_class=LBFGS, .* closure: take Adam"),
+        ({"optimizer_kwargs": {"lr": 5}}, "policy_kwargs has an lr .* set by learning_rate: give it there"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        small(policy_kwargs=kwargs)
 
 
 ODD = [spaces.Discrete(3, start=1), spaces.MultiDiscrete([3, 3], start=[1, 0]), spaces.MultiDiscrete([[2], [3]])]

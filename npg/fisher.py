@@ -194,13 +194,24 @@ class Fisher:
         return rows < self.parameters.numel
 
     def dense(self) -> Tensor:
-        """F as a matrix (P, P); costs min(P, events·D) products with Jᵀ or with F."""
+        """F as a matrix (P, P); costs min(P, events·D) products with Jᵀ or with F.
+
+        Raises:
+            ValueError: if the products with F are not those of a symmetric matrix.
+        """
         if self._few_rows:
             total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             for rows in self._factor_rows():
                 total.addmm_(rows.T, rows)
             return mean_(total, self.process_group)
         matrix = torch.cat(list(self._columns()), 1)
+        skew, largest = (matrix - matrix.T).abs().amax(), matrix.abs().amax()
+        if bool(skew > max(self.linearization.precision, torch.finfo(self.dtype).eps) ** 0.5 * largest):
+            raise ValueError(
+                f"F is not symmetric: its halves differ by {float(skew):.1e}, its largest element is "
+                f"{float(largest):.1e}. Check that the metric is symmetric, and each backward pass linear and the "
+                "derivative of its forward pass"
+            )
         return 0.5 * (matrix + matrix.T)
 
     def diagonal(

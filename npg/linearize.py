@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils import _pytree as pytree
 
-from npg.acceleration import Function, Maps, Recorded, accelerate
+from npg.acceleration import Function, Maps, Recorded, accelerate, precision
 from npg.model import (
     Buffers,
     Model,
@@ -42,6 +42,7 @@ from npg.model import (
     frozen_statistics,
     is_autocast,
     layer_by_layer,
+    padding_rows,
     plain_attention,
     random_state,
     replayed_randomness,
@@ -128,6 +129,11 @@ class Linearization:
         self._maps: Maps | None = None
         self._seen: tuple[Tensor, Tensor] | None = None  # (u, Jᵀu) of the first pull back, see _reference
 
+    @property
+    def precision(self) -> float:
+        """The relative rounding error ε of one operation of the network."""
+        return precision(self.parameters, self._autocast)
+
     def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
         """η at the given values of the parameters, by default at the present ones; (…, D)."""
         values = self.parameters.tensors if values is None else values
@@ -159,10 +165,16 @@ class Linearization:
         finally:
             buffers.restore()
 
-    def _call(self, parameters: Mapping[str, Tensor], *inputs: Any) -> Any:
+    def _call(self, parameters: Mapping[str, Tensor], *inputs: Any, padding: bool = True) -> Any:
+        """The outputs; without ``padding``, embeddings pass no forward derivative of their row of padding either."""
         inputs = inputs or self._inputs
         if isinstance(self.model, nn.Module):
-            return functional_call(self.model, by_slot(self.model, parameters), inputs, tie_weights=False)
+            values = by_slot(self.model, parameters)
+            if not padding:
+                values |= {
+                    name: _resting(values[name], row) for name, row in padding_rows(self.model) if name in values
+                }
+            return functional_call(self.model, values, inputs, tie_weights=False)
         return self.model(parameters, *inputs)
 
     def as_function(self) -> Function:
@@ -181,7 +193,8 @@ class Linearization:
             rest, given = dict(zip(constants, values[n : n + c])), iter(values[n + c :])
             inputs = pytree.tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in flat], spec)
             moving = {name: rest[name].clone() for name in buffers}  # a forward pass may write to them
-            return _at_least_float(this._call({**this.parameters.named(values[:n]), **rest, **moving}, *inputs))
+            named = {**this.parameters.named(values[:n]), **rest, **moving}
+            return _at_least_float(this._call(named, *inputs, padding=False))
 
         return Function(
             call,
@@ -421,6 +434,12 @@ def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool
     return torch.autograd.grad(
         graph, leaves, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+
+
+def _resting(weight: Tensor, row: int) -> Tensor:
+    """``weight`` with one row that has no derivative."""
+    keep = torch.arange(len(weight), device=weight.device) != row
+    return torch.where(keep.view(-1, 1), weight, weight.detach())
 
 
 def _by_dual_numbers(function: Callable[..., Tensor], primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ __all__ = [
     "by_slot",
     "frozen_statistics",
     "is_autocast",
+    "layer_by_layer",
+    "padding_rows",
     "plain_attention",
     "random_state",
     "replayed_randomness",
@@ -165,6 +167,15 @@ def by_slot(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
         for name, t in (*module._parameters.items(), *module._buffers.items())
         if t is not None and held.get(id(t)) in values
     }
+
+
+def padding_rows(model: nn.Module) -> list[tuple[str, int]]:
+    """The weights of embeddings with ``padding_idx``, by place, and that row, to which their backward gives nothing."""
+    return [
+        (f"{path}.weight" if path else "weight", module.padding_idx)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from npg.acceleration.program import Maps
 from npg.parameters import Parameters
 
-__all__ = ["Recorded", "close"]
+__all__ = ["Recorded", "close", "precision"]
 
 _ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
 _DRAWS = 4  # of the rounding errors of both derivatives, before a difference is called one
@@ -37,7 +37,7 @@ class Recorded:
         autocast: torch.dtype | None,
     ) -> None:
         self._parameters, self._outputs, self._pull = parameters, outputs, pull
-        self._epsilon = _precision(parameters, autocast)
+        self._epsilon = precision(parameters, autocast)
         if seen is not None:
             least, largest = torch.stack(torch.aminmax(seen[0].abs())).tolist()
             if not 0 < least <= largest < inf:  # zeros would leave something unchecked
@@ -81,7 +81,8 @@ class Recorded:
            activations rounding puts some εE on the other side of a kink, each with a share of 1/√E; or to what rounding
            does to either, as before a normalisation that takes all of it out.
         2. The push forward must be the adjoint of that, ⟨u, J v⟩ = ⟨Jᵀu, v⟩, up to rounding, which kinks have no part
-           in. Each parameter has its share of the sum: v is its part of Jᵀu by its square.
+           in. Each parameter has its share of the sum: v is its part of Jᵀu by its square. Where Jᵀu is zero, v is not:
+           what reverse mode leaves out (a row of padding, what a hook masks) must not move in forward mode either.
 
         It costs one product.
         """
@@ -110,13 +111,25 @@ class Recorded:
             return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
         weights = [(1 + i % 7 / 7) * size / max(norm, 1e-3 * size, 1e-300) ** 2 for i, norm in enumerate(norms)]
         v = torch.cat([part * weight for part, weight in zip(expected.split(p.sizes), weights)])  # unequal, none cancel
-        moved = maps.push(p.unflatten(v if size > 0 else _generic(v)))
+        if int(torch.count_nonzero(v)) < p.numel:
+            v = torch.where(v == 0, self._generic_like(v), v)
+        moved = maps.push(p.unflatten(v))
         pairs = u * moved, pulled * v
         value, expected_value = (terms.sum(dtype=torch.float64) for terms in pairs)
         rounding = _ROUNDINGS * epsilon * (pairs[0].norm() + pairs[1].norm())
         if not bool((value - expected_value).abs() <= rounding + min(1000 * epsilon, 0.01) * expected_value.abs()):
             return "J v is not the adjoint of Jᵀu"
         return ""
+
+    def _generic_like(self, v: Tensor) -> Tensor:
+        """A generic vector, (P,), as large in each parameter as the largest element of ``v`` there, or of all of it."""
+        sizes = self._parameters.sizes
+        parts = list(_generic(v).split(sizes))
+        largest = [t.abs().amax() if t.numel() else t.new_zeros(()) for t in v.split(sizes)]
+        units = torch.stack(largest).tolist()
+        whole = max(units) or 1.0
+        torch._foreach_mul_(parts, [unit or whole for unit in units])
+        return torch.cat(parts)
 
 
 def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -126,7 +139,7 @@ def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     )
 
 
-def _precision(p: Parameters, autocast: torch.dtype | None) -> float:
+def precision(p: Parameters, autocast: torch.dtype | None) -> float:
     """The relative rounding error ε of one operation."""
     if autocast is not None:
         return torch.finfo(autocast).eps
@@ -136,4 +149,5 @@ def _precision(p: Parameters, autocast: torch.dtype | None) -> float:
 
 def _generic(like: Tensor) -> Tensor:
     """A fixed vector that is orthogonal to nothing by accident; no random number is drawn for it."""
-    return torch.arange(like.numel(), device=like.device).remainder_(1009).to(like.dtype).cos_().view(like.shape)
+    period = torch.arange(1009, device=like.device).to(like.dtype).cos_()
+    return period.repeat(like.numel() // 1009 + 1)[: like.numel()].view(like.shape)

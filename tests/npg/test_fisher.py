@@ -724,3 +724,10 @@ def test_a_forbidden_class_leaves_the_products_finite(kind, mlp):
     product = fisher @ torch.randn(fisher.shape[0])
     assert torch.isfinite(product).all()
     assert product.abs().max() > 0
+
+
+def test_a_metric_that_is_not_symmetric_has_no_dense_matrix():
+    skew = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
+    model, x = nn.Linear(3, 2), torch.randn(40, 3)
+    with pytest.raises(ValueError, match=r"F is not symmetric: its halves differ by .*Check that the metric"):
+        Fisher(model, x, families.Gaussian(), metric=lambda outputs: lambda u: u @ skew.T).dense()

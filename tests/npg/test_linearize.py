@@ -556,6 +556,77 @@ def test_a_backward_that_is_not_linear_is_refused():
         Linearization(Clipped(3, 2), torch.randn(5, 3)).push_forward(torch.randn(8))
 
 
+# ------------------------------------------------------------------------------- a backward pass that leaves things out
+
+
+class Tokens(nn.Module):
+    """An embedding with a row of padding, which may be the output layer too: as a module, or by its weight."""
+
+    def __init__(self, tied: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tied, self.embedding, self.head = tied, nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 6)
+        nn.init.normal_(self.embedding.weight)
+        if tied == "module":
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x).sum(1).tanh()
+        return functional.linear(h, self.embedding.weight) if self.tied == "weight" else self.head(h)
+
+
+class Masked(nn.Module):
+    """Gradients that a hook masks: of a weight, or of activations."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.which, self.a, self.b = which, nn.Linear(3, 6), nn.Linear(6, 2)
+        self.mask = (torch.arange(6) % 2).double()
+        if which == "weight":
+            self.a.weight.register_hook(lambda g: g * self.mask.unsqueeze(-1))
+        elif which == "all of a weight":
+            self.a.weight.register_hook(torch.zeros_like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        if self.which == "activations" and h.requires_grad:
+            h.register_hook(lambda g: g * self.mask)
+        return self.b(h)
+
+
+LEFT_OUT = {
+    "padding": (Tokens, False),
+    "padding, tied": (partial(Tokens, "module"), False),
+    "padding, tied by weight": (partial(Tokens, "weight"), True),
+    "weight": (partial(Masked, "weight"), True),
+    "all of a weight": (partial(Masked, "all of a weight"), True),
+    "activations": (partial(Masked, "activations"), True),
+}
+
+
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+@pytest.mark.parametrize("events", [3, 40])
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_what_the_backward_pass_leaves_out_does_not_move(kind, events, acceleration_, check, jacobian, assert_close):
+    make, warns = LEFT_OUT[kind]
+    model, family = make(), families.Categorical()
+    x = torch.randint(0, 6, (events, 5)) if kind.startswith("padding") else torch.randn(events, 3)
+    with acceleration.mode(acceleration_):
+        check(model, x, warns=warns)
+        fisher = Fisher(model, x, family)
+        J = jacobian(model(x), list(model.parameters()))
+        expected = J.T @ family.metric(fisher.outputs)(J.T.reshape(-1, *fisher.outputs.shape)).flatten(1).T / events
+        assert_close(fisher.dense(), expected)
+        assert_close(fisher.diagonal(), expected.diagonal())
+        before, labels = fisher.parameters.get(), torch.randint(0, fisher.outputs.shape[-1], (events,))
+        report = optim.NGD(model, family, lr=1.0, damping=1e-2, solver="dense").step(x, labels)
+    still = expected.diagonal() == 0
+    assert still.any() or kind.startswith("padding, tied")
+    assert report.accepted
+    assert ((fisher.parameters.get() - before)[still].abs() < 1e-12).all()
+
+
 # ------------------------------------------------------------------------------------------- how strict the checks are
 
 

@@ -129,20 +129,52 @@ class _TorchFamily(Family):
                 f"the KL of {self!r} is taken at equal arguments. It has no minimum there or no second derivatives, so "
                 "there is no metric: check the map from outputs to distribution"
             )
-        flat = blocks.diagonal(dim1=-2, dim2=-1) == 0
-        if bool(flat.any()) and self._has_kink(old, flat, tolerance):
+        blocks = 0.5 * (blocks + blocks.mT)
+        if self._rises_unseen(old, blocks, max(torch.finfo(x.dtype).eps for x in (old, kl))):
             raise ValueError(
-                f"the KL of {self!r} rises along outputs in which automatic differentiation finds no curvature "
-                "(a kink, as that of a Laplace distribution in its location), so there is no metric: use another family"
+                f"automatic differentiation does not find the curvature of the KL of {self!r}, which rises faster, as "
+                "that of a Laplace distribution in its location: it has |d| in it. Write a Family whose "
+                "metric(outputs) is known, as docs/howto_family.md shows, or use another distribution"
             )
-        return 0.5 * (blocks + blocks.mT)
+        return blocks
 
-    def _has_kink(self, old: Tensor, flat: Tensor, tolerance: float) -> bool:
-        """Whether the KL rises on both sides along ``flat`` outputs; beside the edge of a clamp it does on one."""
-        rises = self._kl(old, torch.where(flat, old + 0.01, old)) > tolerance
-        if not bool(rises.any()):
-            return False
-        return bool((rises & (self._kl(old, torch.where(flat, old - 0.01, old)) > tolerance)).any())
+    @torch.no_grad()
+    def _rises_unseen(self, old: Tensor, blocks: Tensor, epsilon: float) -> bool:
+        """Whether the KL rises on both sides of ``old`` by the square, and otherwise than by ½dᵀMd.
+
+        Beside a clamp it does so on one side; where a map has no slope, such as o³ at zero, by a higher power.
+        The KL is rounded by about ``epsilon``.
+        """
+        diagonal, size = blocks.diagonal(dim1=-2, dim2=-1), old.shape[-1]
+
+        def excess(d: Tensor) -> Tensor:
+            """Of KL(η ‖ η ± d) over ½dᵀMd, on both sides, or the other way round; per event, NaN out of the domain."""
+            try:
+                low, high = torch.aminmax(torch.stack([self._kl(old, old + d), self._kl(old, old - d)]), dim=0)
+            except ValueError:
+                return torch.full_like(old[..., 0], torch.nan)
+            expected = 0.5 * (d * (blocks @ d.unsqueeze(-1)).squeeze(-1)).sum(-1)
+            return torch.maximum(low - expected, expected - high) - 0.01 * (diagonal * d.square()).sum(-1)
+
+        # 1. Along outputs with a curvature, in their units; ε^¼ since rounding counts by ε/d² and what is left by d².
+        generic = 0.5 + torch.arange(size, device=old.device).to(old.dtype).cos().square()  # in no null space of M
+        moving = diagonal > 0
+        d = torch.where(moving, 4 * epsilon**0.25 * generic / (size * torch.where(moving, diagonal, 1.0)).sqrt(), 0.0)
+        whole = excess(d)
+        if bool((whole > 0).any()):
+            rounding = excess(1e-3 * d).nan_to_num().abs().amax().clamp(min=epsilon)
+            if bool(((whole > 8 * rounding) & (excess(0.5 * d) > whole / 8)).any()):
+                return True
+        # 2. Along those without one, whose unit is not known: the first step that is long enough tells.
+        flat = (diagonal == 0).to(old.dtype)
+        left = flat.any(-1)
+        for step in (1e-2, 1.0, 1e2, 1e4, 1e6) if bool(left.any()) else ():
+            whole = excess(step * flat)
+            rises = left & (whole > epsilon**0.5)
+            if bool(rises.any()) and bool((rises & (excess(0.5 * step * flat) > whole / 8)).any()):
+                return True
+            left = left & ~rises
+        return False
 
     def metric(self, outputs: Tensor) -> LinearMap:
         blocks = self._blocks(outputs)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as D
 from torch import nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from npg import Fisher, families
@@ -391,10 +392,10 @@ def test_from_torch_refuses_what_gives_no_geometry():
         without_kl.metric(outputs)
     # |d| + e^{−|d|} − 1 is ½d² to second order, but automatic differentiation sees sign(0) = 0
     laplace = families.from_torch(lambda o: D.Independent(D.Laplace(o, 1.0), 1))
-    with pytest.raises(ValueError, match="finds no curvature"):
+    with pytest.raises(ValueError, match="does not find the curvature"):
         laplace.metric(outputs)
     wide = families.from_torch(lambda o: D.Laplace(o[..., 0], o[..., 1].exp()))  # so wide that one event has no kink
-    with pytest.raises(ValueError, match="finds no curvature"):
+    with pytest.raises(ValueError, match="does not find the curvature"):
         wide.metric(torch.tensor([[0.0, 0.0], [0.0, 20.0]]))
     shifted = families.from_torch(lambda o: D.Independent(D.Normal(o + torch.rand_like(o), 1.0), 1))
     with pytest.raises(ValueError, match="has no minimum there"):
@@ -405,6 +406,44 @@ def test_from_torch_refuses_what_gives_no_geometry():
     fixed = families.from_torch(lambda o: D.Normal(torch.zeros(o.shape[:-1]), 1.0))
     with pytest.raises(ValueError, match="does not depend on the outputs"):
         fixed.metric(outputs)
+
+
+ONE = torch.ones(1, dtype=torch.float32)  # a constant that keeps a map from float64
+KINKS = {
+    "multiplicative noise": (lambda o: D.Laplace(o[..., 0], 0.2 * o[..., 0].abs() + 0.01), 1),
+    "a part in the spread": (lambda o: D.Laplace(o[..., 0], functional.softplus(o[..., 0] + o[..., 1])), 2),
+    "among many": (lambda o: D.Laplace(o[..., 0], functional.softplus(o.sum(-1))), 8),
+    "large units": (lambda o: D.Laplace(o[..., 0], 1e5 * o[..., 1].exp()), 2),
+    "small units": (lambda o: D.Laplace(o[..., 0], 1e-5 * o[..., 1].exp()), 2),
+    "float32": (lambda o: D.Laplace(o[..., :1] @ ONE, o[..., 1].exp()), 2),
+    "float32, wide": (lambda o: D.Laplace(o[..., :1] @ ONE, 3 * o[..., 1].exp()), 2),
+}
+
+
+@pytest.mark.parametrize("kind", KINKS)
+def test_a_curvature_that_differentiation_does_not_find_is_refused(kind):
+    """A Laplace distribution has 1/b² in its location, of which |d| in its KL hides all."""
+    distribution, size = KINKS[kind]
+    outputs = torch.randn(5, size, dtype=torch.float32 if "float32" in kind else torch.float64)
+    with pytest.raises(ValueError, match=r"does not find the curvature .* Write a Family whose metric\(outputs\)"):
+        families.from_torch(distribution).metric(outputs)
+
+
+@pytest.mark.parametrize("event", [0.0, 1e-5, 1e-3, 0.3, 30.0])
+@pytest.mark.parametrize(
+    ("distribution", "metric"),
+    [
+        (lambda o: D.Normal(o[..., 0].clamp(0, 1), 1.0), lambda o: float(0 <= o <= 1)),
+        (lambda o: D.Normal(o[..., 0].relu(), 0.1), lambda o: 100.0 * (o > 0)),
+        (lambda o: D.Normal(o[..., 0] ** 3, 1.0), lambda o: 9 * o**4),
+        (lambda o: D.Normal(functional.hardshrink(o[..., 0]), 1.0), lambda o: float(o > 0.5)),
+        (lambda o: D.Poisson((10 * o[..., 0]).exp().clamp(max=1e12)), lambda o: 100 * math.exp(10 * o) * (o < 2.7)),
+    ],
+    ids=["clamp", "relu", "cube", "dead zone", "large counts"],
+)
+def test_the_metric_beside_an_edge_and_where_it_is_zero(distribution, metric, event):
+    moved = families.from_torch(distribution).metric(torch.tensor([[event]]))(torch.ones(1, 1))
+    torch.testing.assert_close(moved, torch.tensor([[metric(event)]]), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(

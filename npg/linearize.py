@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils import _pytree as pytree
 
-from npg.acceleration import Function, Maps, Recorded, accelerate, precision
+from npg.acceleration import OTHER_OUTPUTS, Function, Maps, Recorded, accelerate, precision, same_outputs
 from npg.model import (
     Buffers,
     Model,
@@ -122,11 +123,17 @@ class Linearization:
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
             self._graph: Tensor | None = self.forward(self.leaves)
         self.outputs = self._graph.detach()
-        moved = self._present_versions()  # a forward pass may write to its inputs
-        self._versions = [*versions[: len(self.leaves)], *moved[len(self.leaves) :]]
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
+        moved = self._present_versions()
+        self._versions = [*versions[: len(self.leaves)], *moved[len(self.leaves) :]]
+        if moved[len(self.leaves) :] != versions[len(self.leaves) :] and not self._repeats():  # ReLU in place does
+            raise ValueError(
+                f"the forward pass of {_name(model)} writes to its inputs (x.sub_(…), x -= …) or frozen parameters, "
+                "which later passes read: write x = x - … in its place. These inputs have changed already"
+            )
         self._maps: Maps | None = None
+        self._other_outputs = False  # whether a second forward pass was seen to give them
         self._seen: tuple[Tensor, Tensor] | None = None  # (u, Jᵀu) of the first pull back, see _reference
 
     @property
@@ -142,11 +149,37 @@ class Linearization:
                 return _at_least_float(cast(nn.Module, self.model)(*self._inputs))
             return _at_least_float(self._call(self.parameters.named(values)))
 
-    def record(self) -> Tensor:
-        """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing."""
+    def record(self, *, same: bool = True) -> Tensor:
+        """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing.
+
+        Raises:
+            RuntimeError: if its outputs are not the ``same``.
+        """
         self._check()
         with torch.enable_grad(), self.as_before():
-            return self.forward(self.leaves)
+            graph = self.forward(self.leaves)
+        if same and not same_outputs(self.outputs, graph.detach(), self.precision):
+            raise RuntimeError(_OTHERWISE)
+        return graph
+
+    @torch.no_grad()
+    def _repeats(self) -> bool:
+        """Whether a forward pass over copies of the inputs gives the same outputs."""
+        copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._inputs)
+        with self.as_before(), layer_by_layer():
+            outputs = _at_least_float(self._call(self.parameters.named(self.leaves), *copies))
+        return same_outputs(self.outputs, outputs, self.precision)
+
+    def check_repeats(self) -> None:
+        """Raise RuntimeError if a second forward pass here gives other outputs: then there is no trial of a step.
+
+        It costs a forward pass at the 1st, 2nd, 4th, 8th, … call for a model.
+        """
+        told = _told_of(self.model)
+        told.checks += 1
+        due = told.checks & (told.checks - 1) == 0
+        if self._other_outputs or (due and not self._repeats()):
+            raise RuntimeError(_OTHERWISE)
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
@@ -319,6 +352,7 @@ class Linearization:
             except Exception as error:  # whatever an exotic operation raises, the next way may do without it
                 reasons[way] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 continue
+            self._other_outputs = reasons.get("forward mode", "").startswith(OTHER_OUTPUTS)
             if reasons:
                 _say_once(self.model, way, reasons)
             return made
@@ -345,10 +379,7 @@ class Linearization:
             with this.as_before(), plain_attention():
                 outputs, moved = cast(Any, derivative(lambda *p: network(*p, *rest), primals, tuple(tangents)))
             if not same_outputs(outputs):
-                raise RuntimeError(
-                    "a second forward pass gives other outputs than the first: the model has changed since it was "
-                    "linearised here, or is not the same function each time. Make a new Fisher (or Linearization)"
-                )
+                raise RuntimeError(_OTHERWISE)
             return moved
 
         pull = self._by_autograd()
@@ -383,8 +414,6 @@ class Linearization:
         """
         with plain_attention():
             graph = self.record()
-        if not recorded.same_outputs(graph.detach()):
-            raise RuntimeError("a second forward pass gives other outputs than the first")
         return self._by_double_backward(recorded, graph)
 
     def _by_rows(self, recorded: Recorded) -> tuple[Maps, None]:
@@ -410,7 +439,20 @@ class Linearization:
         return Maps(push, pull, push, pull), None
 
 
-_told: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()  # the ways that a model was said to use
+@dataclass
+class _Told:
+    """What is known of a model: the ways that it was said to use, and how often its repetition was asked for."""
+
+    ways: set[str] = field(default_factory=set)
+    checks: int = 0
+
+
+_told: WeakKeyDictionary[Any, _Told] = WeakKeyDictionary()
+_OTHERWISE = (
+    f"{OTHER_OUTPUTS}: the model has changed since it was linearised here (make a new Fisher, or Linearization), or it "
+    "is not the same function each time: keep a state that moves from pass to pass in a buffer (register_buffer), and "
+    "draw random numbers from PyTorch's own generator"
+)
 _ELEMENTS = 2**24  # of the largest J that is formed row by row
 
 
@@ -465,13 +507,17 @@ def _each(function: Callable[[Tensor], Sequence[Tensor]], block: Tensor) -> Sequ
         return [torch.stack(results) for results in zip(*map(function, block))]
 
 
-def _say_once(model: Model, way: str, reasons: Mapping[str, str]) -> None:
-    """That ``way`` is used, and why none of those before it."""
+def _told_of(model: Model) -> _Told:
     owner = model.__self__ if isinstance(model, MethodType) else model
     try:
-        told = _told.setdefault(owner, set())
+        return _told.setdefault(owner, _Told())
     except TypeError:  # it cannot be hashed or weakly referenced
-        told = set()
+        return _Told()
+
+
+def _say_once(model: Model, way: str, reasons: Mapping[str, str]) -> None:
+    """That ``way`` is used, and why none of those before it."""
+    told = _told_of(model).ways
     if way in told:
         return
     told.add(way)
@@ -488,4 +534,8 @@ def _say_once(model: Model, way: str, reasons: Mapping[str, str]) -> None:
         )
     else:
         means = f"{products} double backward, which is exact and slower"
+        if forward.startswith(OTHER_OUTPUTS):
+            means += (
+                ". Keep a state that moves from pass to pass in a buffer (register_buffer): no trial has it otherwise"
+            )
     warnings.warn(f"no forward mode for {name} ({forward}); {means}", stacklevel=6)

@@ -119,8 +119,8 @@ def natural_step(
     With a trust region of radius δ, β is the length at which ½sᵀ(F + λI)s = δ, shortened until KL ≤ δ and the
     objective gains (TRPO: Schulman et al. 2015, appendix C); with a learning rate, β is that (Amari 1998; Kakade
     2002); with both, the smaller of the two. A step that is refused leaves parameters and a module's buffers bit for
-    bit as they were. Buffers that a function moves are not known here: each forward pass moves them. Which steps are
-    taken depends on what the solver found, and on nothing else of its status:
+    bit as they were. A state that a model keeps in an attribute, or a function anywhere, is not known here: each
+    forward pass moves it. Which steps are taken depends on what the solver found, and on nothing else of its status:
 
     =======================================  =======================  ================================================
     solution s                               status                   accepted
@@ -165,7 +165,9 @@ def natural_step(
     Raises:
         ValueError: if neither a trust region nor a learning rate is given, an argument is out of its range, or the
             family gives no metric. Outputs at which a family is not defined or not finite (`OutOfDomainError`) raise
-            nothing: that step is refused.
+            nothing: that step is refused. Neither may the model write to its inputs.
+        RuntimeError: if a second forward pass gives other outputs than the first, so that there is no trial of a step.
+            That is looked at in the 1st, 2nd, 4th, … step of a model.
     """
     _check(objective, trust_region, learning_rate, damping, constraint)
     model, process_group = unwrapped(model, process_group)
@@ -377,6 +379,8 @@ class _Line:
 
     def search(self, region: TrustRegion | None, scale: float, ascent: float, *, evaluate: bool) -> SearchResult:
         """Go as far as the region allows, where it backtracks; else the whole way."""
+        if evaluate or (region is not None and region.backtrack):
+            self._linearization.check_repeats()
         if region is None or not region.backtrack:
             return self._take(scale, evaluate=evaluate)
         return region.search(self.trial, scale, ascent) if ascent > 0 else REFUSED

@@ -23,13 +23,24 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from npg.acceleration.agreement import Recorded, close, precision
+from npg.acceleration.agreement import OTHER_OUTPUTS, Recorded, close, precision, same_outputs
 from npg.acceleration.cache import Cache
 from npg.acceleration.program import Maps, Program, straight_line
 from npg.model import Model, plain_attention, replayed_randomness, without_autocast
 from npg.parameters import Parameters
 
-__all__ = ["Function", "Maps", "Recorded", "accelerate", "accelerate_function", "close", "mode", "precision"]
+__all__ = [
+    "OTHER_OUTPUTS",
+    "Function",
+    "Maps",
+    "Recorded",
+    "accelerate",
+    "accelerate_function",
+    "close",
+    "mode",
+    "precision",
+    "same_outputs",
+]
 
 
 class mode:

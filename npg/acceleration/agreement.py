@@ -11,8 +11,9 @@ from torch import Tensor
 from npg.acceleration.program import Maps
 from npg.parameters import Parameters
 
-__all__ = ["Recorded", "close", "precision"]
+__all__ = ["OTHER_OUTPUTS", "Recorded", "close", "precision", "same_outputs"]
 
+OTHER_OUTPUTS = "a second forward pass gives other outputs than the first"
 _ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
 _DRAWS = 4  # of the rounding errors of both derivatives, before a difference is called one
 
@@ -59,23 +60,8 @@ class Recorded:
         return norms
 
     def same_outputs(self, outputs: Tensor) -> bool:
-        """Whether the outputs of a second forward pass are η, each of the D up to rounding by its own largest value."""
-        tolerance, tiny = min(self._epsilon**0.5, 0.03), torch.finfo(outputs.dtype).tiny
-        others = min(64 * self._epsilon, 0.03)  # what the rounding of all others may do to one
-        finite = torch.isfinite
-
-        def agree(mine: Tensor, theirs: Tensor) -> bool:
-            axes = list(range(mine.ndim - 1))
-            errors, sizes = (theirs - mine).abs().amax(axes), mine.abs().amax(axes)
-            return bool((errors <= tolerance * sizes + others * sizes.amax().clamp(min=tiny)).all())
-
-        return outputs.shape == self._outputs.shape and (
-            agree(self._outputs, outputs)
-            or (
-                torch.equal(finite(outputs), finite(self._outputs))
-                and agree(*(torch.where(finite(x), x, 0.0) for x in (self._outputs, outputs)))
-            )
-        )
+        """Whether the outputs of a second forward pass are η."""
+        return same_outputs(self._outputs, outputs, self._epsilon)
 
     def difference(self, maps: Maps, outputs: Tensor | None = None) -> str:
         """In what two maps, and the outputs of the forward pass that they are of, differ from the recorded ones.
@@ -90,7 +76,7 @@ class Recorded:
         It costs one product.
         """
         if outputs is not None and not self.same_outputs(outputs):
-            return "a second forward pass gives other outputs than the first"
+            return OTHER_OUTPUTS
         p, epsilon = self._parameters, self._epsilon
         u, expected, norms = self._u, self._pulled, self._norms_pulled
         if not all(map(isfinite, norms)):
@@ -133,6 +119,26 @@ class Recorded:
         whole = max(units) or 1.0
         torch._foreach_mul_(parts, [unit or whole for unit in units])
         return torch.cat(parts)
+
+
+def same_outputs(first: Tensor, second: Tensor, epsilon: float) -> bool:
+    """Whether the outputs of two forward passes are the same, each of the D up to rounding by its own largest value."""
+    tolerance, tiny = min(epsilon**0.5, 0.03), torch.finfo(first.dtype).tiny
+    others = min(64 * epsilon, 0.03)  # what the rounding of all others may do to one
+    finite = torch.isfinite
+
+    def agree(mine: Tensor, theirs: Tensor) -> bool:
+        axes = list(range(mine.ndim - 1))
+        errors, sizes = (theirs - mine).abs().amax(axes), mine.abs().amax(axes)
+        return bool((errors <= tolerance * sizes + others * sizes.amax().clamp(min=tiny)).all())
+
+    return first.shape == second.shape and (
+        agree(first, second)
+        or (
+            torch.equal(finite(second), finite(first))
+            and agree(*(torch.where(finite(x), x, 0.0) for x in (first, second)))
+        )
+    )
 
 
 def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -95,13 +95,15 @@ def record_layers(
         layers = {module: key for module, key in layers.items() if key not in used}
 
 
-def _call_layers(linearization: Linearization, layers: Mapping[nn.Module, Key]) -> tuple[Tensor, dict[Key, list[Call]]]:
+def _call_layers(
+    linearization: Linearization, layers: Mapping[nn.Module, Key], *, same: bool = True
+) -> tuple[Tensor, dict[Key, list[Call]]]:
     """The forward pass, and the calls of the layers in it, on copies of their parameters."""
     calls: dict[Key, list[Call]] = {}
     try:
         for module, key in layers.items():
             module.forward = _recorded(module, calls, key)
-        return linearization.record(), calls
+        return linearization.record(same=same), calls
     finally:
         for module in layers:
             vars(module).pop("forward", None)
@@ -157,7 +159,7 @@ def events_apart(linearization: Linearization, layers: Mapping[nn.Module, Key]) 
     try:
         for norm in norms:
             norm.training = False
-        outputs, calls = _call_layers(linearization, layers)
+        outputs, calls = _call_layers(linearization, layers, same=not norms)
     finally:
         for norm in norms:
             norm.training = True

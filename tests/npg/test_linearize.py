@@ -807,10 +807,39 @@ def test_inputs_and_frozen_parameters_changed_in_place_are_refused(which):
         linearization.push_forward(torch.randn(18))
 
 
-def test_a_forward_pass_may_write_to_its_inputs(assert_close):
+@pytest.mark.filterwarnings("ignore:no forward mode for")
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+def test_a_forward_pass_may_write_what_it_finds_to_its_inputs(acceleration_, assert_close):
     model, x, v = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), torch.randn(5, 3), torch.randn(8)
-    moved = Linearization(model, x).push_forward(v)
-    assert_close(moved, x.relu() @ v[:6].view(2, 3).T + v[6:])
+    with acceleration.mode(acceleration_):
+        linearization = Linearization(model, x)
+        for scale in (1.0, 2.0):
+            moved = linearization.push_forward(scale * v)
+            assert_close(moved, scale * (x.relu() @ v[:6].view(2, 3).T + v[6:]))
+
+
+class Normalising(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.shift = nn.Linear(3, 2), nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.sub_(self.shift).div_(4.0))
+
+
+class Drifting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bias.add_(1.0)
+        return super().forward(x)
+
+
+def test_a_forward_pass_that_writes_another_thing_to_its_inputs_is_refused():
+    with pytest.raises(ValueError, match=r"forward pass of Normalising writes to its inputs .*write x = x - "):
+        Linearization(Normalising(), torch.randn(5, 3))
+    model = Drifting(3, 2)
+    model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"forward pass of Drifting writes to its inputs .* or frozen parameters"):
+        Linearization(model, torch.randn(5, 3))
 
 
 def test_a_bound_method_is_traced_once(traces, assert_close):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Beta, Independent, Laplace, Normal, Poisson
 
 from npg import Fisher, Status, TrustRegion, conjugate_gradient, dense_solve, families, natural_step
+from npg.optim import NGD
 from npg.step import StepReport
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -901,3 +902,66 @@ def test_an_objective_that_has_no_gradient_is_refused(objective, message):
         natural_step(
             nn.Linear(2, 3), torch.randn(4, 2), families.Categorical(), objective, learning_rate=0.1, damping=0.1
         )
+
+
+# ------------------------------------------------------------------------------- models that are not the same each time
+
+
+class Stateful(nn.Module):
+    """A hidden state that goes on from batch to batch."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = nn.GRUCell(4, 8), nn.Linear(8, 3)
+        if buffer:
+            self.register_buffer("h", torch.zeros(6, 8))
+        else:
+            self.h = torch.zeros(6, 8)
+
+    def forward(self, x):
+        h = self.cell(x, self.h)
+        self.h = h.detach()
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:no forward mode for")
+@pytest.mark.parametrize("options", [{"solver": "dense"}, {"solver": "kfac", "probes": None}, {"solver": "cg"}])
+def test_a_state_in_an_attribute_is_refused_and_one_in_a_buffer_is_taken(options):
+    torch.manual_seed(1)
+    batches = [(torch.randn(6, 4), torch.randint(0, 3, (6,))) for _ in range(3)]
+    model = Stateful(buffer=True)
+    optimizer = NGD(model, families.Categorical(), lr=1.0, damping=1e-2, max_kl=1e-2, **options)
+    for x, y in batches:
+        h, twin = model.h.clone(), deepcopy(model)
+        report = optimizer.step(x, y)
+        old = twin(x)
+        twin.load_state_dict({**model.state_dict(), "h": h})
+        kl = families.Categorical().kl(old, twin(x)).mean()
+        torch.testing.assert_close(report.kl, float(kl), rtol=1e-10, atol=1e-14)
+    model = Stateful(buffer=False)
+    optimizer, origin = NGD(model, families.Categorical(), lr=1.0, max_kl=1e-2, damping=1e-2, **options), bits(model)
+    with pytest.raises(RuntimeError, match=r"gives other outputs than the first.*in a buffer \(register_buffer\)"):
+        optimizer.step(*batches[0])
+    assert bits(model) == origin
+
+
+def test_a_step_without_a_trial_has_no_need_of_a_second_pass():
+    model = Stateful(buffer=False)
+    torch.manual_seed(1)
+    optimizer = NGD(model, families.Categorical(), lr=1.0, damping=1e-2)
+    with pytest.warns(UserWarning, match=r"other outputs than the first.* Keep a state .* in a buffer"):
+        assert optimizer.step(torch.randn(6, 4), torch.randint(0, 3, (6,))).accepted
+
+
+@pytest.mark.parametrize("solver", ["cg", "kfac", "ekfac"])
+def test_inputs_that_a_model_writes_to_are_refused(solver):
+    class Normalising(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sub_(2.0).div_(4.0))
+
+    model, y = Normalising(4, 3), torch.randint(0, 3, (6,))
+    optimizer, origin = NGD(model, families.Categorical(), lr=1.0, damping=1e-2, solver=solver), bits(model)
+    with pytest.raises(ValueError, match="forward pass of Normalising writes to its inputs"):
+        optimizer.step(torch.randn(6, 4), y)
+    assert bits(model) == origin

@@ -61,7 +61,10 @@ class Buffers:
         for module, _, name, buffer, copy in self._copies:
             now = module._buffers[name]
             if keep is not None and now is not None and now.shape == copy.shape:
-                copy = torch.where(keep, now, copy)
+                if now.layout is copy.layout is torch.strided:
+                    copy = torch.where(keep, now, copy)
+                elif keep:  # what is sparse has no where(): the host looks
+                    continue
             module._buffers[name] = buffer
             buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
 

@@ -236,3 +236,41 @@ def test_a_gradient_that_overflows_is_refused_though_the_loss_is_finite():
     assert optimizer.step(x, y).isnan()
     assert torch.equal(vector(model), before)
     assert all(not average.any() for average in (s["fisher"] for s in optimizer.state.values()))
+
+
+class Graph(nn.Module):
+    """A graph convolution, whose adjacency is a buffer; it may count its passes in the values of a sparse one too."""
+
+    def __init__(self, adjacency: Tensor, counts: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.counts = nn.Linear(5, 6).double(), nn.Linear(6, 3).double(), counts
+        self.register_buffer("adjacency", adjacency)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.counts:
+            self.adjacency = 1.5 * self.adjacency
+        return self.b(torch.tanh(self.adjacency @ h))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_sparse_buffers_move_as_dense_ones_and_stand_still_in_a_refused_step(layout, counts):
+    torch.manual_seed(0)
+    adjacency = (torch.rand(12, 12) < 0.3).double()
+    dense, sparse = Graph(adjacency, counts), Graph(layout(adjacency), counts)
+    optimizers = [
+        DiagonalNGD(m, families.Categorical(), lr=0.1, generator=torch.Generator().manual_seed(0))
+        for m in (dense, sparse)
+    ]
+    for step in range(3):
+        for x, y in batches(1):
+            x = x * torch.inf if step == 1 else x
+            before = sparse.adjacency.to_dense()
+            for optimizer in optimizers:
+                optimizer.step(x, y)
+            assert (step == 1 or not counts) == torch.equal(sparse.adjacency.to_dense(), before)
+            torch.testing.assert_close(sparse.adjacency.to_dense(), dense.adjacency)
+            torch.testing.assert_close(vector(sparse), vector(dense))

@@ -74,6 +74,14 @@ class Curvature(ABC, Generic[Evidence]):
         """Know this, and nothing else. Set ``parameters`` first, where no `update` did."""
         self.blocks = {key: dict(block) for key, block in state.items()}
 
+    def _in_precision(self, state: Mapping[Key, Mapping[str, Tensor]]) -> State:
+        """``state`` in the precision of the parameters, where these are known: it may be of a model in another one."""
+        dtype = self.parameters.dtype if hasattr(self, "parameters") else None
+        return {
+            key: {name: x.to(dtype) if dtype and x.is_floating_point() else x for name, x in block.items()}
+            for key, block in state.items()
+        }
+
     def _former(self, parameters: Parameters) -> dict[Key, Any]:
         """The blocks by the indices that their parameters have among these, by name, without those that are gone."""
         names = getattr(self, "parameters", parameters).names

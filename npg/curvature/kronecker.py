@@ -217,7 +217,7 @@ class KroneckerFisher(Curvature[Fisher]):
     def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
         """Go on from a `state_dict`."""
         self.blocks = {}
-        for key, entry in state.items():
+        for key, entry in self._in_precision(state).items():
             kind = Block if "inputs" in entry and entry["inputs"].numel() else Multiple
             self.blocks[key] = kind(**{name: entry[name] for name in kind._fields})
 

@@ -90,7 +90,7 @@ def _options(cls: type) -> frozenset[str]:
 
 
 class ExactResume(Optimizer):
-    """An optimizer whose state comes back from a checkpoint with the dtype it was saved with.
+    """An optimizer whose state comes back from a checkpoint of the same model with the dtype it was saved with.
 
     `Optimizer.load_state_dict` casts state to the dtype of its parameter, which rounds the float32 state of
     half-precision parameters, and may share memory with the checkpoint.
@@ -128,8 +128,10 @@ class ExactResume(Optimizer):
             for p, state in loaded:
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        # counts are for the host
-                        self.state[p][key] = value.to(p.device if value.is_floating_point() else "cpu", copy=True)
+                        # counts are for the host; what is added to the parameter goes by its precision now
+                        at = p.device if value.is_floating_point() else "cpu"
+                        dtype = torch.promote_types(p.dtype, torch.float32) if key in _SHAPED else value.dtype
+                        self.state[p][key] = value.to(at, dtype, copy=True)
 
         hooks = [
             self.register_load_state_dict_pre_hook(look),

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import functional
 
 from npg import Fisher, KroneckerFisher, StepReport, TrustRegion, families, natural_step
+from npg.curvature import DenseFisher
 from npg.optim import NGD, DiagonalNGD, KLShampoo, OnlineNGD
 from npg.trust_region import LevenbergMarquardt
 
@@ -469,3 +470,45 @@ class Masked(nn.Module):
 
     def forward(self, x, mask):
         return self.encoder(x, src_key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("precisions", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "kfac"},
+        {"solver": "ekfac"},
+        {"solver": "diagonal"},
+        {"solver": "dense fisher"},
+        {"preconditioner": "kfac"},
+        {"warm_start": 0.9, "momentum": 0.5},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_a_state_goes_on_in_a_model_of_another_precision(options, precisions):
+    """Two steps of which one uses the state as it is, and one learns: those of the float64 model, to float32."""
+
+    def made(dtype):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+        own = {"solver": DenseFisher(decay=0.9)} if options.get("solver") == "dense fisher" else options
+        period = {} if "warm_start" in own else {"update_period": 2}
+        return model, NGD(model, FAMILY, lr=0.5, damping=0.1, probes=None, **own, **period)
+
+    torch.manual_seed(1)
+    x, y = torch.randn(40, 5, dtype=torch.float64), torch.randint(0, 3, (40,))
+    first, second = precisions
+    model, optimizer = made(first)
+    for _ in range(3):
+        optimizer.step(x.to(first), y)
+    other, resumed = made(second)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for step in range(2):
+        for each, dtype in ((optimizer, first), (resumed, second)):
+            torch.manual_seed(step)
+            each.step(x.to(dtype), y)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p.double(), q.double(), rtol=1e-4, atol=1e-5)
+    held = [v for state in resumed.state.values() for v in state.values() if torch.is_tensor(v)]
+    assert {v.dtype for v in held if v.is_floating_point()} == {second}

@@ -48,6 +48,11 @@ def _check_embeddings(model: nn.Module, trained: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"embedding {name!r} has sparse=True, but gradients are parts of a dense vector here: set sparse=False"
             )
+        if module.scale_grad_by_freq and id(module.weight) in ids:
+            raise ValueError(
+                f"embedding {name!r} has scale_grad_by_freq=True: its backward pass is then not the derivative of its "
+                "forward pass, and F no Fisher information. Set scale_grad_by_freq=False, or freeze its weight"
+            )
 
 
 class Parameters:
@@ -63,7 +68,7 @@ class Parameters:
     Raises:
         ValueError: if nothing is trainable, if parameters lie on several devices, or if one of them cannot be part of
             the vector: one that is not a dense real floating-point tensor, or whose shape is not known yet, and an
-            embedding with ``max_norm`` or with sparse gradients.
+            embedding with ``max_norm``, or with gradients that are sparse or scaled by frequency.
     """
 
     def __init__(self, source: nn.Module | Mapping[str, Tensor], only: Mapping[str, Tensor] | None = None) -> None:

@@ -128,14 +128,15 @@ def test_sparse_tensors_are_refused_by_name():
 
 
 @pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
-def test_embeddings_that_move_or_are_sparse_are_refused_by_name(make):
+def test_embeddings_that_move_or_have_no_dense_gradient_are_refused_by_name(make):
     with pytest.raises(ValueError, match=r"'1\.0' has max_norm=1\.0.*Set max_norm=None"):
         Parameters(nn.Sequential(nn.Linear(2, 2), nn.Sequential(make(5, 2, max_norm=1.0))))
-    model = nn.Sequential(make(5, 2, sparse=True), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"'0' has sparse=True.*set sparse=False"):
-        Parameters(model)
-    model[0].weight.requires_grad_(False)  # then it is no part of the vector
-    assert Parameters(model).numel == 6
+    for option, remedy in (("sparse", "set sparse=False"), ("scale_grad_by_freq", "Set scale_grad_by_freq=False")):
+        model = nn.Sequential(make(5, 2, **{option: True}), nn.Linear(2, 2))
+        with pytest.raises(ValueError, match=rf"'0' has {option}=True.*{remedy}"):
+            Parameters(model)
+        model[0].weight.requires_grad_(False)  # then it is no part of the vector
+        assert Parameters(model).numel == 6
 
 
 def test_finite_or_not():

@@ -324,7 +324,7 @@ class Odd(nn.Module):
         return self.net(x + h)
 
 
-@pytest.mark.parametrize("kind", ["complex", "float8", "max_norm", "sparse"])
+@pytest.mark.parametrize("kind", ["complex", "float8", "max_norm", "sparse", "scale_grad_by_freq"])
 def test_every_method_refuses_the_same_parameters_by_name(kind, data):
     x, _ = data
     model = Odd(kind)

@@ -147,7 +147,8 @@ class Fisher:
         """F v; (P,) → (P,), or (P, K) → (P, K).
 
         Raises:
-            ValueError: if ``v`` does not have P rows.
+            TypeError: if ``v`` is no tensor.
+            ValueError: if ``v`` is not real, or does not have P rows.
             RuntimeError: if the parameters have changed since construction.
         """
         self.parameters.check(v)
@@ -158,6 +159,7 @@ class Fisher:
 
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵀFv for (P,) → (), or columnwise for (P, K) → (K,), at the cost of a push forward alone."""
+        self.parameters.check(v)
         u = self.linearization.push_forward(v.to(self.dtype))
         products = (u * self._metric(u)).flatten(v.ndim - 1).sum(-1, dtype=torch.float64)
         return mean_(products / self.events, self.process_group).to(self.dtype)

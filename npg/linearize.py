@@ -50,7 +50,7 @@ from npg.model import (
     unwrapped,
     without_autocast,
 )
-from npg.parameters import Parameters, power_of_two
+from npg.parameters import Parameters, check_dtypes, power_of_two
 
 __all__ = ["Linearization"]
 
@@ -92,6 +92,8 @@ class Linearization:
             )
         self.model = model
         self._inputs = _as_tuple(inputs)
+        if parameters is not None:
+            check_dtypes(parameters)
         if isinstance(model, nn.Module):
             own = dict(model.named_parameters())
             if unknown := [name for name in parameters or () if name not in own]:

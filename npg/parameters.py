@@ -14,8 +14,19 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_dtypes(named: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, with the name, for what is no dense real floating-point tensor of a known shape."""
+    """Raise ValueError, with the name, for what is no dense real floating-point tensor of a known shape.
+
+    Raise TypeError for what is no mapping of tensors.
+    """
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            f"parameters must be a mapping of names to tensors, got {type(named).__name__}: write "
+            "dict(model.named_parameters()), or {'w': w, …}"
+        )
     for name, p in named.items():
+        if not isinstance(p, Tensor):
+            flat = ": write one level of names, such as {'a.w': w}" if isinstance(p, Mapping) else ""
+            raise TypeError(f"parameter {name!r} must be a tensor, got {type(p).__name__}{flat or ': convert it'}")
         if is_lazy(p):
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once on an example first")
         if p.dtype not in _DTYPES or p.layout is not torch.strided:
@@ -77,10 +88,10 @@ class Parameters:
                 only = {name: p for name, p in source.named_parameters() if p.requires_grad}
             _check_embeddings(source, only.values())
             source = only
+        check_dtypes(source)
         named = dict(source)
         if not named:
             raise ValueError("model has no trainable parameter: set requires_grad on at least one")
-        check_dtypes(named)
         devices = {p.device for p in named.values()}
         if len(devices) > 1:
             raise ValueError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
@@ -114,7 +125,18 @@ class Parameters:
         return [part if part.dtype == p.dtype else part.to(p.dtype) for part, p in zip(parts, self.tensors)]
 
     def check(self, vector: Tensor) -> None:
-        """Raise ValueError unless ``vector`` has P rows."""
+        """Raise TypeError for what is no tensor, and ValueError unless ``vector`` is real and has P rows."""
+        if not isinstance(vector, Tensor):
+            several = isinstance(vector, (list, tuple))
+            remedy = "torch.nn.utils.parameters_to_vector(…)" if several else "torch.as_tensor(…)"
+            raise TypeError(
+                f"vector must be one tensor of shape ({self.numel},) or ({self.numel}, K), got "
+                f"{type(vector).__name__}: use {remedy}"
+            )
+        if vector.is_complex():
+            raise ValueError(
+                f"vector must be real, got {vector.dtype}: the maps are linear, apply them to .real and .imag"
+            )
         if vector.ndim not in (1, 2) or vector.shape[0] != self.numel:
             raise ValueError(
                 f"vector must have shape ({self.numel},) or ({self.numel}, K), one row per trainable parameter, "

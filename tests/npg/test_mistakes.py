@@ -263,3 +263,37 @@ def test_conjugate_gradients_take_whatever_has_products(system, form, columns):
 def test_what_solvers_do_not_take(system, call, error, remedy):
     with pytest.raises(error, match=re.escape(remedy)):
         call(*system)
+
+
+# What vectors and parameters are --------------------------------------------------------------------------------------
+
+VECTORS = [
+    (np.ones(18), TypeError, r"vector must be one tensor of shape \(18,\) .* got ndarray: use torch\.as_tensor"),
+    ([torch.ones(12), torch.ones(6)], TypeError, r"got list: use torch\.nn\.utils\.parameters_to_vector"),
+    (torch.ones(18, dtype=torch.complex64), ValueError, r"must be real, got torch\.complex64: .* \.real and \.imag"),
+]
+
+
+@pytest.mark.parametrize(("vector", "error", "says"), VECTORS, ids=["array", "list", "complex"])
+@pytest.mark.parametrize("map_", ["__matmul__", "quadratic", "push_forward"])
+def test_what_is_no_vector_is_refused_by_name(map_, vector, error, says, batch):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1, bias=False))
+    fisher = Fisher(model, batch[0], families.Gaussian())
+    with pytest.raises(error, match=says):
+        getattr(fisher.linearization if map_ == "push_forward" else fisher, map_)(vector)
+
+
+PARAMETERS = [
+    ({"a": {"w": torch.ones(4, 3)}}, r"parameter 'a' must be a tensor, got dict: write one level of names"),
+    ({"w": [1.0, 2.0]}, r"parameter 'w' must be a tensor, got list: convert it"),
+    ([torch.ones(4, 3)], r"parameters must be a mapping of names to tensors, got list: write dict\(model"),
+    (nn.Linear(4, 3).parameters(), r"parameters must be a mapping of names to tensors, got generator"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), PARAMETERS, ids=["nested", "numbers", "list", "generator"])
+@pytest.mark.parametrize("of", ["function", "module"])
+def test_what_is_no_mapping_of_tensors_is_refused_by_name(of, given, says, batch):
+    model = nn.Linear(4, 3) if of == "module" else lambda parameters, x: x @ parameters["w"]
+    with pytest.raises(TypeError, match=says):
+        Fisher(model, batch[0], CATEGORICAL, parameters=given)

@@ -10,7 +10,8 @@ that imports the changed module in the place of the one on disk.
    bounds how many tests it meets.
 
 The table is written row by row; the same command goes on where it was stopped. The column ``why`` is for you: the
-reason for which a survivor is no fault. ``--again`` gives the survivors that have none to the tests once more.
+reason for which a survivor is no fault. ``--again`` gives the survivors that have none to the tests once more, and
+no other.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ TESTS = {
     "npg/trust_region.py": "trust_region step",
     "npg/step.py": "step mistakes constraint",
     "npg/constraint.py": "constraint",
-    "npg/fisher.py": "fisher mistakes geometry",
+    "npg/fisher.py": "fisher families mistakes geometry",
     "npg/families": "families mistakes geometry",
     "npg/geometry.py": "geometry mistakes",
     "npg/linearize.py": "linearize fisher",
@@ -115,6 +116,11 @@ class Mutant:
         self.line = old.lineno
         head = (ast.unparse(ast.fix_missing_locations(deepcopy(node))).split("\n")[0] for node in (old, new))
         self.mutation = " → ".join(text if len(text) < 100 else text[:97] + "…" for text in head)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is called in the table, however the lines move."""
+        return self.module, self.function, self.mutation
 
     def code(self) -> Any:
         """The changed module."""
@@ -316,20 +322,23 @@ def main() -> None:
     every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "npg").rglob("*.py"))
     modules = [m for m in every if any(m.startswith(start) for start in args.modules)]
     drawn = [mutant for m in modules for mutant in mutants_of(m)]
-    n = len(drawn)
+    print(f"{len(drawn)} mutants of {len(modules)} modules", flush=True)
     random.Random(args.seed).shuffle(drawn)
     rows = {}
     if args.csv.exists():
         with args.csv.open(newline="") as file:
             rows = {(row["module"], row["function"], row["mutation"]): row for row in csv.DictReader(file)}
-    print(f"{n} mutants of {len(modules)} modules", flush=True)
+    open_ = {key for key, row in rows.items() if row["result"] == "survived" and not row["why"]}
+    if args.again:  # whichever are drawn today
+        drawn = [mutant for mutant in drawn if mutant.key in open_]
+        for key in open_ - {mutant.key for mutant in drawn}:
+            print(f"no longer in the code: {' '.join(key)}", flush=True)
     folder = Path(tempfile.gettempdir()) / "npg-mutants"
     folder.mkdir(exist_ok=True)
     tests: dict[str, dict[str, Any]] = {}
     commit = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], text=True).strip()
     for mutant in drawn[: args.limit]:
-        old = rows.get((mutant.module, mutant.function, mutant.mutation))
-        if old and not (args.again and old["result"] == "survived" and not old["why"]):
+        if mutant.key in rows and not args.again:
             continue
         if mutant.module not in tests:
             core = [m for m in every if any(m.startswith(start) for start in TESTS)]
@@ -341,7 +350,7 @@ def main() -> None:
         result, test = outcome(mutant, tests[mutant.module], args.seconds)
         found = [mutant.module, mutant.function, mutant.line, mutant.mutation, result, test, commit, ""]
         print(f"{result:<9}{mutant.module}:{mutant.line} {mutant.mutation}   {test}", flush=True)
-        rows[mutant.module, mutant.function, mutant.mutation] = dict(zip(COLUMNS, map(str, found)))
+        rows[mutant.key] = dict(zip(COLUMNS, map(str, found)))
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()

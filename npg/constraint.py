@@ -170,7 +170,7 @@ def limit(
         nothing = replace(second, x=torch.zeros_like(g), status=lost, statuses=(lost,))
         return Limited(nothing, constraint, "bound", 0.0, before)
     x, feasible = found
-    damped = F.quadratic(x).double() + damping * norm(x).square()
+    damped = F.quadratic(x) + damping * norm(x).square()
     worst = max(solution.status, second.status, key=ORDER.index)
     both = Solution(
         x=x,

@@ -86,7 +86,6 @@ class TrustRegion:
             scale: the first length to try.
             slope: gᵀs, the gain per unit of scale that the linear model predicts.
         """
-        trial = Trial(0.0, 0.0)
         for backtracks in range(self.max_trials):
             trial = evaluate(scale)
             # written so that NaN fails, and a gain of +∞ too, which comes of ratios that overflow

@@ -240,7 +240,6 @@ def finish(
     overflow = ~(largest < inf)
     if bool((faint | overflow).any()):
         faint = faint & (state == CODE[Status.CONVERGED]) & x.any(0)
-        overflow = overflow & (state != CODE[Status.NON_FINITE])
         x = torch.where(faint, answer.to(x.dtype) / scale, x)
         r = torch.where(faint, b - product(torch.where(faint, x, 0.0)), r)
         worse = faint & ~(norms_in_double(r) <= (rtol + 32 * kind.eps) * norm_b)

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from npg import Fisher, Status, TrustRegion, families, natural_step
-from npg.constraint import Constraint, constrained_step
+from npg.constraint import Constraint, constrained_step, limit
 from npg.solvers import dense_solve
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -40,10 +40,10 @@ def by_slsqp(H: Tensor, g: Tensor, b: Tensor, c: float, delta: float) -> np.ndar
     """A generic solver's answer, from a point within the region; where the limit is out of reach, the least cost."""
     H, g, b = H.numpy(), g.numpy(), b.numpy()
     ball = {"type": "ineq", "fun": lambda x: delta - 0.5 * x @ H @ x, "jac": lambda x: -H @ x}
-    limit = {"type": "ineq", "fun": lambda x: -c - b @ x, "jac": lambda x: -b}
+    bound = {"type": "ineq", "fun": lambda x: -c - b @ x, "jac": lambda x: -b}
     w = np.linalg.solve(H, b)
     least = -sqrt(2 * delta / (b @ w)) * w
-    goal, constraints = (b, [ball]) if c + b @ least > 0 else (-g, [ball, limit])
+    goal, constraints = (b, [ball]) if c + b @ least > 0 else (-g, [ball, bound])
     found = minimize(
         lambda x: goal @ x, 0.99 * least, jac=lambda x: goal, constraints=constraints, method="SLSQP",
         options={"ftol": 1e-14, "maxiter": 1000},
@@ -127,13 +127,18 @@ def test_a_limit_that_is_just_in_reach_takes_all_of_the_radius():
     torch.testing.assert_close(at, beyond, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-80, 1e80])
-def test_the_scale_of_the_cost_does_not_matter(scale):
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e-80, torch.float64), (1e80, torch.float64), (1e-25, torch.float32), (1e25, torch.float32)]
+)
+def test_the_scale_of_the_cost_does_not_matter(scale, dtype):
+    """Though the dtype of the gradients does not hold the square of it."""
     H, g, b = problem(3, 4)
-    v, w = torch.linalg.solve(H, g), torch.linalg.solve(H, b)
-    x, _ = constrained_step(g, b, v, w, 0.01, 0.01)
+    vectors = [t.to(dtype) for t in (g, b, torch.linalg.solve(H, g), torch.linalg.solve(H, b))]
+    x, _ = constrained_step(*vectors, 0.01, 0.01)
+    g, b, v, w = vectors
     y, _ = constrained_step(g, scale * b, v, scale * w, 0.01 * scale, 0.01)
-    torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+    close = {"rtol": 1e-10, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(x, y, **close)
 
 
 def test_a_product_that_cannot_be_one_gives_no_step():
@@ -276,6 +281,43 @@ def test_of_two_solves_the_report_has_the_sum_the_larger_residual_and_the_worse_
     assert report.status is Status.ITERATION_LIMIT
 
 
+def test_the_solution_under_a_limit_knows_its_quadratic_model():
+    """½xᵀHx − gᵀx, and xᵀHx, of the x that is bound by the limit."""
+    model, x, family, _, cost = setting()
+    F = Fisher(model, x, family)
+    g = torch.randn(F.shape[0], generator=torch.Generator().manual_seed(1))
+    solve, region, excess = partial(dense_solve, F, damping=1e-2), TrustRegion(1e-4), Constraint(cost, 0.0)
+    found = limit(F.linearization, F, g, solve(g), solve, 1e-2, excess, region, None)
+    assert found.kind == "bound"
+    H, step = F.dense() + 1e-2 * torch.eye(F.shape[0]), found.solution.x
+    torch.testing.assert_close(found.solution.curvature, step @ H @ step)
+    torch.testing.assert_close(found.solution.model_value, 0.5 * step @ H @ step - g @ step)
+
+
+@pytest.mark.parametrize(
+    ("second", "status"), [(Status.NON_FINITE, Status.NON_FINITE), (Status.CONVERGED, Status.BREAKDOWN)]
+)
+def test_a_second_solve_without_an_answer_refuses_the_step(second, status):
+    """Not finite by its own word; or bᵀw = 0, which no positive H has."""
+    calls = []
+
+    def solver(A, b, **options):
+        calls.append(b)
+        found = dense_solve(A, b, **options)
+        return found if len(calls) == 1 else replace(found, x=0 * found.x, status=second, statuses=(second,))
+
+    model, x, family, gain, cost = setting()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    report = natural_step(
+        model, x, family, gain, trust_region=TrustRegion(1e-4), damping=1e-3, solver=solver,
+        constraint=Constraint(cost, 1.0),
+    )  # fmt: skip
+    assert len(calls) == 2
+    assert not report.accepted
+    assert (report.status, report.limit, report.step_norm) == (status, "bound", 0.0)
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+
+
 @pytest.mark.parametrize("value", [nan, inf])
 def test_a_cost_that_is_not_finite_refuses_the_step(value):
     model, x, family, gain, cost = setting()
@@ -293,14 +335,14 @@ def test_a_cost_that_is_not_finite_refuses_the_step(value):
 def test_what_a_constraint_cannot_go_with_is_refused():
     model, x, family, gain, cost = setting()
     call = partial(natural_step, model, x, family, gain, damping=0.1)
-    limit = Constraint(cost, 0.0)
+    kept = Constraint(cost, 0.0)
     for options in (
         {"learning_rate": 1.0},
         {"trust_region": TrustRegion(0.1), "learning_rate": 1.0},
         {"trust_region": TrustRegion(0.1, backtrack=False)},
     ):
         with pytest.raises(ValueError, match="constraint goes with a trust region that backtracks"):
-            call(constraint=limit, **options)
+            call(constraint=kept, **options)
     with pytest.raises(
         TypeError, match=r"constraint must be a Constraint, got a partial: write Constraint\(cost, excess\)"
     ):

@@ -111,6 +111,8 @@ def test_score_is_the_gradient_of_the_log_likelihood(case, assert_close):
     y = case.family.sample(outputs)
     score = case.family.score(outputs, y)
     assert not score.requires_grad
+    assert not outputs.requires_grad  # it is the caller's
+    assert not case.family.score(outputs.clone().requires_grad_(), y).requires_grad
     direction, h = torch.randn_like(outputs), 1e-5
     up, down = (case.family.log_likelihood(outputs + s * h * direction, y) for s in (1, -1))
     slope = (up - down) / (2 * h)
@@ -522,6 +524,14 @@ def test_from_torch_keeps_its_metric_over_fourteen_decades(every_family, decade,
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("decade", [-8, -4, 0, 4])
+def test_from_torch_keeps_the_metric_of_a_gamma_in_its_rate(decade, assert_close):
+    """α/β²: the KL's slope at equal arguments is α/β − α/β, whose rounding grows as the root of the metric."""
+    rates = (1 + torch.rand(50, 1, generator=torch.Generator().manual_seed(0))) * 10.0**decade
+    family = families.from_torch(lambda o: D.Gamma(3.0 + 0 * o[..., 0], o[..., 0]))
+    assert_close(family.metric(rates)(torch.ones_like(rates)), 3 / rates.square())
+
+
 def test_from_torch_takes_outputs_that_the_distribution_does_not_use(assert_close):
     family = families.from_torch(lambda o: D.Independent(D.Normal(o[..., :2], 1.0), 1))
     moved = family.metric(torch.randn(5, 3))(torch.ones(5, 3))
@@ -686,7 +696,7 @@ def test_registered_kls_are_taken_in_float64_where_they_can():
     expected = old.double()[:, 0].exp() * (torch.expm1(d) - d)
     torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=1e-9)
     constant = torch.eye(3, dtype=F32)
-    single = families.from_torch(lambda o: D.MultivariateNormal(o, covariance_matrix=constant))
+    single = families.from_torch(lambda o: D.Independent(D.Normal(o @ constant, 1.0), 1))  # which takes float32 alone
     old, new = torch.zeros(2, 3, dtype=F32), torch.ones(2, 3, dtype=F32)
     torch.testing.assert_close(single.kl(old, new), torch.full((2,), 1.5, dtype=F32))
     torch.testing.assert_close(single.metric(old)(new), new)

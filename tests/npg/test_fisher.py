@@ -243,6 +243,22 @@ def test_dense_by_rows_and_by_columns_are_one(mlp, every_family, events, twin, a
     assert_close(fisher.diagonal(), F.diagonal())
 
 
+@pytest.mark.parametrize("events", [2, 40])
+def test_dense_takes_the_cheaper_of_the_two_ways(mlp, every_family, events, monkeypatch):
+    """min(P, events·D) columns of either map."""
+    fisher = Fisher(mlp(4), torch.randn(events, 3), every_family["categorical"].family)
+    columns, pull_back = [], fisher.linearization.pull_back
+    outputs = fisher.outputs
+
+    def counting(u: torch.Tensor) -> torch.Tensor:
+        columns.append(u.numel() // outputs.numel())
+        return pull_back(u)
+
+    monkeypatch.setattr(fisher.linearization, "pull_back", counting)
+    fisher.dense()
+    assert sum(columns) == min(fisher.shape[0], outputs.numel())
+
+
 def test_chunks(every_family, twin, assert_close):
     case = every_family["gaussian"]
     torch.manual_seed(0)
@@ -377,6 +393,17 @@ def within_five_errors(draws: Tensor, expected: Tensor) -> None:
     assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-12).all()
     # and the error is small enough for this to mean something
     assert error.norm() < 0.2 * expected.norm()
+
+
+def test_one_label_per_event_is_drawn_unless_more_are_asked_for(mlp):
+    """As many rank-one terms as labels."""
+    model, x, family = mlp(4), torch.randn(3, 3), families.Categorical()
+    one, more = (
+        Fisher(model, x, family, kind="sampled", generator=torch.Generator().manual_seed(0), **options).dense()
+        for options in ({}, {"samples": 8})
+    )
+    assert torch.linalg.matrix_rank(one) == 3
+    assert torch.linalg.matrix_rank(more) > 3
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_batchnorm"])
@@ -703,6 +730,30 @@ def test_outputs_that_are_not_finite_have_products_that_are_not(kind, name, mlp,
     x[2, 1] = torch.nan
     fisher = Fisher(model, x, family, kind=kind, targets=targets)
     assert torch.isnan(fisher @ torch.randn(fisher.shape[0])).all()
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("axes", [(5,), (5, 2)])
+def test_one_output_that_is_not_finite_takes_its_event_out_of_the_numbers(kind, bad, axes, mlp):
+    """All of the event, whichever output it is: the matrix shows it as the products do."""
+    model, x, family = mlp(4), torch.randn(*axes, 3), families.Categorical()
+    shift = torch.zeros(*axes, 4)
+    shift[2, ..., 1] = bad
+
+    def broken(parameters, x):
+        return torch.func.functional_call(model, parameters, x) + shift
+
+    fisher = Fisher(
+        broken,
+        x,
+        family,
+        kind=kind,
+        targets=torch.zeros(axes, dtype=torch.long) if kind == "empirical" else None,
+        parameters=dict(model.named_parameters()),
+    )
+    assert torch.isnan(fisher @ torch.randn(fisher.shape[0])).all()
+    assert torch.isnan(fisher.dense()).all()
 
 
 @pytest.mark.parametrize("kind", ["sampled", "empirical"])

@@ -70,6 +70,15 @@ def test_the_factor_is_one_of_the_metric(geometry, assert_close):
         assert_close(L @ L.mT, M)
 
 
+@pytest.mark.parametrize("leading", [(), (2, 3)])
+def test_the_factor_is_of_every_event_by_itself(geometry, leading, assert_close):
+    """One event without an axis, and events on several axes, the epsilon of each in its place."""
+    outputs, epsilon = randn(*leading, 4, seed=18), randn(*leading, 4, seed=19)
+    for factor in (geometry.factor, partial(Geometry.factor, geometry)):
+        flat = [factor(o[None])(e[None])[0] for o, e in zip(outputs.reshape(-1, 4), epsilon.reshape(-1, 4))]
+        assert_close(factor(outputs)(epsilon), torch.stack(flat).reshape(*leading, 4))
+
+
 def test_the_divergence_has_the_metric_as_its_second_order(geometry):
     outputs, d = randn(6, 4, seed=1), randn(6, 4, seed=2)
     quadratic = 0.5 * (d * geometry(outputs)(d)).sum(-1)
@@ -191,13 +200,16 @@ def test_what_is_no_metric_has_no_factor(metric, mlp):
         F.diagonal(probes=1)
 
 
-def test_outputs_that_are_not_finite_give_nan_and_no_error(geometry):
+@pytest.mark.parametrize("where", [0, 3, slice(None)])
+def test_outputs_that_are_not_finite_give_nan_and_no_error(geometry, where):
+    """In all of the factor of their event, and in no other's."""
     outputs = randn(3, 4, seed=15)
-    outputs[1] = torch.nan
+    outputs[1, where] = torch.nan
     L = blocks(Geometry.factor(geometry, outputs), 3)
     assert torch.isfinite(L[[0, 2]]).all()
-    if not isinstance(geometry, Euclidean):
-        assert torch.isnan(L[1]).any()
+    finite = torch.isfinite(blocks(geometry(outputs), 3)[1]).all()
+    assert torch.isfinite(L[1]).all() if finite else torch.isnan(L[1]).all()
+    assert not finite or where == 0 or isinstance(geometry, Euclidean)  # a mean is in no metric
 
 
 def test_what_is_no_geometry_is_named(mlp):

@@ -37,9 +37,9 @@ MEANT = [
     (nn.CrossEntropyLoss(), "families.Categorical()"),
     (nn.CrossEntropyLoss, "families.Categorical()"),
     (nn.NLLLoss(), "families.Categorical()"),
-    (F.cross_entropy, "families.Categorical()"),
+    (F.cross_entropy, "families.Categorical(), which has no weights"),
     (nn.MSELoss(), "families.Gaussian()"),
-    (F.mse_loss, "families.Gaussian()"),
+    (F.mse_loss, "families.Gaussian(), whose log-likelihood"),
     (nn.BCEWithLogitsLoss(), "families.Bernoulli()"),
     (nn.BCELoss(), "families.Bernoulli(), for a model that returns logits"),
     (nn.GaussianNLLLoss(), "families.DiagonalGaussian()"),
@@ -156,6 +156,7 @@ def test_outputs_without_an_axis_of_events_are_refused(family):
     before = copy.deepcopy(model.state_dict())
     calls = [
         lambda: Fisher(model, inputs, family),
+        lambda: Fisher(model, (inputs,), family),
         lambda: Fisher(model, inputs, lambda outputs: lambda u: u),
         lambda: natural_step(model, inputs, family, lambda outputs: outputs.mean(), learning_rate=1.0),
         lambda: NGD(model, family).step(inputs, targets),
@@ -165,6 +166,13 @@ def test_outputs_without_an_axis_of_events_are_refused(family):
         with pytest.raises(ValueError, match=r"\(8,\): that is one event of 8 components.*\(8, 1\) for 8 events"):
             call()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_outputs_of_a_function_without_inputs_are_one_event():
+    weights = {"w": torch.tensor([1.0, 2.0, 3.0])}
+    F = Fisher(lambda p: 2 * p["w"], (), families.Gaussian(), parameters=weights)
+    assert F.events == 1
+    torch.testing.assert_close(F.dense(), 4 * torch.eye(3))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +200,22 @@ def test_targets_of_another_kind_are_refused_with_the_remedy(family, width, targ
         with pytest.raises(ValueError, match=re.escape(remedy)):
             call()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "outputs", "targets", "end"),
+    [
+        (CATEGORICAL, (8, 5, 3), (8, 5, 1), "one per event, by targets.squeeze(-1)"),
+        (CATEGORICAL, (8, 5, 3), (8, 5, 3), "one per event, by targets.argmax(-1) of rows with a single 1"),
+        (CATEGORICAL, (8, 5, 3), (8, 1), "one per event"),
+        (CATEGORICAL, (8, 3), (7,), "one per event"),
+        (families.Gaussian(), (8, 1), (7,), "got (7,)"),
+        (families.Gaussian(), (8, 2), (8,), "got (8,)"),
+    ],
+)
+def test_a_remedy_is_named_where_it_is_one(family, outputs, targets, end):
+    with pytest.raises(ValueError, match=rf"{re.escape(end)}$"):
+        family.log_likelihood(torch.zeros(outputs), torch.zeros(targets))
 
 
 @pytest.mark.parametrize("axes", [(), (5,), (5, 7)])

@@ -82,10 +82,10 @@ def test_a_good_preconditioner_saves_iterations(spd):
 
 
 def test_cg_ends_after_as_many_iterations_as_there_are_eigenvalues():
-    A = torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 9.0]))
+    A = Counting(torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 9.0])))
     solution = conjugate_gradient(A, randn(6), rtol=1e-12)
     assert solution.status is Status.CONVERGED
-    assert solution.iterations == 3
+    assert solution.iterations == A.products == 3
 
 
 def test_products_are_what_is_promised(spd):
@@ -100,6 +100,7 @@ def test_products_are_what_is_promised(spd):
 
 def test_what_a_solution_knows_equals_its_definition(spd):
     A, b, damping = spd(30, 100.0), randn(30, 3), 0.1
+    b[:, 2] = torch.eye(30)[4]  # of norm 1
     damped = A + damping * torch.eye(30)
     for x0 in (None, randn(30, 3, seed=1)):
         for iterations in (1, 5, 200):
@@ -210,6 +211,21 @@ def test_a_large_start_in_the_null_space_is_not_believed(several):
             assert float(said) == pytest.approx(float(residual), rel=0.1, abs=1e-8)
 
 
+def test_what_starts_again_keeps_the_limit_and_the_scale():
+    """A start of 10⁹ in the null space leaves a residual of about 10⁻⁷ that the recurrence does not see."""
+    for seed in range(20):
+        rotation, _ = torch.linalg.qr(randn(6, 6, seed=seed))
+        A = (rotation * torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.0])) @ rotation.T
+        b, x0 = A @ randn(6, seed=seed + 1), 1e9 * rotation[:, 5]
+        solve = partial(conjugate_gradient, A, rtol=1e-8, residual_refresh=1000)
+        s = solve(b, x0=x0)
+        small = solve(2.0**-20 * b, x0=2.0**-20 * x0)
+        assert torch.equal(small.x, 2.0**-20 * s.x)
+        assert (small.status, small.iterations) == (s.status, s.iterations)
+        for limit in range(1, s.iterations):
+            assert solve(b, x0=x0, max_iterations=limit).iterations <= limit
+
+
 def test_what_a_warm_start_has_found_costs_one_product_to_look_at(spd):
     A, b = Counting(spd(30, 100.0)), randn(30)
     x0 = 0.9 * torch.linalg.solve(A.matrix, b) + 1e-3 * randn(30, seed=2)
@@ -284,17 +300,23 @@ def test_breakdown_where_the_preconditioner_is_not_positive(spd):
     solution = conjugate_gradient(spd(5, 2.0), randn(5), preconditioner=lambda r: -r)
     assert solution.status is Status.BREAKDOWN
     assert torch.equal(solution.x, torch.zeros(5))
+    # on the first residual it looks positive: rᵀCr = ½, and then −4/9
+    A, indefinite = torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([1.0, -0.5])
+    solution = conjugate_gradient(A, torch.ones(2), preconditioner=lambda r: indefinite * r)
+    assert solution.status is Status.BREAKDOWN
+    assert solution.iterations == 1
 
 
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_non_finite_right_hand_side(spd, bad):
-    b = randn(5)
+    b, warm = randn(5), partial(conjugate_gradient, x0=randn(5, seed=1))
     b[2] = bad
-    for solver in (conjugate_gradient, dense_solve, partial(dense_solve, method="eigh")):
-        solution = solver(spd(5, 2.0), b)
-        assert solution.status is Status.NON_FINITE
-        assert solution.iterations == 0
-        assert not torch.isfinite(solution.x).all()
+    for solver in (conjugate_gradient, warm, dense_solve, partial(dense_solve, method="eigh")):
+        for sign in (1, -1):
+            solution = solver(sign * spd(5, 2.0), b)
+            assert solution.status is Status.NON_FINITE
+            assert solution.iterations == 0
+            assert not torch.isfinite(solution.x).all()
 
 
 @pytest.mark.parametrize("bad", [nan, inf])
@@ -305,18 +327,31 @@ def test_non_finite_matrix_start_or_preconditioner(spd, bad):
     assert dense_solve(broken, b).status is Status.NON_FINITE
     assert dense_solve(broken, b, method="eigh").status is Status.NON_FINITE
     assert conjugate_gradient(broken, b).status is Status.NON_FINITE
-    assert conjugate_gradient(A, b, x0=torch.full((5,), bad)).status is Status.NON_FINITE
+    for start in (torch.full((5,), bad), torch.tensor([0.0, bad, 0.0, 0.0, 0.0])):
+        assert conjugate_gradient(A, b, x0=start).status is Status.NON_FINITE
     assert conjugate_gradient(A, b, preconditioner=lambda r: r * bad).status is Status.NON_FINITE
 
 
-def test_a_product_that_turns_nan_leaves_a_finite_iterate(spd):
+@pytest.mark.parametrize("bad", [nan, inf])
+@pytest.mark.parametrize("residual_refresh", [2, 1000])  # the third product is that of a residual, or of a direction
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_product_that_is_no_number_leaves_a_finite_iterate(spd, bad, residual_refresh, columns):
+    """In its column; the others go on."""
+    A, b = spd(20, 100.0), randn(20, columns)
+
     class Failing(Counting):
         def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
-            return super().__matmul__(v) * (nan if self.products >= 3 else 1.0)
+            w = super().__matmul__(v)
+            w[:, 0] *= bad if self.products >= 3 else 1.0
+            return w
 
-    solution = conjugate_gradient(Failing(spd(20, 100.0)), randn(20), residual_refresh=1000)
-    assert solution.status is Status.NON_FINITE
+    solution = conjugate_gradient(Failing(A), b, residual_refresh=residual_refresh)
+    assert solution.statuses[0] is Status.NON_FINITE
     assert torch.isfinite(solution.x).all()
+    assert torch.isfinite(solution.residual_norm[0]) == (residual_refresh == 1000)
+    if columns == 2:
+        assert solution.statuses[1] is Status.CONVERGED
+        assert relative(solution.x[:, 1], torch.linalg.solve(A, b[:, 1])) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------ scale
@@ -472,7 +507,7 @@ def test_refreshed_residual_is_the_true_one(spd):
 
 def test_refresh_costs_no_accuracy_in_float64(spd):
     A, b = spd(60, 1e4), randn(60)
-    for residual_refresh in (7, 50, 10_000):
+    for residual_refresh in (1, 7, 50, 10_000):
         s = conjugate_gradient(A, b, max_iterations=2000, rtol=1e-12, residual_refresh=residual_refresh)
         assert s.status is Status.CONVERGED
         assert relative(s.x, torch.linalg.solve(A, b)) < 1e-8
@@ -555,6 +590,9 @@ def test_indefinite_matrices():
     A, b = torch.diag(torch.tensor([4.0, -2.0])), torch.ones(2)
     assert dense_solve(A, b).status is Status.BREAKDOWN
     assert dense_solve(A, b, method="eigh").status is Status.NEGATIVE_CURVATURE
+    within = dense_solve(A, torch.tensor([1.0, 0.0]))  # where A is positive
+    assert within.status is Status.BREAKDOWN
+    assert not within.x.any()
     rounding = torch.diag(torch.tensor([4.0, -1e-17]))
     assert dense_solve(rounding, b, method="eigh").status is Status.CONVERGED
 
@@ -563,6 +601,14 @@ def test_rcond_decides_which_directions_count():
     A, b = torch.diag(torch.tensor([1.0, 1e-3])), torch.ones(2)
     torch.testing.assert_close(dense_solve(A, b, method="eigh", rcond=1e-2).x, torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(dense_solve(A, b, method="eigh", rcond=1e-4).x, torch.tensor([1.0, 1e3]))
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, dense_solve])
+@pytest.mark.parametrize("shape", [(0,), (0, 2)])
+def test_a_system_without_unknowns_is_solved(solver, shape):
+    solution = solver(torch.zeros(0, 0), torch.zeros(shape))
+    assert solution.x.shape == shape
+    assert solution.status is Status.CONVERGED
 
 
 def test_dense_takes_what_has_a_dense_form(spd):
@@ -645,6 +691,8 @@ def test_bad_systems_are_refused():
             solver(torch.eye(3), torch.ones(3, dtype=torch.int64))
         with pytest.raises(ValueError, match=r"b must be .* got torch.float64 \(3, 1, 1\)"):
             solver(torch.eye(3), torch.ones(3, 1, 1))
+        with pytest.raises(ValueError, match=r"b must have at least one column, got \(3, 0\)"):
+            solver(torch.eye(3), torch.ones(3, 0))
     with pytest.raises(ValueError, match=r"A must be 3 × 3 for b of shape \(3,\), got \(4, 4\)"):
         dense_solve(torch.eye(4), torch.ones(3))
     with pytest.raises(ValueError, match="method must be 'cholesky' or 'eigh', got 'qr'"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Beta, Independent, Laplace, Normal, Poisson
 
 from npg import Fisher, Status, TrustRegion, conjugate_gradient, dense_solve, families, natural_step
+from npg.constraint import Constraint
 from npg.optim import NGD
 from npg.step import StepReport
 
@@ -292,6 +293,30 @@ def test_outputs_outside_of_the_domain_of_a_distribution_are_a_failed_trial(mlp)
     assert report.backtracks > 0
 
 
+@pytest.mark.parametrize("constraint", [None, Constraint(lambda outputs: 0 * outputs.mean(), -1.0)])
+def test_out_of_the_domain_as_many_numbers_are_averaged_as_within(constraint, monkeypatch):
+    """Of several processes one may be out of it: they average tensors of one shape, or wait for each other forever."""
+    shapes = []
+
+    def noted(values, group):
+        shapes.append(values.shape)
+        return values
+
+    monkeypatch.setattr("npg.step.mean_", noted)
+    family = families.from_torch(lambda o: Independent(Beta(1 + o[..., :2], 2 - o[..., 2:]), 1))
+    model, x, y = nn.Linear(3, 4), torch.zeros(5, 3), torch.full((5, 2), 1e-9)
+    nn.init.zeros_(model.bias)
+    report = natural_step(
+        model, x, family, lambda o: family.log_likelihood(o, y).mean(), damping=0.1, constraint=constraint,
+        trust_region=TrustRegion(1e2, shrink=0.3, max_trials=20),
+    )  # fmt: skip
+    assert report.accepted
+    assert report.backtracks > 0
+    trials = shapes[2:]  # after the objective and its gradient
+    assert len(trials) == 1 + report.backtracks
+    assert set(trials) == {(2 if constraint is None else 3,)}
+
+
 def test_the_objective_is_reported_where_only_the_fisher_is_out_of_its_domain(problem):
     model, x, objective = problem
     origin, before = bits(model), objective(model(x)).item()
@@ -325,7 +350,8 @@ def test_a_stationary_point_is_left_alone(problem):
     origin = bits(model)
     for options in ({"trust_region": TrustRegion(0.01)}, {"learning_rate": 1.0}):
         report = natural_step(model, x, FAMILY, lambda outputs: 0 * outputs.sum(), damping=0.1, **options)
-        assert report.gradient_norm == report.step_norm == 0
+        assert report.accepted
+        assert report.gradient_norm == report.step_norm == report.backtracks == 0
         assert bits(model) == origin
 
 
@@ -354,8 +380,15 @@ def test_a_descent_direction_is_refused(problem):
     def backwards(A, b, **options):
         return conjugate_gradient(A, -b, **options)
 
-    refused(natural_step(model, x, FAMILY, objective, trust_region=TrustRegion(0.1), damping=0.1, solver=backwards))
+    seen = []
+
+    def noted(outputs):
+        seen.append(outputs)
+        return objective(outputs)
+
+    refused(natural_step(model, x, FAMILY, noted, trust_region=TrustRegion(0.1), damping=0.1, solver=backwards))
     assert bits(model) == origin
+    assert len(seen) == 1  # no length is tried
 
 
 # ------------------------------------------------------------------------------------------- what a status comes to

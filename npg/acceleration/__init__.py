@@ -2,8 +2,8 @@
 
 `accelerate` gives the two maps of a linearisation, and `accelerate_function` any function of tensors, as straight-line
 programs; both give None where there is none, and then the caller does without. A program is only ever used after it was
-seen to agree with autograd on the very batch at hand (`agreement`), and while nothing that its trace took for constant
-has changed (`surroundings`); the `Cache` says which ones are kept, and when a shape is worth a trace.
+seen to agree with autograd on the very batch at hand (`agreement`); the `Cache` says which ones are kept, and when a
+shape is worth a trace.
 
 It is all turned off by the environment variable ``NPG_ACCELERATION=off``, or in Python by
 
@@ -101,8 +101,8 @@ class Linearized(Protocol):
     def as_before(self) -> AbstractContextManager[None]: ...
 
 
-_programs: Cache[Program] = Cache(Program.same)
-_functions: Cache[Callable[..., Sequence[Tensor]]] = Cache(None, every_shape=True)
+_programs: Cache[Program] = Cache()
+_functions: Cache[Callable[..., Sequence[Tensor]]] = Cache(every_shape=True)
 
 
 def accelerate(linearization: Linearized, recorded: Recorded) -> Maps | None:
@@ -158,7 +158,7 @@ def accelerate_function(
         owner: the object whose only function this is; its programs are kept as long as it lives.
         function: tensors ↦ tensors.
         arguments: the tensors now.
-        agrees: whether a program of it is right. It is asked at each call of this one, and is all that tells.
+        agrees: whether a program of it is right.
     """
     if mode.now == "off":
         return None

@@ -8,8 +8,6 @@ from types import MethodType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from npg.acceleration.surroundings import Surroundings
-
 __all__ = ["Cache"]
 
 P = TypeVar("P")
@@ -28,8 +26,6 @@ class _Shape(Generic[P]):
     wait: int
     step: int  # the unit of the next waits
     program: P | None = None
-    seen: Surroundings | None = None  # by the last trace
-    former: P | None = None  # the program that was dropped last
     traces: int = 0
 
 
@@ -51,20 +47,15 @@ class Cache(Generic[P]):
     is dropped, and traced anew at once; for the trace after that the shape has to come 2 times more, then 6, 14, …
     times (32 times as often for one that had to come 32 times): what changes in every step has few traces.
 
-    **What a program depends on.** Besides the key, the attributes, closures and globals of its owner: a program is
-    dropped when one of them has changed. Where the next trace gives the same program all the same, those that have
-    changed, such as a count of calls, have no part in it, and are not looked at any more.
-
     The 8 programs used most recently are kept for each owner, and the counts of 64 shapes. Owners are not kept alive.
     What cannot be hashed or weakly referenced has no programs.
 
     Args:
-        same: whether two programs compute the same function; None for owners that watch their attributes themselves.
         every_shape: trace each shape when it first comes, since what is asked for once is used many times.
     """
 
-    def __init__(self, same: Callable[[P, P], bool] | None, *, every_shape: bool = False) -> None:
-        self._same, self._every_shape = same, every_shape
+    def __init__(self, *, every_shape: bool = False) -> None:
+        self._every_shape = every_shape
         self._owners: WeakKeyDictionary[Any, dict[Any, _History[P]]] = WeakKeyDictionary()
 
     def kept(self, owner: Any) -> list[P]:
@@ -104,11 +95,10 @@ class Cache(Generic[P]):
         due = shape.wait <= 0
         shape.wait -= 1
         if shape.program is not None:
-            changed = shape.seen is not None and bool(shape.seen.changes())
-            result, difference = (None, "it has changed") if changed else attempt(shape.program)
+            result, difference = attempt(shape.program)
             if not difference:
                 return result
-            shape.program, shape.former = None, shape.program
+            shape.program = None
         if not due:
             return None
         shape.traces += 1
@@ -117,12 +107,7 @@ class Cache(Generic[P]):
         result, difference = attempt(program)
         if difference:
             raise RuntimeError(difference)
-        if self._same is not None:
-            idle = shape.seen.without if shape.seen else frozenset()
-            if shape.seen and shape.former is not None and self._same(shape.former, program):
-                idle |= shape.seen.changes()
-            shape.seen = Surroundings(owner, idle)
-        shape.program, shape.former = program, None
+        shape.program = program
         for other in [s for s in shapes.values() if s.program is not None][:-_PROGRAMS]:
             other.program = None
         return result

@@ -14,7 +14,6 @@ oneDNN. None of this changes the function; ``torch.backends.mkldnn.flags(enabled
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -117,20 +116,6 @@ class Program:
         return outputs, Maps(
             push_by(self._push), pull_by(self._pull), push_by(self._plain_push), pull_by(self._plain_pull)
         )
-
-    def same(self, other: Program) -> bool:
-        """Whether both compute the same function."""
-        mine, theirs = ((p._primal, p._push, p._pull) for p in (self, other))
-        return self._push_places == other._push_places and all(map(_same_graph, mine, theirs))
-
-
-def _same_graph(a: GraphModule, b: GraphModule) -> bool:
-    """Whether two modules are made of the same operations and constants."""
-    constants = [node.target for node in a.graph.nodes if node.op == "get_attr"]
-    return a.code == b.code and all(
-        x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y))
-        for x, y in ((attrgetter(name)(a), attrgetter(name)(b)) for name in constants)
-    )
 
 
 def straight_line(

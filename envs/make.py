@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import numbers
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -226,8 +227,8 @@ class _FirstAnswers(gym.Wrapper[Any, Any, Any, Any]):
         try:
             answer = self.env.reset(seed=seed, options=options)
         except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
+            if not re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
+                raise  # of what reset() calls
             raise TypeError(
                 f"{name}.reset() must take seed and options: {error}. Write reset(self, *, seed=None, options=None), "
                 "and call super().reset(seed=seed) in it."

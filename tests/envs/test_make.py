@@ -560,6 +560,16 @@ def test_an_environment_that_answers_otherwise_than_gymnasium_s_is_named(cls, kw
         begin()
 
 
+def test_an_error_within_reset_is_left_as_it_is():
+    class Careless(Answers):
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(3, colour=3)
+
+    with pytest.raises(TypeError, match="colour") as raised:
+        make_vec_env(Careless, 1, seed=0).reset()
+    assert "must take seed and options" not in str(raised.value)
+
+
 @pytest.mark.parametrize("reward", [1, 1.0, True, np.float32(1), np.int64(1), np.array(1.0)])
 def test_any_number_is_a_reward(reward):
     env = make_vec_env(Answers, 1, seed=0, env_kwargs={"step": (SEEN, reward, False, False, {})})

@@ -58,3 +58,38 @@ def test_a_function_is_right_or_has_no_program(accelerated):
     assert acceleration.accelerate_function(other, lambda x: [x * 2], [x], lambda run: False) is None
     branching = acceleration.accelerate_function(other, lambda x: [x if x.sum() > 0 else -x], [x], lambda run: True)
     assert branching is None
+
+
+class TwoHeads(nn.Module):
+    """Logits that are divided by a temperature, and a regression in units of its own: its outputs lie near 1,000."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.heads, self.temperature = nn.Linear(5, 32), nn.Linear(32, 4), 1.0
+        with torch.no_grad():
+            self.heads.bias[3] = 1000.0
+
+    def forward(self, x):
+        outputs = self.heads(self.trunk(x).tanh())
+        return torch.cat([outputs[:, :3] / self.temperature, outputs[:, 3:]], -1)
+
+
+@pytest.mark.parametrize("temperature", [0.9, 0.7])
+def test_a_change_of_a_small_output_beside_a_large_one_is_noticed(accelerated, temperature):
+    torch.manual_seed(0)
+    model, x = TwoHeads(), torch.randn(256, 5)
+    y = torch.randint(0, 3, (256,)), 1000 + 300 * torch.randn(256, 1)
+    family = families.Product([families.Categorical(), families.Gaussian()], [3, 1])
+
+    def dense():
+        fisher = Fisher(model, x, family)
+        fisher.linearization.pull_back(family.score(fisher.outputs, y) / 256)  # as a step does, with its slope
+        return torch.stack([fisher @ e for e in torch.eye(fisher.shape[0])], 1)
+
+    dense()
+    (kept,) = acceleration._programs.kept(model)
+    model.temperature = temperature
+    found = dense()
+    assert kept not in acceleration._programs.kept(model)
+    with acceleration.mode("off"):
+        torch.testing.assert_close(found, dense(), rtol=1e-4, atol=1e-4 * float(found.abs().amax()))

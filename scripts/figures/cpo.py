@@ -9,7 +9,6 @@ the table stand the final policies beside those of TRPO on the same robot withou
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from returns import ROOT, TASKS, TUNING, Row, markdown, newest, number, returns, seeds, write_tables
+from returns import ROOT, TASKS, TUNING, Row, markdown, newest, number, options_of, returns, seeds, write_tables
 from style import BLUE, GREY, VERMILION, WIDTH, save
 
 from agents.config import resolve
@@ -86,12 +85,8 @@ def table(rows: list[Row], free: list[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--csv", type=Path, default=ROOT / "docs" / "results" / "cpo.csv", metavar="FILE")
-    add("--free", type=Path, default=ROOT / "docs" / "results" / "returns.csv", metavar="FILE", help="TRPO's returns")
-    add("--out", type=Path, metavar="DIR", help="of the picture; without it none is drawn")
-    add("--table", type=Path, metavar="PAGE", help="a page whose table is written anew")
+    parser, free_csv = options_of(__doc__, "cpo.csv"), ROOT / "docs" / "results" / "returns.csv"
+    parser.add_argument("--free", type=Path, default=free_csv, metavar="FILE", help="TRPO's returns")
     options = parser.parse_args(arguments)
     rows = [row for row in newest(read_rows(options.csv)) if int(row["seed"]) < TUNING]
     if not rows:

@@ -9,14 +9,13 @@ seed, and that mean at the end.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from returns import ROOT, markdown, number, write_tables
+from returns import markdown, number, options_of, write_tables
 from style import BLUE, VERMILION, panels, save
 
 from npg.runs.files import read_rows
@@ -74,12 +73,7 @@ def draw(found: dict[tuple[str, str], dict[str, Curve]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--csv", type=Path, default=ROOT / "docs" / "results" / "masks.csv", metavar="FILE")
-    add("--out", type=Path, metavar="DIR", help="of the picture; without it none is drawn")
-    add("--table", type=Path, metavar="PAGE", help="a page whose table is written anew")
-    options = parser.parse_args(arguments)
+    options = options_of(__doc__, "masks.csv").parse_args(arguments)
     found = curves(options.csv)
     if missing := [pair for pair in ((t, a) for t in LEVELS for a in ALGORITHMS) if not found[pair]]:
         remedy = "scripts/benchmarks/masks.py writes it"

@@ -390,13 +390,18 @@ def write_tables(page: Path, tables: Mapping[str, Callable[[], str]]) -> None:
         partial.write_text(filled, encoding="utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(description: str | None, name: str) -> argparse.ArgumentParser:
+    """What a script takes that draws a table of docs/results and fills a page: --csv, --out and --table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--csv", type=Path, default=ROOT / "docs" / "results" / "returns.csv", metavar="FILE")
+    add("--csv", type=Path, default=ROOT / "docs" / "results" / name, metavar="FILE")
     add("--out", type=Path, metavar="DIR", help="of the pictures; without it none are drawn")
     add("--table", type=Path, metavar="PAGE", help="a page whose tables are written anew")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = options_of(__doc__, "returns.csv").parse_args(arguments)
     rows = newest(read_rows(options.csv))
     if not rows:
         print(f"error: {options.csv} has no row: scripts/benchmarks/returns.py writes it", file=sys.stderr)

@@ -8,7 +8,7 @@ from math import hypot, inf, isfinite
 import torch
 from torch import Tensor
 
-from npg.acceleration.program import Maps
+from npg.acceleration.program import Maps, Program
 from npg.parameters import Parameters
 
 __all__ = ["OTHER_OUTPUTS", "Recorded", "close", "precision", "same_outputs"]
@@ -63,8 +63,19 @@ class Recorded:
         """Whether the outputs of a second forward pass are η."""
         return same_outputs(self._outputs, outputs, self._epsilon)
 
-    def difference(self, maps: Maps, outputs: Tensor | None = None) -> str:
-        """In what two maps, and the outputs of the forward pass that they are of, differ from the recorded ones.
+    def agree(self, program: Program, outputs: Tensor) -> bool:
+        """Whether the outputs of a program are η: up to what rounding may do, and then to 8 times what it has done.
+
+        What a new program differs by is rounding alone, and is remembered. A kept one that differs by more may be of
+        another function, such as one whose temperature has moved by a thousandth since.
+        """
+        found = apart(self._outputs, outputs, self._epsilon)
+        if program.rounding is None:
+            program.rounding = max(found, 2 * torch.finfo(outputs.dtype).eps)
+        return found <= min(8 * program.rounding, _most(self._epsilon))
+
+    def difference(self, maps: Maps) -> str:
+        """In what two maps differ from those of the recorded forward pass.
 
         1. Each parameter's part of Jᵀu must be the recorded one, relative to its own size: to 10√ε, since of E
            activations rounding puts some εE on the other side of a kink, each with a share of 1/√E; or to what rounding
@@ -75,8 +86,6 @@ class Recorded:
 
         It costs one product.
         """
-        if outputs is not None and not self.same_outputs(outputs):
-            return OTHER_OUTPUTS
         p, epsilon = self._parameters, self._epsilon
         u, expected, norms = self._u, self._pulled, self._norms_pulled
         if not all(map(isfinite, norms)):
@@ -123,22 +132,36 @@ class Recorded:
 
 def same_outputs(first: Tensor, second: Tensor, epsilon: float) -> bool:
     """Whether the outputs of two forward passes are the same, each of the D up to rounding by its own largest value."""
-    tolerance, tiny = min(epsilon**0.5, 0.03), torch.finfo(first.dtype).tiny
-    others = min(64 * epsilon, 0.03)  # what the rounding of all others may do to one
+    return apart(first, second, epsilon) <= _most(epsilon)
+
+
+def apart(first: Tensor, second: Tensor, epsilon: float) -> float:
+    """How far the outputs of two forward passes are apart: the most of the D, each relative to its own largest value.
+
+    One that is small beside the others is measured by their size too, as far as their rounding reaches it. inf if the
+    shapes differ, or what is finite.
+    """
+    others, tiny = min(64 * epsilon, 0.03) / _most(epsilon), torch.finfo(first.dtype).tiny
     finite = torch.isfinite
 
-    def agree(mine: Tensor, theirs: Tensor) -> bool:
+    def distance(mine: Tensor, theirs: Tensor) -> float:
         axes = list(range(mine.ndim - 1))
         errors, sizes = (theirs - mine).abs().amax(axes), mine.abs().amax(axes)
-        return bool((errors <= tolerance * sizes + others * sizes.amax().clamp(min=tiny)).all())
+        return float((errors / (sizes + others * sizes.amax()).clamp(min=tiny)).amax())
 
-    return first.shape == second.shape and (
-        agree(first, second)
-        or (
-            torch.equal(finite(second), finite(first))
-            and agree(*(torch.where(finite(x), x, 0.0) for x in (first, second)))
-        )
-    )
+    if first.shape != second.shape:
+        return inf
+    found = distance(first, second)
+    if isfinite(found):
+        return found
+    if not torch.equal(finite(second), finite(first)):
+        return inf
+    return distance(*(torch.where(finite(x), x, 0.0) for x in (first, second)))
+
+
+def _most(epsilon: float) -> float:
+    """The largest relative difference of outputs that rounding may make."""
+    return min(epsilon**0.5, 0.03)
 
 
 def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -45,17 +45,20 @@ class Cache(Generic[P]):
     first shape of an owner is traced at once. Another one is traced when it comes for the third time in a row, or for
     the 32nd time in all: a new batch size is here to stay, one length among many is not. A program that was found wrong
     is dropped, and traced anew at once; for the trace after that the shape has to come 2 times more, then 6, 14, …
-    times (32 times as often for one that had to come 32 times): what changes in every step has few traces.
+    times (32 times as often for one that had to come 32 times): what changes in every step has few traces. A trace that
+    gives the same program again does not count: then what looked wrong was rounding.
 
     The 8 programs used most recently are kept for each owner, and the counts of 64 shapes. Owners are not kept alive.
     What cannot be hashed or weakly referenced has no programs.
 
     Args:
+        confirms: whether a program, its first argument, shows that one which was just dropped was right all the same.
+            Such a trace does not count.
         every_shape: trace each shape when it first comes, since what is asked for once is used many times.
     """
 
-    def __init__(self, *, every_shape: bool = False) -> None:
-        self._every_shape = every_shape
+    def __init__(self, confirms: Callable[[P, P], bool] | None = None, *, every_shape: bool = False) -> None:
+        self._confirms, self._every_shape = confirms, every_shape
         self._owners: WeakKeyDictionary[Any, dict[Any, _History[P]]] = WeakKeyDictionary()
 
     def kept(self, owner: Any) -> list[P]:
@@ -94,8 +97,9 @@ class Cache(Generic[P]):
             shape.wait, shape.step = 0, 1
         due = shape.wait <= 0
         shape.wait -= 1
-        if shape.program is not None:
-            result, difference = attempt(shape.program)
+        former = shape.program
+        if former is not None:
+            result, difference = attempt(former)
             if not difference:
                 return result
             shape.program = None
@@ -107,6 +111,9 @@ class Cache(Generic[P]):
         result, difference = attempt(program)
         if difference:
             raise RuntimeError(difference)
+        if former is not None and self._confirms is not None and self._confirms(program, former):
+            shape.traces -= 1
+            shape.wait = 0
         shape.program = program
         for other in [s for s in shapes.values() if s.program is not None][:-_PROGRAMS]:
             other.program = None

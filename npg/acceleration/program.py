@@ -14,6 +14,7 @@ oneDNN. None of this changes the function; ``torch.backends.mkldnn.flags(enabled
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +97,15 @@ class Program:
         self._primal, self._push, self._pull = (
             GraphModule(traced, _specialised(graph, one_dnn=one_dnn)) for graph in (primal, push, pull)
         )
+        self.rounding: float | None = None  # that its outputs were seen to have; see `Recorded.agree`
+
+    def confirms(self, former: Program) -> bool:
+        """Whether ``former`` computes the same function; then what its outputs differed by was rounding too."""
+        mine, theirs = ((p._primal, p._push, p._pull) for p in (self, former))
+        if self._push_places != former._push_places or not all(map(_same_graph, mine, theirs)):
+            return False
+        self.rounding = max((p.rounding for p in (self, former) if p.rounding is not None), default=None)
+        return True
 
     @torch.no_grad()
     def linearize(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Maps]:
@@ -116,6 +126,15 @@ class Program:
         return outputs, Maps(
             push_by(self._push), pull_by(self._pull), push_by(self._plain_push), pull_by(self._plain_pull)
         )
+
+
+def _same_graph(a: GraphModule, b: GraphModule) -> bool:
+    """Whether two modules are made of the same operations and constants."""
+    constants = [node.target for node in a.graph.nodes if node.op == "get_attr"]
+    return a.code == b.code and all(
+        x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y))
+        for x, y in ((attrgetter(name)(a), attrgetter(name)(b)) for name in constants)
+    )
 
 
 def straight_line(

@@ -93,3 +93,23 @@ def test_owners_are_not_kept_alive_and_what_cannot_be_referenced_has_no_program(
     assert len(cache._owners) == 0
     assert use(cache, [], "a") is None
     assert use(cache, 1, "a") is None
+
+
+def test_a_trace_that_confirms_the_program_before_does_not_count(use):
+    cache, owner = Cache(str.__eq__), Owner()
+    use(cache, owner, "a")
+    for i in range(20):  # it is wrong, and a new trace gives the same, which is right
+        results = iter(["wrong", ""])
+        served = cache.use(owner, "a", lambda: "a", lambda program, results=results: (program, next(results)))
+        assert served == "a", i
+    results = iter(["wrong", ""])
+    assert cache.use(owner, "a", lambda: "b", lambda program: (program, next(results))) == "b"  # another one counts
+    assert use(cache, owner, "a", "wrong") is None
+
+
+def test_without_a_rule_every_trace_counts(use):
+    cache, owner = Cache(), Owner()
+    use(cache, owner, "a")
+    results = iter(["wrong", ""])
+    assert cache.use(owner, "a", lambda: "a", lambda program: (program, next(results))) == "a"
+    assert use(cache, owner, "a", "wrong") is None

@@ -72,7 +72,7 @@ class Curvature(ABC, Generic[Evidence]):
 
     def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
         """Know this, and nothing else. Set ``parameters`` first, where no `update` did."""
-        self.blocks = {key: dict(block) for key, block in state.items()}
+        self.blocks = self._in_precision(state)
 
     def _in_precision(self, state: Mapping[Key, Mapping[str, Tensor]]) -> State:
         """``state`` in the precision of the parameters, where these are known: it may be of a model in another one."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
 from npg.curvature.base import (
     Curvature,
-    Key,
     check_average,
     count,
     eigenvectors,
@@ -61,10 +60,6 @@ class DiagonalFisher(Curvature[Fisher]):
                 values = before["values"].lerp(values, newest)
             self.blocks[i,] = {"values": values, "updates": updates}
 
-    def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
-        """Go on from a `state_dict`."""
-        super().load_state_dict(self._in_precision(state))
-
     def _diagonal(self) -> Tensor:
         return torch.cat([self.blocks[i,]["values"].flatten() for i in range(len(self.parameters.tensors))])
 
@@ -102,10 +97,6 @@ class DenseFisher(Curvature[Fisher]):
         super().__init__()
         if fisher is not None:
             self.update(fisher)
-
-    def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
-        """Go on from a `state_dict`."""
-        super().load_state_dict(self._in_precision(state))
 
     @property
     def _matrix(self) -> Tensor:

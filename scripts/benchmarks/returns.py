@@ -73,6 +73,12 @@ class Case:
     target: float | None
 
     @property
+    def folder(self) -> str:
+        """The name of its run folder: the key, and for a long one its beginning and a hash."""
+        name = re.sub(r"[^\w.=,+-]+", "_", "-".join(self.key))
+        return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha1(name.encode()).hexdigest()[:16]}"
+
+    @property
     def key(self) -> tuple[str, ...]:
         """What tells it from others, as the CSV has it."""
         return tuple(str(getattr(self, name)) for name in KEY)
@@ -255,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in wanted:
         if case.key in done:
             continue
-        run_dir = runs / re.sub(r"[^\w.=,+-]+", "_", "-".join(case.key))
+        run_dir = runs / case.folder
         start, shown = partial(command, case, run_dir, options), partial(progress, run_dir, case.timesteps)
         jobs[Job(case.name, start, run_dir.with_name(f"{run_dir.name}.log"), shown)] = case, RunFolder(run_dir)
     print(f"{len(wanted)} runs, {len(jobs)} of them to do: {options.csv}", flush=True)

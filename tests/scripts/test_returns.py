@@ -77,6 +77,15 @@ def curve(*returns: float) -> Curve:
     return Curve(steps, np.array(returns), steps / 10, steps / 20, np.full_like(steps, np.nan))
 
 
+def test_the_folder_of_a_run_with_many_settings_is_one_that_can_be_made(script: ModuleType, tmp_path: Path) -> None:
+    many = " ".join(f"policy_kwargs.number_{i}={{layers: [64, 64]}}" for i in range(30))
+    cases = [script.Case(config, "trpo", "npg/A-v0", 1, 1000, None) for config in ("gamma=0.9", many, f"{many} a=1")]
+    assert cases[0].folder == "gamma=0.9-trpo-npg_A-v0-1-1000"
+    assert len({case.folder for case in cases}) == 3
+    for case in cases:
+        (tmp_path / f"{case.folder}.log").touch()
+
+
 @pytest.mark.parametrize(
     ("returns", "target", "expected"),
     [

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ __all__ = ["Trainer", "TrainingStopped", "learning_rate_factor"]
 
 #: Steps between the looks that the host takes at an accelerator; on the CPU, where looking is free, it is every step.
 LOOK_EVERY = 50
+#: Seconds between two lines of progress where no terminal shows a bar.
+SAY = 60.0
 #: DistributedDataParallel's option for copying the main process's buffers at every step, as this PyTorch calls it.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
@@ -201,6 +204,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=True if not self.world.is_main else None,
         )
+        self._said = time.perf_counter()
         try:
             with bar, self._stop:
                 stop = math.inf if self.config.stop_above is None else self.config.stop_above
@@ -239,7 +243,11 @@ class Trainer:
                 first = step - step % look_every
                 self._look(losses, first, step)
                 bar.update(step + 1 - first)
-                bar.set_postfix_str(f"epoch {self.epoch + 1}, loss {float(losses[step]):.3f}", refresh=False)
+                now = f"epoch {self.epoch + 1}, loss {float(losses[step]):.3f}"
+                bar.set_postfix_str(now, refresh=False)
+                if bar.disable and self.world.is_main and time.perf_counter() - self._said > SAY:
+                    self._said = time.perf_counter()
+                    print(f"{now}, step {step + 1} of {steps}", file=sys.stderr, flush=True)
         averaged = [self.model] if self.ema is None else [self.model, self.ema]
         for model in averaged:  # BatchNorm's running statistics, of which each process has seen its own batches
             self.world.average_(model.buffers())

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import nn
 
 from npg.parallel import World
 from npg.runs.checkpoints import CheckpointError
+from npg.vision import training
 from npg.vision.checkpoint import state_of
 from npg.vision.config import Config
 from npg.vision.data import ImageData
@@ -110,6 +112,18 @@ def test_a_run_ends_once_it_is_above_what_it_shall_reach(make_images: MakeImages
     assert curves[1] == curves[0][:first]
     assert summary["final_top1"] > 60.0
     assert summary["first_above"]["60"]["epoch"] == first
+
+
+def test_without_a_terminal_a_line_tells_from_time_to_time_how_far_it_is(
+    make_images: MakeImages, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "SAY", 0.0)
+    trainer = Trainer(config(epochs=2), make_images(96), run_dir, ALONE)
+    trainer.run()
+    lines = capsys.readouterr().err.splitlines()
+    steps = trainer.total_steps // 2
+    assert len(lines) == 2 * steps
+    assert re.fullmatch(rf"epoch 2, loss \d\.\d{{3}}, step {steps} of {steps}", lines[-1])
 
 
 def test_evaluation_is_the_plain_mean(make_images: MakeImages, run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import inf, isfinite, nan
 from numbers import Real
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from agents.buffer import RolloutBuffer, advantages_of, rows, stacked
+from agents.checks import number
 from agents.collect import cut_off
 from agents.critic import NaturalCritic, training_mode
 from agents.heads import CriticHead
@@ -68,6 +70,7 @@ class CPO(TrustRegionAlgorithm):
         episode_cost: J_C, of the episodes that ended in the last rollout in which one did; before any did, of the
             episodes so far, which is less. One that was for a part without a limit is not counted.
         episode_length: T, of the same episodes, in steps.
+        cost_error: the mean over updates, newer ones more, of J_C less what the steps before were to make it.
 
     Args:
         {options}
@@ -86,8 +89,19 @@ class CPO(TrustRegionAlgorithm):
         after="target_kl",
     )
 
+    cost_correction: float = option(
+        default=0.1,
+        check=partial(number, low=0, high=1),
+        doc="the rate, in [0, 1], at which ``cost_error`` is averaged. A step is chosen on the rollout that tells what "
+        "it does to the cost, so it lowers it by less than told; what is missing in the mean is taken off the limit. "
+        "0 is the paper's step, whose costs may lie far above the limit.",
+        after="cost_limit",
+    )
+
     episode_cost: float = nan
     episode_length: float = nan
+    cost_error: float = 0.0
+    _expected_cost: float = nan
     _any_ended: bool = False
     _costs: _Costs | None = None
     _report: StepReport | None = None
@@ -143,7 +157,7 @@ class CPO(TrustRegionAlgorithm):
         """
         self._costs = None
         if self.cost_limit == inf:
-            self._running = _unseen(env.num_envs)
+            self._running, self._expected_cost = _unseen(env.num_envs), nan
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         meter: Any = _Meter(env)
         with undone_on_error(lambda: setattr(self, "_running", _unseen(env.num_envs))):
@@ -198,6 +212,10 @@ class CPO(TrustRegionAlgorithm):
         if ended[2] or not self._any_ended:
             cost, length, number = ended if ended[2] else under_way
             self.episode_cost, self.episode_length = float(cost / number), float(length / number)
+            if ended[2]:
+                if isfinite(error := self.episode_cost - self._expected_cost):
+                    self.cost_error += self.cost_correction * (error - self.cost_error)
+                self._expected_cost = self.episode_cost
 
     # -------------------------------------------------------------------------------------------------------- update
 
@@ -209,8 +227,8 @@ class CPO(TrustRegionAlgorithm):
             RuntimeError: if processes that learn together have different parameters.
         """
         self._report = None  # a frozen actor takes no step
-        damping = self.cost_critic_damping
-        with undone_on_error(lambda: setattr(self, "cost_critic_damping", damping)):
+        before = {name: getattr(self, name) for name in ("cost_critic_damping", "_expected_cost")}
+        with undone_on_error(lambda: vars(self).update(before)):
             super().train()
 
     def actor_step(self, batch: Batch) -> StepReport:
@@ -224,9 +242,11 @@ class CPO(TrustRegionAlgorithm):
             centred = advantages - moments(advantages, self.process_group)[0]
             # the change of an episode's cost is the sum of its steps' advantages (Kakade & Langford 2002, lemma 6.1)
             costs = batch._replace(advantages=self.episode_length * centred)
-            excess = self.episode_cost - self.cost_limit
+            excess = self.episode_cost + max(self.cost_error, 0.0) - self.cost_limit
             constraint = Constraint(surrogate(self.networks.actor.family, costs), excess)
         self._report = self.step_in_region(batch, constraint=constraint)
+        if self._report.accepted:
+            self._expected_cost += self._report.actual_cost
         return self._report
 
     def learn_more(self, observations: Any) -> dict[str, float]:
@@ -253,7 +273,8 @@ class CPO(TrustRegionAlgorithm):
         average_(policy.buffers(), self.process_group)
         if not equal(policy.parameters(), self.process_group):
             raise RuntimeError(f"the processes have different cost critics after update {self.n_updates + 1}")
-        log = {"train/episode_cost": self.episode_cost, "train/cost_value_loss": loss}
+        log = {"train/episode_cost": self.episode_cost, "train/cost_error": self.cost_error}
+        log |= {"train/cost_value_loss": loss}
         if (report := self._report) is not None:
             log |= {
                 "train/predicted_cost": report.predicted_cost,

@@ -25,7 +25,7 @@ from agents.heads import CriticHead
 from agents.networks import fuse
 from agents.options import option
 from agents.recurrent import RecurrentPolicy
-from agents.standard import telling
+from agents.standard import is_standard, telling
 from agents.trpo import TrustRegionAlgorithm
 from agents.update import Batch, critic_for, surrogate
 from envs.seeding import stream_seed
@@ -105,6 +105,7 @@ class CPO(TrustRegionAlgorithm):
     _any_ended: bool = False
     _costs: _Costs | None = None
     _report: StepReport | None = None
+    _head: CriticHead | None = None
 
     # ---------------------------------------------------------------------------------------------------- life cycle
 
@@ -135,7 +136,14 @@ class CPO(TrustRegionAlgorithm):
         return [*modules, "cost_policy", "cost_policy.optimizer"], tensors
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_costs", "_report"]
+        return [*super()._excluded_save_params(), "_costs", "_report", "_head"]
+
+    def _cost_head(self) -> CriticHead:
+        """The cost critic; the same one as long as it is right, since its programs are kept by it."""
+        policy, head = self.cost_policy, self._head
+        if head is None or head.policy is not policy or head.standard != is_standard(policy):
+            self._head = head = CriticHead(policy)
+        return head
 
     def join(self, process_group: dist.ProcessGroup | None) -> None:
         """As of every algorithm; the cost critic is common too."""
@@ -176,7 +184,7 @@ class CPO(TrustRegionAlgorithm):
         self, costs: NDArray[np.float32], alive: NDArray[np.float32], buffer: RolloutBuffer, truncated: list[Any]
     ) -> _Costs:
         self.cost_policy.set_training_mode(False)
-        head, at_once = CriticHead(self.cost_policy), self._evaluated_at_once()
+        head, at_once = self._cost_head(), self._evaluated_at_once()
 
         def values_of(observations: Any, n: int) -> NDArray[np.float32]:
             parts = (rows(observations, slice(start, start + at_once)) for start in range(0, n, at_once))
@@ -255,7 +263,7 @@ class CPO(TrustRegionAlgorithm):
             return {}
         policy = self.cost_policy
         update_learning_rate(policy.optimizer, self.lr_schedule(self._current_progress_remaining))
-        head = CriticHead(policy)
+        head = self._cost_head()
         policy.set_training_mode(False)
         parameters = head.own_parameters(telling(policy, observations), process_group=self.process_group)
         critic = critic_for(self, head, parameters, policy.optimizer, self.cost_critic_damping)

@@ -211,6 +211,20 @@ def test_without_costs_or_a_limit_a_whole_training_is_trpo_s_to_the_last_bit(pri
     assert (ours.episode_cost == 0) == (limit < inf)
 
 
+def test_the_programs_of_the_cost_critic_are_kept_from_update_to_update(accelerated, monkeypatch):
+    traces, straight_line = [], acceleration.straight_line
+    monkeypatch.setattr(acceleration, "straight_line", lambda *args: (traces.append(1), straight_line(*args))[1])
+    model = small(CPO, costly(), cost_limit=3.0)
+    model.learn(160)
+    first = len(traces)
+    assert first == 3  # to act, and for each of the two critics
+    model.learn(3 * 160, reset_num_timesteps=False)
+    assert len(traces) == first
+    model.cost_policy = model.policy_class(model.observation_space, model.action_space, model.lr_schedule)
+    model.learn(160, reset_num_timesteps=False)  # another one has its own
+    assert len(traces) == first + 1
+
+
 def test_the_cost_critic_draws_what_no_other_run_or_update_draws(monkeypatch):
     seeds, seed_all = [], torch.manual_seed
     for seed in range(3):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +82,22 @@ def test_a_run_with_another_structure_is_trained_evaluated_and_resumed(env, poli
     whole.train(progress=False)
     for a, b in zip(further.model.policy.parameters(), whole.model.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_with_a_limit_is_resumed_with_its_costs(tmp_path):
+    pytest.importorskip("mujoco")
+    settings = {"env_kwargs": {"limit": 0.1, "max_episode_steps": 25}, "n_steps": 40, "batch_size": 80, "cost_limit": 2}
+    options = {"timesteps": 160, "n_envs": 2, "eval_episodes": 1, "device": "cpu", "backend": "gymnasium"}
+    config = resolve("cpo", "npg/HalfCheetahVelocity-v5", settings=settings, **options)
+    start(config, tmp_path / "run").train(progress=False)
+    further = resume(tmp_path / "run", timesteps=320)
+    assert further.model.episode_cost > 0
+    assert further.model.cost_error != 0
+    further.train(progress=False)
+    whole = start(replace(config, timesteps=320, save_freq=10**6, eval_freq=160), tmp_path / "whole")
+    whole.train(progress=False)
+    for name in ("policy", "cost_policy"):
+        pairs = zip(*(getattr(run.model, name).parameters() for run in (further, whole)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    for name in ("episode_cost", "episode_length", "cost_error", "_expected_cost", "_running"):
+        assert np.array_equal(*(getattr(run.model, name) for run in (further, whole)))

@@ -241,7 +241,7 @@ class CPO(TrustRegionAlgorithm):
 
     def actor_step(self, batch: Batch) -> StepReport:
         """The best step within the radius and the limit, or the one that leads back to the limit."""
-        constraint = None
+        constraint, aim = None, self.cost_limit - max(self.cost_error, 0.0)
         if self.cost_limit < inf:
             if self._costs is None:
                 raise RuntimeError("the rollout was collected without costs, with cost_limit=inf: collect another one")
@@ -250,11 +250,11 @@ class CPO(TrustRegionAlgorithm):
             centred = advantages - moments(advantages, self.process_group)[0]
             # the change of an episode's cost is the sum of its steps' advantages (Kakade & Langford 2002, lemma 6.1)
             costs = batch._replace(advantages=self.episode_length * centred)
-            excess = self.episode_cost + max(self.cost_error, 0.0) - self.cost_limit
-            constraint = Constraint(surrogate(self.networks.actor.family, costs), excess)
+            constraint = Constraint(surrogate(self.networks.actor.family, costs), self.episode_cost - aim)
         self._report = self.step_in_region(batch, constraint=constraint)
-        if self._report.accepted:
-            self._expected_cost += self._report.actual_cost
+        if self._report.accepted:  # what it tells beyond the aim was not asked for: a critic's errors
+            expected = self._expected_cost + self._report.actual_cost
+            self._expected_cost = max(expected, min(self._expected_cost, aim))
         return self._report
 
     def learn_more(self, observations: Any) -> dict[str, float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -292,9 +294,29 @@ def test_the_error_of_predicted_costs_is_averaged(monkeypatch):
         model.train()
         assert given[-1] == pytest.approx(model.episode_cost + max(error, 0.0) - 6.0)
         report = model._report
-        before = model.episode_cost + report.actual_cost * report.accepted
+        aim = min(model.episode_cost, 6.0 - max(error, 0.0))
+        before = max(model.episode_cost + report.actual_cost, aim) if report.accepted else model.episode_cost
     assert error != 0
     assert len(given) == 6
+
+
+def test_a_step_is_expected_to_do_no_more_than_it_was_asked_for(monkeypatch):
+    """A cost critic far off tells of steps that make an episode cost less than nothing; that is no error to learn."""
+    model = small(CPO, costly(2), n_steps=20, cost_limit=6.0)
+    _, callback = model._setup_learn(10**6, None)
+    assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 20)
+    batch, step = batch_of(model, next(model.rollout_buffer.get(None))), model.step_in_region
+    # what an episode cost and the error so far, what the step tells, and what is expected then
+    cases = [(20.0, 1.0, -500.0, 5.0), (4.0, 0.0, -500.0, 4.0), (4.0, 0.0, 2.0, 6.0), (9.0, -3.0, -1.0, 8.0)]
+    for cost, error, told, expected in cases:
+        taken = partial(replace, accepted=True, actual_cost=told)
+        monkeypatch.setattr(
+            model, "step_in_region", lambda *args, taken=taken, **options: taken(step(*args, **options))
+        )
+        model.episode_cost = model._expected_cost = cost
+        model.cost_error = error
+        model.actor_step(batch)
+        assert model._expected_cost == expected
 
 
 def test_what_was_expected_is_forgotten_without_a_limit_and_kept_while_no_episode_ends():

@@ -241,7 +241,8 @@ class CPO(TrustRegionAlgorithm):
 
     def actor_step(self, batch: Batch) -> StepReport:
         """The best step within the radius and the limit, or the one that leads back to the limit."""
-        constraint, aim = None, self.cost_limit - max(self.cost_error, 0.0)
+        constraint, missing = None, max(self.cost_error, 0.0) if self.cost_correction else 0.0
+        aim = self.cost_limit - missing
         if self.cost_limit < inf:
             if self._costs is None:
                 raise RuntimeError("the rollout was collected without costs, with cost_limit=inf: collect another one")
@@ -281,8 +282,11 @@ class CPO(TrustRegionAlgorithm):
         average_(policy.buffers(), self.process_group)
         if not equal(policy.parameters(), self.process_group):
             raise RuntimeError(f"the processes have different cost critics after update {self.n_updates + 1}")
-        log = {"train/episode_cost": self.episode_cost, "train/cost_error": self.cost_error}
-        log |= {"train/cost_value_loss": loss}
+        log = {
+            "train/episode_cost": self.episode_cost,
+            "train/cost_error": self.cost_error,
+            "train/cost_value_loss": loss,
+        }
         if (report := self._report) is not None:
             log |= {
                 "train/predicted_cost": report.predicted_cost,

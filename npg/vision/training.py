@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from npg.parallel import World
+from npg.runs.jobs import SAY
 from npg.runs.signals import StopRequest
 from npg.step import StepReport
 from npg.vision.checkpoint import load_matching, restore, state_of
@@ -37,8 +38,6 @@ __all__ = ["Trainer", "TrainingStopped", "learning_rate_factor"]
 
 #: Steps between the looks that the host takes at an accelerator; on the CPU, where looking is free, it is every step.
 LOOK_EVERY = 50
-#: Seconds between two lines of progress where no terminal shows a bar.
-SAY = 60.0
 #: DistributedDataParallel's option for copying the main process's buffers at every step, as this PyTorch calls it.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"

@@ -251,7 +251,9 @@ class CPO(TrustRegionAlgorithm):
             centred = advantages - moments(advantages, self.process_group)[0]
             # the change of an episode's cost is the sum of its steps' advantages (Kakade & Langford 2002, lemma 6.1)
             costs = batch._replace(advantages=self.episode_length * centred)
-            constraint = Constraint(surrogate(self.networks.actor.family, costs), self.episode_cost - aim)
+            # where no episode ended since the last step, J_C is what that step was to make it
+            cost = self._expected_cost if isfinite(self._expected_cost) else self.episode_cost
+            constraint = Constraint(surrogate(self.networks.actor.family, costs), cost - aim)
         self._report = self.step_in_region(batch, constraint=constraint)
         if self._report.accepted:  # what it tells beyond the aim was not asked for: a critic's errors
             expected = self._expected_cost + self._report.actual_cost

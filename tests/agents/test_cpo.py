@@ -331,6 +331,26 @@ def test_a_step_is_expected_to_do_no_more_than_it_was_asked_for(monkeypatch):
     assert model._expected_cost == 6.0
 
 
+def test_where_no_episode_ends_a_step_goes_on_from_what_the_last_was_to_reach(monkeypatch):
+    """Planned on the episodes of four rollouts ago, each of four steps would lower the cost by all of the excess."""
+    given, constraint = [], cpo.Constraint
+    monkeypatch.setattr(cpo, "Constraint", lambda cost, excess: (given.append(excess), constraint(cost, excess))[1])
+    model = small(CPO, costly(32), n_steps=5, cost_limit=6.0, cost_correction=0.0)
+    _, callback = model._setup_learn(10**6, None)
+    changes = 0
+    for i in range(12):
+        cost, expected = model.episode_cost, model._expected_cost
+        assert model.collect_rollouts(model.env, callback, model.rollout_buffer, 5)
+        model.train()
+        if i < 3 or i % 4 == 3:  # so far, and of the episodes that ended
+            assert given[-1] == model.episode_cost - 6.0
+        else:
+            assert model.episode_cost == cost
+            assert given[-1] == expected - 6.0
+            changes += expected != cost
+    assert changes > 4
+
+
 def test_what_was_expected_is_forgotten_without_a_limit_and_kept_while_no_episode_ends():
     model = small(CPO, costly(2), n_steps=10, cost_limit=6.0)
     _, callback = model._setup_learn(10**6, None)

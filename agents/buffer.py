@@ -100,25 +100,32 @@ class RolloutBuffer(buffers.RolloutBuffer):
         return np.float32(1) - ends
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
-        """Shuffled mini-batches; or, without a size, everything once and in the order of its steps."""
-        if batch_size is not None or self.generator_ready:
-            yield from super().get(batch_size)
-            return
+        """Shuffled mini-batches; or, without a size, everything once and in the order of its steps.
+
+        Its arrays stay (steps, n, …), where Stable-Baselines3 reshapes its own: who looks at mini-batches in a callback
+        must not change the order of what is learned from afterwards.
+        """
         assert self.full, "the rollout is not complete"
 
         def flat(array: Any) -> Any:
             if isinstance(array, dict):
                 return {key: flat(part) for key, part in array.items()}
-            return self.to_torch(array.reshape(-1, *array.shape[2:]), copy=False)
+            return array.reshape(-1, *array.shape[2:])
 
-        yield RolloutBufferSamples(
-            observations=flat(self.observations),
-            actions=flat(self.actions.astype(np.float32, copy=False)),
-            old_values=flat(self.values),
-            old_log_prob=flat(self.log_probs),
-            advantages=flat(self.advantages),
-            returns=flat(self.returns),
-        )
+        def tensors(arrays: Any) -> Any:
+            if isinstance(arrays, dict):
+                return {key: tensors(part) for key, part in arrays.items()}
+            return self.to_torch(arrays, copy=False)
+
+        actions = self.actions.astype(np.float32, copy=False)
+        every = [*map(flat, (self.observations, actions, self.values, self.log_probs, self.advantages, self.returns))]
+        if batch_size is None:
+            yield RolloutBufferSamples(*map(tensors, every))
+            return
+        order = np.random.permutation(self.buffer_size * self.n_envs)  # noqa: NPY002  # as there, by the agent's seed
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            yield RolloutBufferSamples(*(tensors(rows(array, some)) for array in every))
 
 
 class DictRolloutBuffer(RolloutBuffer, buffers.DictRolloutBuffer):  # type: ignore[misc]  # its samples are dicts

@@ -79,6 +79,23 @@ def test_mini_batches_are_shuffled_and_cover_the_rollout():
     np.testing.assert_array_equal(np.sort(together), np.sort(ours.log_probs.flatten()))
 
 
+@pytest.mark.parametrize("case", SPACES)
+def test_mini_batches_that_a_callback_looks_at_change_nothing(case):
+    """Stable-Baselines3's reshapes its arrays to (n · steps, …); what stands beside ours is in the order of steps."""
+    _, ours = both(case)
+
+    def columns(batch: buffers.RolloutBufferSamples) -> np.ndarray:
+        observations, *others = batch
+        parts = [*observations.values()] if isinstance(observations, dict) else [observations]
+        return np.concatenate([np.asarray(t, np.float64).reshape(len(batch.returns), -1) for t in (*parts, *others)], 1)
+
+    before = columns(next(ours.get(None)))
+    seen = np.concatenate([columns(batch) for batch in ours.get(16)])
+    np.testing.assert_array_equal(columns(next(ours.get(None))), before)
+    np.testing.assert_array_equal(seen[np.lexsort(seen.T)], before[np.lexsort(before.T)])
+    assert ours.advantages.shape == (STEPS, ENVS)
+
+
 def test_an_incomplete_rollout_is_refused():
     buffer = RolloutBuffer(STEPS, *SPACES["vector, Box"], n_envs=ENVS)
     with pytest.raises(AssertionError, match="not complete"):

@@ -279,6 +279,22 @@ def test_small_rollouts_keep_the_limit_in_the_mean_with_the_correction_and_not_w
     assert 4.8 < means[1] < 6.5
 
 
+def test_a_callback_that_looks_at_mini_batches_changes_nothing():
+    """Costs are in the order of the steps, so the rows of the rollout have to stay in it."""
+
+    class Look(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            list(self.model.rollout_buffer.get(16))
+
+    plain, looked = (
+        everything(small(CPO, costly(2, early=0.1), cost_limit=6.0).learn(240, look)) for look in (None, Look())
+    )
+    assert_same(plain, looked)
+
+
 def test_the_error_of_predicted_costs_is_averaged(monkeypatch):
     """With the costs of episodes and the surrogate's changes as they come, written out."""
     given, constraint = [], cpo.Constraint

@@ -61,7 +61,8 @@ class StepReport:
         solution: s, (P,), for a warm start of the next solve.
         step: d, (P,), the change of the parameters.
         predicted_cost: bᵀd, what the step adds to the cost of a ``constraint``, to first order; 0 without one.
-        actual_cost: what the last point tried adds to it (NaN where none was evaluated; 0 without a constraint).
+        actual_cost: what the last point tried adds to it (NaN where none was evaluated; 0 at a stationary point, and
+            without a constraint).
         limit: whether the constraint bound: ``"none"`` (there is none), ``"free"`` (the step is the one without it),
             ``"bound"``, or ``"infeasible"`` (no step in the region reaches the limit, and this one lowers the cost
             most).
@@ -215,6 +216,7 @@ def natural_step(
                 found = REFUSED
             elif (g_norm == 0 and s_norm == 0) or learning_rate == 0:
                 found = SearchResult(True, 0.0, Trial(0.0, 0.0), 0)  # a stationary point, or no step is asked for
+                line.change = 0.0
             elif 0 < scale * s_norm < inf:
                 found = line.search(trust_region, scale, ascent, evaluate=evaluate)
             else:

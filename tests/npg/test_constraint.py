@@ -227,6 +227,16 @@ def test_a_cost_that_does_not_depend_on_the_outputs_is_free_whatever_the_excess(
     assert report.actual_cost == 0
 
 
+def test_at_a_stationary_point_within_the_limit_nothing_changes_the_cost():
+    model, x, family, _, cost = setting()
+    report = natural_step(
+        model, x, family, lambda outputs: 0 * outputs.sum(), trust_region=TrustRegion(1e-3), damping=0.1,
+        solver=dense_solve, constraint=Constraint(cost, -1.0),
+    )  # fmt: skip
+    assert report.accepted
+    assert (report.actual_gain, report.predicted_cost, report.actual_cost) == (0, 0, 0)
+
+
 def test_a_trial_that_breaks_the_limit_is_shortened_or_refused():
     """A cost that is nothing to first order and rises to second: the limit is at hand, and no length keeps it."""
     model, x, family, gain, _ = setting()

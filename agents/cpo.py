@@ -22,7 +22,7 @@ from agents.checks import number
 from agents.collect import cut_off
 from agents.critic import NaturalCritic, training_mode
 from agents.heads import CriticHead
-from agents.networks import fuse
+from agents.networks import cover, fuse
 from agents.options import option
 from agents.recurrent import RecurrentPolicy
 from agents.standard import is_standard, telling
@@ -145,6 +145,16 @@ class CPO(TrustRegionAlgorithm):
             self._head = head = CriticHead(policy)
         return head
 
+    def _own_parameters(self, head: CriticHead, observations: Any) -> dict[str, nn.Parameter]:
+        """What the cost critic learns; what it may read besides, as θ of `AfterstatePolicy`, becomes the actor's."""
+        own = head.own_parameters(telling(head.policy, observations), process_group=self.process_group)
+        learned, acting = {id(p) for p in own.values()}, dict(self.policy.named_parameters())
+        with torch.no_grad():
+            for name, p in head.policy.named_parameters():
+                if p.requires_grad and id(p) not in learned and name in acting and acting[name].shape == p.shape:
+                    p.copy_(acting[name])
+        return own
+
     def join(self, process_group: dist.ProcessGroup | None) -> None:
         """As of every algorithm; the cost critic is common too."""
         super().join(process_group)
@@ -183,8 +193,11 @@ class CPO(TrustRegionAlgorithm):
     def _advantages(
         self, costs: NDArray[np.float32], alive: NDArray[np.float32], buffer: RolloutBuffer, truncated: list[Any]
     ) -> _Costs:
-        self.cost_policy.set_training_mode(False)
-        head, at_once = self._cost_head(), self._evaluated_at_once()
+        policy, head, at_once = self.cost_policy, self._cost_head(), self._evaluated_at_once()
+        policy.set_training_mode(False)
+        observations = self._steps(buffer.observations, slice(len(costs)))
+        own = self._own_parameters(head, observations)
+        cover(policy, own.values(), self.lr_schedule(1))
 
         def values_of(observations: Any, n: int) -> NDArray[np.float32]:
             parts = (rows(observations, slice(start, start + at_once)) for start in range(0, n, at_once))
@@ -194,7 +207,7 @@ class CPO(TrustRegionAlgorithm):
             steps, envs, finals = zip(*truncated)
             last, _ = self.cost_policy.obs_to_tensor(stacked(finals))
             costs[list(steps), list(envs)] += self.gamma * values_of(last, len(finals))
-        values = values_of(self._steps(buffer.observations, slice(len(costs))), costs.size).reshape(costs.shape)
+        values = values_of(observations, costs.size).reshape(costs.shape)
         newest = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
         final = values_of(newest, costs.shape[1]).reshape(1, -1)
         advantages = advantages_of(costs, values, final, alive, self.gamma, self.gae_lambda)
@@ -268,7 +281,7 @@ class CPO(TrustRegionAlgorithm):
         update_learning_rate(policy.optimizer, self.lr_schedule(self._current_progress_remaining))
         head = self._cost_head()
         policy.set_training_mode(False)
-        parameters = head.own_parameters(telling(policy, observations), process_group=self.process_group)
+        parameters = self._own_parameters(head, observations)
         critic = critic_for(self, head, parameters, policy.optimizer, self.cost_critic_damping)
         # a stream of its own, so that the policy draws what TRPO's does
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), training_mode(policy, but=[]):
@@ -327,17 +340,24 @@ class _Meter:
 
 def _costs_of(infos: list[dict[str, Any]], step: int) -> NDArray[np.float64]:
     """``info["cost"]`` of each environment."""
-    for i, info in enumerate(infos):
-        where = f"environment {i} in step {step} of the rollout"
-        if "cost" not in info:
-            raise CostError(
-                f"info['cost'] is missing from {where}: CPO needs the cost of every step. Take a task of "
-                "envs.velocity_limited, wrap yours in one that puts it there, or set cost_limit=inf. If it is there, "
-                "and the environment has a vector form of its own, make it with backend='gymnasium', which hands it on"
-            )
-        cost = info["cost"]
-        if isinstance(cost, str) or np.ndim(cost) or not np.isrealobj(cost):
-            raise CostError(f"info['cost'] must be a number, got {cost!r} from {where}")
-        if not np.isfinite(cost):
-            raise FloatingPointError(f"info['cost'] is {cost} from {where}: correct the environment")
-    return np.array([info["cost"] for info in infos], dtype=np.float64)
+    return np.array([_cost_of(info, i, step) for i, info in enumerate(infos)], dtype=np.float64)
+
+
+def _cost_of(info: dict[str, Any], i: int, step: int) -> float:
+    where = f"environment {i} in step {step} of the rollout"
+    if "cost" not in info:
+        raise CostError(
+            f"info['cost'] is missing from {where}: CPO needs the cost of every step. Take a task of "
+            "envs.velocity_limited, wrap yours in one that puts it there, or set cost_limit=inf. If it is there, "
+            "and the environment has a vector form of its own, make it with backend='gymnasium', which hands it on"
+        )
+    cost = info["cost"]
+    try:  # a tensor that requires a gradient, None and an integer beyond all floats have errors of their own
+        if isinstance(cost, str | bytes) or np.ndim(cost) or not np.isrealobj(cost):
+            raise TypeError(cost)
+        value = float(cost)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CostError(f"info['cost'] must be a number, got {cost!r:.100} from {where}") from error
+    if not isfinite(value):
+        raise FloatingPointError(f"info['cost'] is {cost} from {where}: correct the environment")
+    return value

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from agents.distributions import FlatProduct, SquashedGaussian
@@ -130,13 +131,16 @@ class Networks:
         (*now, held), (*known, held_before) = self._signature(), self._known
         if now != known or len(held) != len(held_before) or any(a is not b for a, b in zip(held, held_before)):
             self._look()
-        policy = self._agent.policy
-        optimized = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}
-        if not optimized >= {id(p) for p in self.critic_parameters.values()}:  # a module of the critic was replaced
-            policy.optimizer = policy.optimizer_class(
-                policy.parameters(), lr=self._agent.lr_schedule(1), **policy.optimizer_kwargs
-            )
-            fuse(policy.optimizer)
+        cover(self._agent.policy, self.critic_parameters.values(), self._agent.lr_schedule(1))
+
+
+def cover(policy: ActorCriticPolicy, parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+    """Where the policy's optimizer lacks one of these, since a module of the critic was replaced, make a new one."""
+    optimized = {id(p) for group in policy.optimizer.param_groups for p in group["params"]}
+    if not optimized >= {id(p) for p in parameters}:
+        optimizer_class: Any = policy.optimizer_class
+        policy.optimizer = optimizer_class(policy.parameters(), lr=learning_rate, **policy.optimizer_kwargs)
+        fuse(policy.optimizer)
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,8 @@ import os
 import re
 import sys
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from math import inf, nan
 from pathlib import Path
@@ -225,6 +227,49 @@ def test_the_programs_of_the_cost_critic_are_kept_from_update_to_update(accelera
     model.cost_policy = model.policy_class(model.observation_space, model.action_space, model.lr_schedule)
     model.learn(160, reset_num_timesteps=False)  # another one has its own
     assert len(traces) == first + 1
+
+
+class Choices(gym.Env):
+    """Three actions with two features; the first one pays, and costs where it is positive. Ten steps."""
+
+    observation_space = spaces.Box(-10.0, 10.0, (3, 3), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def _observe(self) -> Any:
+        self.features = self.np_random.uniform(-1, 1, (3, 3)).astype(np.float32)
+        self.features[:, 0] = 1  # legal
+        return self.features
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        gain = float(self.features[int(action), 1])
+        return self._observe(), gain, False, self.steps == 10, {"cost": float(gain > 0)}
+
+
+def test_what_the_cost_critic_reads_and_does_not_learn_is_the_actor_s():
+    model = CPO("AfterstatePolicy", DummyVecEnv([Choices] * 2), n_steps=40, seed=0, cost_limit=8.0, target_kl=0.05)
+    model.learn(160)
+    acting = model.policy.theta
+    assert acting.abs().min() > 0.1
+    torch.testing.assert_close(model.cost_policy.theta, acting, rtol=0, atol=0)
+    assert model.cost_policy.value_net.weight.abs().max() > 0  # and what it learns stays its own
+    assert not torch.equal(model.cost_policy.value_net.weight, model.policy.value_net.weight)
+
+
+@pytest.mark.parametrize("name", ["policy", "cost_policy"])
+def test_a_module_of_a_critic_that_was_replaced_is_trained(name):
+    model = small(CPO, costly(2), cost_limit=3.0, learning_rate=1e-2)
+    getattr(model, name).value_net = new = torch.nn.Linear(64, 1)
+    before = new.weight.detach().clone()
+    for _ in range(2):
+        model.learn(80)
+        assert (new.weight - before).abs().max() > 1e-3
+        before = new.weight.detach().clone()
 
 
 def test_the_cost_critic_draws_what_no_other_run_or_update_draws(monkeypatch):
@@ -629,6 +674,32 @@ def test_costs_that_are_none_are_refused(price, error, match):
     with pytest.raises(error, match=match):
         model.learn(160)
     assert torch.equal(vector(model), before)
+
+
+class Priced(Costly):
+    """Costs as they are given, whatever they are."""
+
+    def step(self, action: Any) -> Any:
+        return *super().step(action)[:-1], {"cost": self.price}
+
+
+@pytest.mark.parametrize(
+    "price", [None, 1j, np.complex64(1), "1", b"1", [], 10**400, torch.tensor(1.0, requires_grad=True)], ids=type
+)
+def test_what_is_no_number_is_refused_with_its_place(price):
+    model = small(CPO, DummyVecEnv([lambda: Priced(price=price)] * 2), cost_limit=3.0)
+    with pytest.raises(
+        CostError, match=r"info\['cost'\] must be a number, got .* from environment 0 in step 0"
+    ) as told:
+        model.learn(80)
+    assert len(str(told.value)) < 250
+
+
+@pytest.mark.parametrize("price", [0.5, Fraction(1, 2), Decimal("0.5"), np.float16(0.5), torch.tensor(0.5)], ids=type)
+def test_every_kind_of_number_is_a_cost(price):
+    model = small(CPO, DummyVecEnv([lambda: Priced(price=price)] * 2), cost_limit=3.0)
+    model.learn(80)
+    assert model.episode_cost == 10.0
 
 
 def test_a_task_without_costs_ends_a_run_with_a_message(tmp_path, capsys):

@@ -64,7 +64,8 @@ class CPO(TrustRegionAlgorithm):
     is taken. A step is shortened until the true KL, cost and return agree, or refused.
 
     The cost of each step is ``info["cost"]`` of the environment. A second critic, of the same architecture, learns its
-    values; its last layer begins at zero, so that where nothing costs anything, all is bit for bit as in `TRPO`.
+    values; its last layer begins at zero, so that where nothing costs anything, all is bit for bit as in `TRPO`. It is
+    not normalised: let the cost of a step be of the order of 1.
 
     Attributes:
         episode_cost: J_C, of the episodes that ended in the last rollout in which one did; before any did, of the

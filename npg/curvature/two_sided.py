@@ -381,6 +381,7 @@ class _Field:
             side = self.sides[key]
             factor, roots[places] = _power_of_four(_mean_eigenvalue(side.factor))
             side.factor.div_(factor[:, None, None])
+            side.values.div_(factor[:, None])  # which stay where a factorisation fails
         self.unit.mul_(roots[:count] * roots[count:])
 
     def apply(self, tensors: Sequence[Tensor], power: float, damping: float, out: dict[int, Tensor]) -> None:

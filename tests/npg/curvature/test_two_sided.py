@@ -186,6 +186,29 @@ def test_bases_keep_their_digits_in_single_precision(dtype, power):
                 assert (gram - torch.eye(len(gram[0]))).abs().max() < 100 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("failing", [{6}, {9}, {6, 9}])
+def test_powers_that_a_failed_factorisation_leaves_stay_in_the_unit_of_their_factor(failing, assert_close):
+    generator = torch.Generator().manual_seed(0)
+    state: dict = {}
+    curvature = TwoSidedCurvature([torch.zeros(6, 9, dtype=torch.float64)], [state], power=1.0)
+    for _ in range(5):
+        curvature.update([torch.randn(1, 6, 9, generator=generator, dtype=torch.float64)])
+        curvature.inverse()
+    powers = {}
+    for (dim, *_), side in curvature.sides.items():
+        side.factor.mul_(1000)
+        if dim in failing:
+            side.factor[:, 0, 0] = -1
+            powers[dim] = side.basis[0] @ side.values[0].reciprocal().diag() @ side.basis[0].mT
+        else:
+            shift = curvature.damping * side.factor[0].trace() / dim
+            powers[dim] = torch.linalg.inv(side.factor[0] + shift * torch.eye(dim))
+    m = torch.randn(6, 9, generator=generator, dtype=torch.float64)
+    want = powers[6] @ m @ powers[9] / state["unit_0"] ** 2
+    curvature.inverse()
+    assert_close(curvature.apply([m[None]])[0][0], want)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_leaves_the_factors_alone(bad):
     states: list[dict] = [{}, {}]

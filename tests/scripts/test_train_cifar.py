@@ -172,6 +172,20 @@ def test_a_trained_model_is_evaluated_as_the_run_did(
     assert "there is no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [["--amp"], ["--amp", "--channels-last", "--ema", "0.5"]])
+def test_a_model_trained_in_bfloat16_is_evaluated_in_it(
+    asked: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert status(["wrn-10-1", "sgd", *arguments(folder, run), "--eval-on", "test", "--threads", "1", *asked]) == 0
+    assert status(["--resume", str(run)]) == 0
+    capsys.readouterr()
+    assert evaluate_cifar.main([str(run), "--device", "cpu"]) == 0
+    last = {name: float(value) for name, value in rows(run)[-1].items()}
+    told = "loss {test_loss:.4f}  top-1 {test_top1:.2f}  top-5 {test_top5:.2f}".format_map(last)
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open_world(options.device) as world:
             normalize = Normalization(config.mean, config.std, world.device)
             test, labels = (torch.from_numpy(p).to(world.device) for p in (images.test_images, images.test_labels))
-            loss, top1, top5 = evaluate(model.to(world.device), normalize, test, labels, world)
+            loss, top1, top5 = evaluate(model.to(world.device), normalize, test, labels, world, amp=config.amp)
     if world.is_main:
         print(
             f"{config.model} trained by {config.optimizer}, seed {config.seed}: {options.run}\n"

@@ -414,7 +414,8 @@ def _parts(config: Config, data: ImageData) -> tuple[Labelled, Labelled, Labelle
     images, labels = data.train_images, data.train_labels
     test: Labelled | None = (data.test_images, data.test_labels)
     if config.eval_on == "test":
-        train = split_validation(len(images), 1)[0] if config.limit_train else slice(None)
+        some = config.limit_train is not None and config.limit_train < len(images)
+        train = split_validation(len(images), 1)[0] if some else slice(None)
         evaluated, test = (data.test_images, data.test_labels), None
     else:
         train, held_out = split_validation(len(images), config.validation_size)

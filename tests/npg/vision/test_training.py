@@ -19,6 +19,7 @@ from npg.vision import training
 from npg.vision.checkpoint import state_of
 from npg.vision.config import Config
 from npg.vision.data import ImageData
+from npg.vision.loader import split_validation
 from npg.vision.optimizers import takes_batches
 from npg.vision.training import Trainer, TrainingStopped, learning_rate_factor
 
@@ -150,6 +151,14 @@ def test_the_test_set_is_kept_apart(make_images: MakeImages, tmp_path: Path) -> 
     assert everything.test is None
     few = Trainer(config(limit_train=9), make_images(), tmp_path / "c", ALONE)
     assert torch.equal(few.loader.labels, held_out.loader.labels[:9])
+
+
+@pytest.mark.parametrize("limit", [9, 47, 48])
+def test_a_limit_of_all_images_is_none(limit: int, make_images: MakeImages, run_dir: Path) -> None:
+    images = make_images(classes=48)  # a label for each image
+    few = Trainer(config(eval_on="test", limit_train=limit), images, run_dir, ALONE)
+    chosen = split_validation(48, 1)[0][:limit] if limit < 48 else slice(None)
+    assert torch.equal(few.loader.labels, torch.from_numpy(images.train_labels[chosen]))
 
 
 def test_a_step_is_that_of_the_textbook(make_images: MakeImages, run_dir: Path) -> None:
@@ -302,6 +311,7 @@ def test_a_signal_stops_after_the_step(number: int, make_images: MakeImages, run
     [
         ({"batch_size": 33}, "batch_size must be between 1 and the 32 training images; got 33"),
         ({"limit_train": 33}, "limit_train must be at most 32 here; got 33"),
+        ({"limit_train": 49, "eval_on": "test"}, "limit_train must be at most 48 here; got 49"),
         ({"validation_size": 48}, "validation_size must be between 1 and 47"),
         ({"sync_bn": True}, "sync_bn must be off on a CPU"),
     ],

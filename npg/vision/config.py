@@ -27,7 +27,7 @@ class Config:
         epochs: passes over the training part.
         batch_size: of all processes together.
         schedule: of the learning rate: ``constant``, ``step`` (times `gamma` at each milestone) or ``cosine`` (to 0).
-        milestones: fractions of the run.
+        milestones: of the schedule ``step``, fractions of the run; the others have none, and pass over them.
         gamma: the factor at a milestone.
         warmup: the fraction of the run over which the learning rate grows linearly to its value.
         label_smoothing: the share of the target that is spread over all classes.
@@ -151,7 +151,9 @@ def load_config(
         optimizer_overrides: options of the optimizer.
 
     Raises:
-        ValueError: no such preset, or it has a key that means nothing.
+        ValueError: no such preset, or it has a key that means nothing; the schedule is ``step`` without milestones, or
+            there are milestones or a gamma for another one. Those of a preset may stay where the caller takes another
+            schedule.
     """
     path = None if preset in PRESETS else preset_file(preset)
     if path is None:
@@ -169,7 +171,22 @@ def load_config(
             f"take {values['optimizer']}, or write them under optimizers: {{{values['optimizer']}: …}} in the preset"
         )
     options |= own
-    merged = values | dict(overrides or {})
+    given = dict(overrides or {})
+    merged = values | given
     check_names("key", merged, [f.name for f in fields(Config)], f"of preset {preset}")
     merged["optimizer_options"] = options | dict(optimizer_overrides or {})
-    return Config(**(merged | {"model": model, "optimizer": optimizer}))
+    config = Config(**(merged | {"model": model, "optimizer": optimizer}))
+    # A preset's milestones are no mistake where the caller takes another schedule; nor is what a run wrote, all fields.
+    _check_schedule(config, given if "schedule" in given or "model" in values else merged)
+    return config
+
+
+def _check_schedule(config: Config, given: Mapping[str, Any]) -> None:
+    """Refuse what was given for the learning rate and would change nothing."""
+    if config.schedule != "step":
+        wanted = f"left out with schedule {config.schedule}, or given with schedule step"
+        for name in ("milestones", "gamma"):
+            require(not given.get(name), name, given.get(name), wanted)
+    elif "schedule" in given or "milestones" in given:
+        wanted = "given with schedule step, as fractions of the run such as 0.74; or take schedule constant"
+        require(bool(config.milestones), "milestones", list(config.milestones), wanted)

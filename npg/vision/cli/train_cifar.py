@@ -75,9 +75,9 @@ def make_parser() -> Parser:
     add("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="any option of the optimizer")
     add("--batch-size", type=int, metavar="N", help="images in a batch, of all processes together")
     add("--schedule", choices=("constant", "step", "cosine"), help="how the learning rate changes")
-    milestones = "when the step schedule lowers the learning rate, as fractions of the run"
+    milestones = "when --schedule step lowers the learning rate, as fractions of the run"
     add("--milestones", type=float, nargs="*", metavar="F", help=milestones)
-    add("--gamma", type=float, metavar="F", help="factor of the learning rate at a milestone")
+    add("--gamma", type=float, metavar="F", help="factor of the learning rate at a milestone of --schedule step")
     add("--warmup", type=float, metavar="F", help="fraction of the run with a growing learning rate")
     add("--label-smoothing", type=float, metavar="F", help="share of the target spread over all classes")
     add("--ema", type=float, metavar="DECAY", help="evaluate an average of the weights, such as 0.999")

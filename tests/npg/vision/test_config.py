@@ -5,6 +5,7 @@ import yaml
 
 from npg.vision.config import PRESETS, Config, load_config
 from npg.vision.optimizers import OPTIMIZERS
+from npg.vision.training import learning_rate_factor
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -33,6 +34,48 @@ def test_what_the_caller_says_goes_over_the_preset(tmp_path: Path) -> None:
     config = load_config("wrn-16-1", "sgd", str(mine), {"seed": 7}, {"lr": 0.25})
     assert (config.epochs, config.seed) == (3, 7)
     assert config.optimizer_options == {"lr": 0.25, "momentum": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("tuned", {"milestones": [0.5]}, r"milestones must be left out with schedule cosine, .* step; got \[0.5\]"),
+        ("tuned", {"gamma": 0.5}, "gamma must be left out with schedule cosine, or given with schedule step; got 0.5"),
+        ("report", {"schedule": "constant", "gamma": 0.5}, "gamma must be left out with schedule constant"),
+        ("tuned", {"schedule": "step"}, r"milestones must be given with schedule step, .* constant; got \[\]"),
+        ("report", {"milestones": []}, "milestones must be given with schedule step"),
+        ("milestones: [0.5]", {}, "milestones must be left out with schedule constant"),
+        ("schedule: step", {}, "milestones must be given with schedule step"),
+    ],
+)
+def test_what_would_change_nothing_of_the_schedule_is_refused(
+    preset: str, overrides: dict, message: str, tmp_path: Path
+) -> None:
+    if ":" in preset:
+        (tmp_path / "mine.yaml").write_text(preset)
+        preset = str(tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match=message):
+        load_config("wrn-16-1", "sgd", preset, overrides)
+
+
+def test_another_schedule_passes_over_the_milestones_of_a_preset(tmp_path: Path) -> None:
+    step = load_config("wrn-16-1", "sgd", "tuned", {"schedule": "step", "milestones": [0.5], "gamma": 0.2})
+    assert [learning_rate_factor(step, t, 100) for t in (49, 50)] == [1.0, 0.2]
+    cosine = load_config("wrn-16-1", "sgd", "report", {"schedule": "cosine"})
+    assert learning_rate_factor(cosine, 75, 100) == pytest.approx(0.5 - 0.125**0.5)
+    path = tmp_path / "mine.yaml"
+    path.write_text("milestones: [0.5]")
+    assert load_config("wrn-16-1", "sgd", str(path), {"schedule": "step"}).milestones == (0.5,)
+
+
+@pytest.mark.parametrize("fields", [{"schedule": "cosine", "milestones": [0.74]}, {"schedule": "step"}])
+def test_a_run_that_had_such_a_schedule_is_still_read(fields: dict, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    run = Config("wrn-16-1", "sgd", {"lr": 0.1}, **fields)
+    path.write_text(yaml.safe_dump(run.to_dict()))
+    assert load_config("wrn-16-1", "sgd", str(path)) == Config(**yaml.safe_load(path.read_text())) == run
+    with pytest.raises(ValueError, match="milestones must be "):
+        load_config("wrn-16-1", "sgd", str(path), {"milestones": [0.5] if run.schedule == "cosine" else []})
 
 
 def test_a_config_survives_yaml() -> None:

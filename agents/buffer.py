@@ -110,22 +110,16 @@ class RolloutBuffer(buffers.RolloutBuffer):
         def flat(array: Any) -> Any:
             if isinstance(array, dict):
                 return {key: flat(part) for key, part in array.items()}
-            return array.reshape(-1, *array.shape[2:])
-
-        def tensors(arrays: Any) -> Any:
-            if isinstance(arrays, dict):
-                return {key: tensors(part) for key, part in arrays.items()}
-            return self.to_torch(arrays, copy=False)
+            return self.to_torch(array.reshape(-1, *array.shape[2:]), copy=False)
 
         actions = self.actions.astype(np.float32, copy=False)
         every = [*map(flat, (self.observations, actions, self.values, self.log_probs, self.advantages, self.returns))]
         if batch_size is None:
-            yield RolloutBufferSamples(*map(tensors, every))
+            yield RolloutBufferSamples(*every)
             return
         order = np.random.permutation(self.buffer_size * self.n_envs)  # noqa: NPY002  # as there, by the agent's seed
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            yield RolloutBufferSamples(*(tensors(rows(array, some)) for array in every))
+        for some in torch.as_tensor(order).split(batch_size):
+            yield RolloutBufferSamples(*(rows(part, some) for part in every))
 
 
 class DictRolloutBuffer(RolloutBuffer, buffers.DictRolloutBuffer):  # type: ignore[misc]  # its samples are dicts

@@ -206,7 +206,7 @@ class CPO(TrustRegionAlgorithm):
 
         if truncated:  # by a time limit: the cost that would have come after it
             steps, envs, finals = zip(*truncated)
-            last, _ = self.cost_policy.obs_to_tensor(stacked(finals))
+            last, _ = policy.obs_to_tensor(stacked(finals))
             costs[list(steps), list(envs)] += self.gamma * values_of(last, len(finals))
         values = values_of(observations, costs.size).reshape(costs.shape)
         newest = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import sync_envs_normalization
 
 from agents.config import ALGORITHMS, RunConfig, resolve
 from agents.evaluation import evaluate, make_env
@@ -63,7 +64,7 @@ def train(config: RunConfig, make: Any, episodes: int) -> dict[str, Any]:
     env: Any = make_env(config, min(episodes, 10), config.seed + 1_000, evaluation=True)
     if (trained := model.get_vec_normalize_env()) is not None:
         env = normalized(env, config, training=False)
-        env.obs_rms = trained.obs_rms
+        sync_envs_normalization(trained, env)
     played = evaluate(model, env, episodes, seed=config.seed + 1_000)
     env.close()
     return {

@@ -773,6 +773,7 @@ def test_a_run_records_what_an_episode_costs(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_limit_and_one_cost_critic(two_processes, tmp_path):
     one, other = two_processes(__file__, tmp_path)
     assert torch.equal(one["policy"], other["policy"])

@@ -133,7 +133,7 @@ def agree(actions, expected):
 @needs_onnx
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("observation", OBSERVATIONS)
-@pytest.mark.parametrize("cls", [TRPO, NPG, MDPO])
+@pytest.mark.parametrize("cls", [TRPO, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (NPG, MDPO))])
 def test_onnx_runtime_gives_the_actions_of_predict(cls, observation, action, tmp_path):
     env = bare(observation, action)
     if observation in ("box", "dict"):

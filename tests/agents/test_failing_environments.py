@@ -119,6 +119,7 @@ def test_an_environment_that_exits_while_it_is_made_ends_nothing_else(monkeypatc
 
 
 @pytest.mark.parametrize(("how", "last"), [("raises", "LookupError: the pole broke"), ("hangs", "TimeoutError: ")])
+@pytest.mark.slow
 def test_the_script_shows_the_traceback_and_how_to_go_on(how, last, tmp_path):
     (tmp_path / "failing.py").write_text(
         "import gymnasium, sys\n"

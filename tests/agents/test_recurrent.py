@@ -636,6 +636,7 @@ def test_all_policies_are_known_by_name():
 # ----------------------------------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one(two_processes, tmp_path):
     one, other = two_processes(__file__, tmp_path)
     assert torch.equal(one["policy"], other["policy"])

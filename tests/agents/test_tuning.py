@@ -365,6 +365,7 @@ def test_settings_that_are_refused_are_a_trial_and_a_refused_preset_ends_the_sea
 
 
 @needs_optuna
+@pytest.mark.slow
 def test_two_processes_train_as_many_trials_as_were_asked_for(tmp_path):
     search = begun(tmp_path / "s", trials=3)
     search.run(jobs=2)
@@ -391,6 +392,7 @@ def test_an_interrupt_of_the_lock_is_an_interrupt(tmp_path, monkeypatch):
 
 
 @needs_optuna
+@pytest.mark.slow
 def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
     path = tmp_path / "s"
     short = ["--evaluations", "1", "--eval-episodes", "1", "--n-envs", "2", "--backend", "gymnasium", "--device", "cpu"]

@@ -80,6 +80,7 @@ def test_every_page_is_in_the_navigation():
 
 
 @once
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)

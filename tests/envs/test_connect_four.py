@@ -30,6 +30,7 @@ def test_wins_are_those_of_the_slow_way():
     np.testing.assert_array_equal(wins(bits), expected)
 
 
+@pytest.mark.slow
 def test_whole_games_keep_the_rules():
     n, rng = 64, np.random.default_rng(1)
     games = Games(n)

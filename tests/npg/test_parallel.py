@@ -250,6 +250,7 @@ with npg.parallel.open_world("cpu") as world:
 
 
 @pytest.mark.parametrize("what", ["stopped", "stopped at the end", "killed", "ends early"])
+@pytest.mark.slow
 def test_a_process_that_is_lost_ends_the_others_with_one_message(what, free_port):
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "OMP_NUM_THREADS": "1"}
     first, second = (

@@ -111,6 +111,7 @@ def test_without_a_gpu_it_says_how_to_try(
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_a_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sb3_contrib")
     arguments, option, column, expected = RUNS[name]

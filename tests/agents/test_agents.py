@@ -96,7 +96,7 @@ def filled(model):
     return model
 
 
-@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+@pytest.mark.parametrize("algorithm", [TRPO, *(pytest.param(x, marks=pytest.mark.slow) for x in (NPG, MDPO))])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_every_space_learns_saves_and_loads(algorithm, observation, action, tmp_path):

@@ -204,6 +204,7 @@ def test_the_best_agent_keeps_the_limit_before_it_gains(limit, played, best, tmp
         (0.0, 1.0, {"use_sde": True, "sde_sample_freq": 4}),
     ],
 )
+@pytest.mark.slow
 def test_without_costs_or_a_limit_a_whole_training_is_trpo_s_to_the_last_bit(price, limit, options):
     ours = small(CPO, costly(price=price, early=0.02), cost_limit=limit, **options)
     ours.learn(5 * 160)
@@ -279,6 +280,7 @@ def test_the_cost_critic_draws_what_no_other_run_or_update_draws(monkeypatch):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.slow
 def test_the_cost_stays_near_its_limit_where_trpo_s_goes_to_the_top(discrete):
     env = costly(8, discrete=discrete)
     options = {"n_steps": 40, "target_kl": 0.02, "n_critic_updates": 5}

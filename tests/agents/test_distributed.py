@@ -194,6 +194,7 @@ def ranks(
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.slow
 def test_two_processes_are_one(case: tuple[type, str, str], ranks: Any, rollouts: Any) -> None:
     name = name_of(case)
     alone = trained(case, rollouts[name], ALONE)

@@ -67,6 +67,7 @@ ENDS = {
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize(("where", "at", "saved"), [("training", 50, 48), ("evaluation", 66, 64)])
 @pytest.mark.parametrize("exact", ["restart", "off"])
+@pytest.mark.slow
 def test_the_agent_is_saved_as_it_was_and_goes_on(how, where, at, saved, exact, fail, tmp_path):
     run = begin(tmp_path / "run", exact_resume=exact)
     fail(how, at)

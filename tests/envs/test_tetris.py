@@ -425,6 +425,7 @@ def test_rendering_shows_board_and_piece(mode, capsys):
         assert "next: " in text
 
 
+@pytest.mark.slow
 def test_without_numba_the_error_names_the_extra():
     code = (
         "import sys; sys.modules['numba'] = None; import envs.registration, gymnasium; gymnasium.make('npg/Tetris-v0')"

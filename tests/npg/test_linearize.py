@@ -966,7 +966,9 @@ def random_network(seed: int) -> tuple[nn.Sequential, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:no forward mode for")
-@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "precision", [torch.float64, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.bfloat16))]
+)
 def test_random_networks_equal_their_dense_twins(precision, jacobian):
     """Against J row by row by plain reverse mode over a forward pass of its own."""
     for seed in range(60 if precision is torch.float64 else 30):

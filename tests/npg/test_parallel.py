@@ -221,6 +221,7 @@ assert group() is None
 """
 
 
+@pytest.mark.slow
 def test_a_destroyed_group_ends(tmp_path):
     # only then does it join its threads, which abort the process if they outlive the interpreter
     done = subprocess.run([sys.executable, "-c", ALONE, f"file://{tmp_path}/store"], check=False, timeout=240)

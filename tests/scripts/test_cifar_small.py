@@ -76,6 +76,7 @@ def test_a_run_that_diverged_is_finished(script: ModuleType, tmp_path: Path) -> 
     assert math.isnan(script.summary(run)["best_top1"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_stops_the_benchmark(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def test_train_then_resume_from_the_first_epoch(
     assert all(torch.equal(v, whole[k]) for k, v in torch.load(newest)["model"].items())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_its_first_epoch_begins_anew(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,6 +325,7 @@ def test_what_ends_a_run_is_told_with_the_way_to_go_on(
     assert [row["epoch"] for row in rows(run)] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_from_runs_and_from_a_csv(folder: Path, tmp_path: Path) -> None:
     run, table = tmp_path / "run", tmp_path / "curves.csv"
     assert status(["wrn-10-1", "sgd", *arguments(folder, run)]) == 0

@@ -176,6 +176,7 @@ def assert_close(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "averaged" not in name])
+@pytest.mark.slow
 def test_two_processes_are_one(name: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = trainer(World(torch.device("cpu")), tmp_path / "alone", *CASES[name])
     alone.run()

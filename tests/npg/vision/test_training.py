@@ -63,6 +63,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "online-ngd", "diagonal-ngd", "kfac", "ngd"])
 @pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     optimizer: str, epoch: int, make_images: MakeImages, tmp_path: Path
 ) -> None:

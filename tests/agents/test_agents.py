@@ -337,6 +337,7 @@ def test_metrics_that_cannot_be_are_refused_by_name():
 
 
 @pytest.mark.parametrize(("env", "radius", "updates"), [("CartPole-v1", 0.005, 12), ("Pendulum-v1", 0.05, 4)])
+@pytest.mark.slow
 def test_transport_on_control_tasks(env, radius, updates):
     from stable_baselines3.common.env_util import make_vec_env
 

@@ -309,6 +309,7 @@ def test_a_policy_far_beyond_the_limit_comes_back():
     assert np.mean(costs[-10:]) < 4.5
 
 
+@pytest.mark.slow
 def test_small_rollouts_keep_the_limit_in_the_mean_with_the_correction_and_not_without():
     """Forty steps tell little of a gradient: the step that they choose does less to the cost than they tell."""
     means = []

@@ -21,6 +21,8 @@ from agents.callbacks import CommonStatistics
 from envs import make_vec_env
 from npg.parallel import World, open_world
 
+pytestmark = pytest.mark.slow  # one start of two processes serves them all
+
 ALONE = World(torch.device("cpu"))
 N_ENVS, N_STEPS, UPDATES = 4, 32, 2
 TASKS = ("CartPole-v1", "Pendulum-v1")
@@ -194,7 +196,6 @@ def ranks(
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-@pytest.mark.slow
 def test_two_processes_are_one(case: tuple[type, str, str], ranks: Any, rollouts: Any) -> None:
     name = name_of(case)
     alone = trained(case, rollouts[name], ALONE)

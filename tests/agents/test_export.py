@@ -212,6 +212,7 @@ def test_images_are_taken_as_the_environment_gives_them(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("action", ["discrete", "multidiscrete", "multibinary"])
+@pytest.mark.slow
 def test_samples_have_the_probabilities_of_the_policy(format, action, tmp_path):
     agent = trained(bare("box", action))
     path = export_agent(agent, tmp_path / "policy", format, deterministic=False)
@@ -233,6 +234,7 @@ def test_samples_have_the_probabilities_of_the_policy(format, action, tmp_path):
 
 @pytest.mark.parametrize("use_sde", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_samples_have_the_mean_and_deviation_of_the_policy(format, use_sde, tmp_path):
     agent = trained(bare(spaces.Box(-1, 1, (5,)), "box"), use_sde=use_sde)
     agent.policy.action_space = agent.action_space = spaces.Box(-1e3, 1e3, (2,))  # nothing is clipped

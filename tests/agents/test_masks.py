@@ -325,6 +325,7 @@ def test_a_saved_agent_is_the_same_and_goes_on(algorithm, tmp_path):
 
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 @pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.slow
 def test_an_exported_policy_takes_the_mask(format, deterministic, tmp_path):
     if format == "onnx" and any(find_spec(package) is None for package in ("onnx", "onnxscript", "onnxruntime")):
         pytest.skip("needs the extra export")

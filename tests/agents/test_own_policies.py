@@ -370,6 +370,7 @@ def moved_by_an_update(cls, distribution, change=None):
 @pytest.mark.parametrize("cls", [TRPO, NPG, MDPO, CPO])
 @pytest.mark.parametrize("distribution", [Shifted, Unsquashed])
 @pytest.mark.parametrize("changing", [False, True])
+@pytest.mark.slow
 def test_a_function_of_the_action_in_the_log_likelihood_changes_no_step(cls, distribution, changing):
     def change(model):  # after some of the rollout: the ratios are to the policy that acted
         model.policy.log_std.data += 0.5
@@ -640,6 +641,7 @@ class NormalisedExperts(Experts):
     ],
 )
 @pytest.mark.filterwarnings("ignore:no traced program")
+@pytest.mark.slow
 def test_what_only_some_observations_reach_learns_as_if_all_did(cls, options):
     def learned(extractor):
         given = {"policy": "MlpPolicy", "batch_size": 4, **options}

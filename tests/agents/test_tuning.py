@@ -42,6 +42,7 @@ def proposed(search):
 
 
 @needs_optuna
+@pytest.mark.slow
 def test_a_search_that_was_stopped_goes_on_as_one_in_a_go(tmp_path, monkeypatch, capsys):
     whole = begun(tmp_path / "whole")
     whole.run()
@@ -268,6 +269,7 @@ class Asked:
         (600, 5, 0, {1200: 5}),
     ],
 )
+@pytest.mark.slow
 def test_evaluations_are_compared_at_the_same_steps(tmp_path, n_steps, evaluations, k, steps):
     trial = Asked()
     search = TuningConfig("trpo", "CartPole-v1", seeds=2, evaluations=evaluations, options=OPTIONS, space=SPACE)

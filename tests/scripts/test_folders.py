@@ -62,6 +62,7 @@ def films(arguments, load):
     ],
     ids=["evaluate", "export", "films", "resume", "seeds", "tune"],
 )
+@pytest.mark.slow
 def test_no_folder_imports_a_module(command, folder, options, named, gift, load, capsys, monkeypatch):
     monkeypatch.chdir(gift)
     if command is films:

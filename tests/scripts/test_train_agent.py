@@ -604,6 +604,7 @@ def test_help_fits_a_terminal(capsys):
     assert all(option in text for option in ("--timesteps", "--resume", "--set", "--video", "--eval-freq"))
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_shows_progress(tmp_path):
     arguments = [a for a in CARTPOLE if a != "--no-progress"]
     command = [sys.executable, str(SCRIPT), *arguments, "--run-dir", str(tmp_path / "run")]

@@ -81,6 +81,7 @@ def test_a_small_change_is_seen(change, monkeypatch, accelerated):
 
 @pytest.mark.parametrize("rate", [1.00001, 1.0001, 1.001])
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.slow
 def test_a_temperature_that_is_annealed(autocast, rate, accelerated):
     model = Net()
     for _ in range(20):

@@ -65,6 +65,7 @@ def test_step_with_the_whole_diagonal(kind, norm):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_probes_are_unbiased(kind, norm):
     """With lr = 0 and decay close to 1 the state averages the estimates of one fixed diagonal."""
     model = make_model(norm)

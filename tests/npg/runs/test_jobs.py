@@ -187,6 +187,7 @@ print([end.status for end in run_jobs([Job("shell", lambda: command, folder / "l
 
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs bash")
 @pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.slow
 def test_what_a_shell_leaves_behind_is_stopped_too(times: int, tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", SHELL, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     appear(tmp_path / "mark")

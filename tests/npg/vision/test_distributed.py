@@ -19,6 +19,8 @@ from npg.vision.config import Config
 from npg.vision.data import ImageData
 from npg.vision.training import Trainer, TrainingStopped
 
+pytestmark = pytest.mark.slow  # one start of two processes serves them all
+
 #: Optimizer, its options, and after how many steps parameters are averaged (0: gradients are, at every step).
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "sgd": ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, 0),
@@ -176,7 +178,6 @@ def assert_close(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "averaged" not in name])
-@pytest.mark.slow
 def test_two_processes_are_one(name: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     alone = trainer(World(torch.device("cpu")), tmp_path / "alone", *CASES[name])
     alone.run()

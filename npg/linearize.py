@@ -33,6 +33,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from npg.acceleration import OTHER_OUTPUTS, Function, Maps, Recorded, accelerate, precision, same_outputs
@@ -109,6 +110,7 @@ class Linearization:
         self.leaves: list[Tensor] = (
             self.parameters.tensors if direct else [p.detach().requires_grad_() for p in self.parameters.tensors]
         )
+        _check_cache(model)
         self._direct = direct
         device = self.parameters.device
         self.random_state = random_state(device)
@@ -125,6 +127,7 @@ class Linearization:
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
             self._graph: Tensor | None = self.forward(self.leaves)
         self.outputs = self._graph.detach()
+        _check_checkpoints(self._graph, model)
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
         moved = self._present_versions()
@@ -478,6 +481,38 @@ def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool
     return torch.autograd.grad(
         graph, leaves, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+
+
+def _check_cache(model: Model) -> None:
+    """Raise RuntimeError where reparametrised weights are cached: what is tried would then have the old ones."""
+    cached = getattr(parametrize, "_cache_enabled", 0) and isinstance(model, nn.Module)
+    if cached and any(map(parametrize.is_parametrized, cast(nn.Module, model).modules())):
+        raise RuntimeError(
+            f"{_name(model)} has parametrized weights, and torch.nn.utils.parametrize.cached() is active: it would "
+            "give their old values after a step. Leave it before this call, or enter it in the model's forward"
+        )
+
+
+def _check_checkpoints(graph: Tensor, model: Model) -> None:
+    """Raise ValueError where the graph hides parameters, whose derivatives would be zeros."""
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in graph_nodes(graph)):
+        raise ValueError(
+            f"{_name(model)} calls torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
+            "from torch.autograd.grad: pass use_reentrant=False (gradient_checkpointing_enable("
+            'gradient_checkpointing_kwargs={"use_reentrant": False}) in transformers)'
+        )
+
+
+def graph_nodes(outputs: Tensor) -> set[Any]:
+    """The nodes of the graph that a tensor is computed by."""
+    seen: set[Any] = set()
+    todo = [outputs.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [node for node, _ in node.next_functions]
+    return seen
 
 
 def _resting(weight: Tensor, row: int) -> Tensor:

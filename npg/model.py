@@ -45,28 +45,36 @@ class Buffers:
     def __init__(self, model: Model) -> None:
         modules = model.named_modules() if isinstance(model, nn.Module) else ()
         self._copies = [
-            (module, path, name, buffer, buffer.detach().clone())
+            (module, path, name, buffer, None if buffer is None else buffer.detach().clone())
             for path, module in modules
             for name, buffer in module._buffers.items()
-            if buffer is not None
         ]
 
     def named(self) -> dict[str, Tensor]:
         """Their values as they were, by name."""
-        return {f"{path}.{name}" if path else name: copy for _, path, name, _, copy in self._copies}
+        named = ((f"{path}.{name}" if path else name, copy) for _, path, name, _, copy in self._copies)
+        return {name: copy for name, copy in named if copy is not None}
 
     @torch.no_grad()
     def restore(self, keep: Tensor | None = None) -> None:
         """Put them back as they were, bit for bit; all but where ``keep``, (), is true."""
         for module, _, name, buffer, copy in self._copies:
             now = module._buffers[name]
-            if keep is not None and now is not None and now.shape == copy.shape:
-                if now.layout is copy.layout is torch.strided:
+            if buffer is now is None:
+                continue
+            if keep is not None:
+                if (
+                    now is not None
+                    and copy is not None
+                    and now.shape == copy.shape
+                    and now.layout is copy.layout is torch.strided
+                ):
                     copy = torch.where(keep, now, copy)
-                elif keep:  # what is sparse has no where(): the host looks
+                elif keep:  # what is sparse, new, or of another shape has no where(): the host looks
                     continue
             module._buffers[name] = buffer
-            buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
+            if buffer is not None:
+                buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
 
     def restored_on_error(self) -> AbstractContextManager[None]:
         """Put them back if an error, or an interrupt, leaves the block."""

@@ -149,6 +149,7 @@ def accelerate_function(
     function: Callable[..., Sequence[Tensor]],
     arguments: Sequence[Tensor],
     agrees: Callable[[Callable[..., Sequence[Tensor]]], bool],
+    version: int = 0,
 ) -> Callable[..., Sequence[Tensor]] | None:
     """``function`` of tensors as a program for shapes like these; None if acceleration is off, or there can be none.
 
@@ -159,6 +160,7 @@ def accelerate_function(
         function: tensors ↦ tensors.
         arguments: the tensors now.
         agrees: whether a program of it is right.
+        version: of the function; programs of another one are not used.
     """
     if mode.now == "off":
         return None
@@ -168,7 +170,7 @@ def accelerate_function(
         return run, "" if agrees(run) else "its results are not those of the modules"
 
     try:
-        return _functions.use(owner, _alike(arguments), lambda: straight_line(function, arguments), attempt)
+        return _functions.use(owner, (version, *_alike(arguments)), lambda: straight_line(function, arguments), attempt)
     except Exception:  # what looks at values cannot be traced
         return None
 

@@ -107,7 +107,7 @@ class Recorded:
                 wrong = [i for i in wrong if not errors[i] <= min(8 * noise[i], most)]
         if wrong:
             return f"its derivative along {p.names[wrong[0]]} is not that of autograd"
-        weights = [(1 + i % 7 / 7) * size / max(norm, 1e-3 * size, 1e-300) ** 2 for i, norm in enumerate(norms)]
+        weights = [(1 + i % 7 / 7) * size / max(norm, 1e-3 * size, 1e-150) ** 2 for i, norm in enumerate(norms)]
         v = torch.cat([part * weight for part, weight in zip(expected.split(p.sizes), weights)])  # unequal, none cancel
         if int(torch.count_nonzero(v)) < p.numel:
             v = torch.where(v == 0, self._generic_like(v), v)

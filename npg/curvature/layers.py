@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from npg.curvature.base import Key
-from npg.linearize import Linearization
+from npg.linearize import Linearization, graph_nodes
 from npg.model import Model
 from npg.parameters import Parameters
 
@@ -64,9 +64,11 @@ def _layers(model: Model, parameters: Parameters) -> dict[nn.Module, Key]:
         if plain and getattr(module, "groups", 1) == 1:
             own = [module._parameters.get(name) for name in ("weight", "bias")]
             key = tuple(index[names[id(p)]] for p in own if p is not None and names[id(p)] in index)
-            if own[0] is not None and names[id(own[0])] in index:
+            # A hook changes the gradient of the parameter itself, which is not that of the layer's outputs any more.
+            hooked = any(p is not None and p._backward_hooks for p in own)
+            if own[0] is not None and own[0].numel() and names[id(own[0])] in index and not hooked:
                 outputs = own[0].shape[0]
-                if max(outputs, own[0].numel() // max(outputs, 1)) <= MAX_SIZE:
+                if max(outputs, own[0].numel() // outputs) <= MAX_SIZE:
                     found[module] = key
     keys = set(found.values())
     alone = {key for key in keys if not any(other != key and set(other) & set(key) for other in keys)}
@@ -136,13 +138,7 @@ def _recorded(module: nn.Module, calls: dict[Key, list[Call]], key: Key) -> Call
 
 def _reached(outputs: Tensor) -> set[int]:
     """The tensors that the graph ends in, by their ids."""
-    seen, todo = set(), [outputs.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [node for node, _ in node.next_functions]
-    return {id(node.variable) for node in seen if hasattr(node, "variable")} | {id(outputs)}
+    return {id(node.variable) for node in graph_nodes(outputs) if hasattr(node, "variable")} | {id(outputs)}
 
 
 def events_apart(linearization: Linearization, layers: Mapping[nn.Module, Key]) -> set[Key]:

@@ -201,6 +201,7 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
             return initial_factors(count, key[0], min((key[0] + 1) // 2, rank), alpha, *key[1:])
 
         self.factors = batched(owners, make, states)
+        self._fit()
         self._views: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(tensors))}
         for i, suffix in (owner for of in owners.values() for owner in of):
             self._views[i].update(
@@ -285,6 +286,15 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
         for (i,), entry in state.items():
             for name, value in entry.items():
                 self._views[i][name].copy_(value)
+        self._fit()
+
+    def _fit(self) -> None:
+        """W = E^{1/2} R of factors that were made with another α; R and F stay. Others keep every bit."""
+        for factors in self.factors.values():
+            length = torch.linalg.vector_norm(factors.weight, dim=-1, dtype=torch.float64)
+            ratio = factors.e(self.alpha).sqrt() / length
+            other = ((ratio - 1).abs() > 1e-3) & torch.isfinite(ratio)
+            factors.weight.mul_(torch.where(other, ratio, 1.0).unsqueeze(-1).to(factors.weight.dtype))
 
     def inverse_root(self) -> InverseRoot:
         """L = C^{−1/2} of the factors as they are now; later updates do not change it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Any, ClassVar, overload
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from npg.curvature.stacks import stacks
+from npg.model import undone_on_error
 from npg.optim.base import ExactResume, Held, Tensors, check, decay_matrices, dense_gradients
 from npg.parameters import check_dtypes
 
@@ -99,7 +101,8 @@ class GradientOptimizer(ExactResume):
         self._settle()
         parts = [_GroupStep(group, self._active(i, group)) for i, group in enumerate(self.param_groups)]
         if plans := [plan for part in parts for plan in part.plans]:
-            finite = torch.stack([part.propose().to(plans[0].device) for part in parts if part.plans]).all()
+            with undone_on_error(partial(_put_back, plans)):
+                finite = torch.stack([part.propose().to(plans[0].device) for part in parts if part.plans]).all()
             known = finite.device.type == "cpu"
             for part in parts:
                 part.take(bool(finite) if known else finite)
@@ -127,8 +130,8 @@ class GradientOptimizer(ExactResume):
         if not active:
             return []
         plans, fixed = self._plans.get(index, []), self._fixed
-        if not all(plan.held.by(self.state) for plan in plans):
-            plans = []  # the state was cleared, or an entry replaced
+        if not all(plan.held.by(self.state) and plan.fits() for plan in plans):
+            plans = []  # the state was cleared, an entry replaced, or the model converted
         options = {name: group[name] for name in self._of_plan}
         if any(plan.options[fixed] != options[fixed] for plan in plans):
             former = plans[0].options[fixed]
@@ -154,6 +157,11 @@ def _named(group: dict[str, Any]) -> dict[str, Tensor]:
     params = group["params"]
     names = group.get("param_names", [f"params[{i}]" for i in range(len(params))])
     return dict(zip(names, params, strict=True))
+
+
+def _put_back(plans: list[Plan]) -> None:
+    for plan in plans:
+        plan.put_back()
 
 
 class _Outcome:
@@ -240,10 +248,22 @@ class Plan:
         self._shrinks = torch.tensor([p.ndim > 1 for p in self._stacked], device=self.device)
         largest = [torch.finfo(p.dtype).max for p in self._stacked]
         self._largest = torch.tensor(largest, dtype=torch.float64, device=self.device)
+        self._kinds = [(p.dtype, p.device) for p in params]
+
+    def fits(self) -> bool:
+        """Whether the parameters still have their dtypes and devices: ``model.half()`` changes them in place."""
+        return self._kinds == [(p.dtype, p.device) for p in self.params]
 
     def propose(self, gradients: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Work out `directions` and `moves` with the options of the group."""
         raise NotImplementedError
+
+    def put_back(self) -> None:
+        """Undo what `propose` has moved."""
+        for live, _, old in self.moves:
+            if old is not live:
+                live.copy_(old)
+        self.directions, self.moves = [], []
 
     def state_is_finite(self) -> Tensor:
         """Whether the state will be finite after the proposed step, (), as far as the directions do not tell."""
@@ -272,8 +292,10 @@ class Plan:
             changes += _either(finite, change, change.new_zeros(()).expand_as(change)).unbind()
         if decay:
             for device in {p.device for p in self._stacked}:
-                taken = torch.as_tensor(finite, dtype=torch.float64, device=device)
-                decay_matrices((p for p in self._stacked if p.device == device), decay * taken)
+                # A choice and no product: a refused step may have a rate of NaN, or ∞.
+                amount = torch.full((), decay, dtype=torch.float64, device=device)
+                amount = torch.where(torch.as_tensor(finite, device=device), amount, torch.zeros_like(amount))
+                decay_matrices((p for p in self._stacked if p.device == device), amount)
         torch._foreach_sub_(self._stacked, changes)
         self.directions, self.moves = [], []
         self.count_to(self.count + 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from math import ceil, inf
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
@@ -148,12 +149,14 @@ class NGD(ModelOptimizer):
         check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
         self._check_kl(max_kl)
         self._check_radius(max_kl, momentum, weight_decay)
-        check(max_iterations >= 1, "max_iterations", max_iterations, "at least 1")
+        check(_is_count(max_iterations), "max_iterations", max_iterations, "a whole number, at least 1")
         check(rtol >= 0, "rtol", rtol, "0 or above")
         check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
         check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
-        check(update_period >= 1, "update_period", update_period, "at least 1")
-        check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
+        check(_is_count(update_period), "update_period", update_period, "a whole number, at least 1")
+        check(probes is None or _is_count(probes), "probes", probes, "None or a whole number, at least 1")
+        controls = damping_control is None or callable(getattr(damping_control, "update", None))
+        check(controls, "damping_control", damping_control, "None or a LevenbergMarquardt(…) of npg")
         metrics = ("identity", "online", "factors")
         check(damping_metric in metrics, "damping_metric", damping_metric, "'identity', 'online' or 'factors'")
         cg = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
@@ -293,7 +296,7 @@ class NGD(ModelOptimizer):
                 buffers.restore()
                 report = replace(report, accepted=False, step=torch.zeros_like(report.step), step_norm=0.0, scale=0.0)
         if report.accepted:
-            if momentum:
+            if momentum or any("momentum_buffer" in self.state[p] for p in params):  # with μ = 0 it is the last step
                 momenta = self._states("momentum_buffer", params)
                 torch._foreach_mul_(momenta, momentum)
                 torch._foreach_add_(momenta, split(report.step, momenta))
@@ -383,3 +386,8 @@ class KeptCurvature:
         for key, block in self.curvature.state_dict().items():
             fields = {self.prefix + name: value for name, value in block.items()}
             states[key[0]].update({f"{self.prefix}key": torch.tensor([self.places[i] for i in key]), **fields})
+
+
+def _is_count(x: object) -> bool:
+    """Whether it is a whole number, 1 or above."""
+    return isinstance(x, Integral) and int(x) >= 1

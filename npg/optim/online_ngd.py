@@ -29,12 +29,12 @@ class _OnlinePlan(Plan):
     def propose(self, gradients: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Precondition the gradients, and work out the momenta with them; the factors move, and can be put back."""
         update = is_due(self.count, group["update_period"])
-        former = [tensor.clone() for tensor in self._factors] if update else []
+        if update:
+            self.moves = [(live, live, live.clone()) for live in self._factors]
         self.directions = self.preconditioner(gradients, update=update, first=self.count == 0)
         if momentum := group["momentum"]:
             for new, old in zip(self.directions, self.momenta, strict=True):
                 new.add_(old, alpha=momentum)
-        self.moves = [(live, live, old) for live, old in zip(self._factors, former)]
         self.moves += [(live, new, live) for live, new in zip(self.momenta, self.directions, strict=True)]
 
 

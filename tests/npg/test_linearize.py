@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 from npg import Fisher, acceleration, families, linearize, optim
 from npg.linearize import Linearization
@@ -1036,3 +1037,67 @@ def test_a_parameter_that_was_frozen_since_is_named():
     model[0].requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"\['0\.weight', '0\.bias'\] were frozen after they were linearised here"):
         linearization.push_forward(torch.ones(12))
+
+
+class Frozen(nn.Module):
+    """Blocks of a fine-tuned model: nothing before the first checkpoint is trained."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 6).requires_grad_(False)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x).mean(1).requires_grad_()
+        for block in self.blocks:
+            h = checkpoint(lambda h, block=block: block(h).tanh(), h, use_reentrant=self.reentrant)
+        return self.head(h)
+
+
+def test_a_reentrant_checkpoint_hides_parameters_and_is_refused(check):
+    x = torch.randint(9, (8, 5))
+    check(Frozen(False), x, warns=True)
+    refused = pytest.raises(ValueError, match="pass use_reentrant=False")
+    with refused:
+        Linearization(Frozen(True), x)
+    for optimizer in (optim.NGD, optim.DiagonalNGD):
+        model = Frozen(True)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="pass use_reentrant=False"):
+            optimizer(model, families.Categorical(), lr=0.1).step(x, torch.randint(3, (8,)))
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_cached_weights_are_refused_around_a_step_and_taken_inside_of_the_model(check):
+    class Cached(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with parametrize.cached():
+                return super().forward(x) + super().forward(2 * x)
+
+    def layers():
+        torch.manual_seed(0)
+        return [parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), parametrizations.orthogonal(nn.Linear(5, 3))]
+
+    x = torch.randn(6, 4)
+    check(Cached(*layers()), x, warns=True)
+    with parametrize.cached():
+        check(nn.Sequential(nn.Linear(4, 3)), x)  # nothing in it is cached
+        with pytest.raises(RuntimeError, match=r"parametrize\.cached"):
+            Linearization(nn.Sequential(*layers()), x)
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+@pytest.mark.parametrize("solver", ["cg", "dense", "kfac", "diagonal"])
+def test_where_the_jacobian_is_zero_products_are_zero_and_the_step_has_length_zero(mode, solver):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    nn.init.constant_(model[0].bias, -100.0)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    with acceleration.mode(mode):
+        fisher = Fisher(model, x, families.Categorical())
+        assert not (fisher @ torch.randn(fisher.shape[0])).any()
+        report = optim.NGD(model, families.Categorical(), damping=0.1, solver=solver).step(x, y)
+    assert report.accepted
+    assert report.step_norm == 0

@@ -11,6 +11,7 @@ from torch.nn import functional
 from npg import Fisher, Status, conjugate_gradient, families
 from npg.curvature.kronecker import Block, KroneckerFisher, Multiple
 from npg.geometry import Euclidean
+from npg.optim import NGD
 from npg.transport import wasserstein
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -754,3 +755,39 @@ def test_blocks_of_another_model_are_refused():
         KroneckerFisher(fisher, previous=swapped)
     with pytest.raises(ValueError, match=r"each of 4 parameters once, got those of indices \[0, 0, 1, 2, 3\]"):
         KroneckerFisher.of(fisher.parameters, {**blocks, (0,): Multiple(torch.ones(()), torch.ones(()))})
+
+
+@pytest.mark.parametrize("solver", ["kfac", "ekfac"])
+def test_what_a_hook_masks_does_not_move(solver):
+    """The layer's factors know nothing of a hook on its weight, so that it has none."""
+    model = made(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    mask = (torch.rand(8, 6, generator=generator()) > 0.5).double()
+    handle = model[0].weight.register_hook(lambda g: g * mask)
+    x, y = torch.randn(64, 6, generator=generator()), torch.randint(3, (64,), generator=generator())
+    optimizer = NGD(model, FAMILY, solver=solver, damping=0.01, lr=0.1)
+    before = model[0].weight.detach().clone()
+    optimizer.step(x, y)
+    moved = model[0].weight.detach() - before
+    assert not (moved * (1 - mask)).any()
+    assert (moved * mask).any()
+    fisher = Fisher(model, x, FAMILY)
+    assert all(isinstance(block, Multiple) for key, block in KroneckerFisher(fisher).blocks.items() if 0 in key)
+    handle.remove()
+    assert isinstance(KroneckerFisher(Fisher(model, x, FAMILY)).blocks[0, 1], Block)
+
+
+@pytest.mark.parametrize("sizes", [(5, 0), (0, 5)], ids=["no outputs", "no inputs"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_a_weight_entry_have_no_factors(sizes):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.empty = nn.Linear(4, 5), nn.Linear(*sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x)
+            return h + self.empty(h[:, : self.empty.in_features]).sum(1, keepdim=True)
+
+    model = made(Model)
+    report = NGD(model, FAMILY, solver="kfac", damping=0.1, lr=0.1).step(torch.randn(8, 4), torch.randint(5, (8,)))
+    assert report.accepted

@@ -335,3 +335,54 @@ def test_the_root_is_finite_before_the_first_gradient_and_after_zeros(steps):
     moved = preconditioner.inverse_root()(v)
     assert moved.isfinite().all()
     assert torch.dot(moved, v) > 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 40.0, 1e4])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_factors_of_another_alpha_precondition_by_their_f_and_the_new_alpha(alpha, loaded):
+    """W = E^{1/2} R is of an alpha; F is not. The update after it, too, is that of the same R, D and ρ."""
+    g = torch.Generator().manual_seed(0)
+    tensors, states = [torch.zeros(40, 8, dtype=torch.float64)], [{}]
+    former = OnlinePreconditioner(tensors, states, alpha=4.0)
+    scales = torch.logspace(0, -2, 8).double().sqrt()
+    draw = lambda: [torch.randn(40, 8, generator=g, dtype=torch.float64) * scales]  # noqa: E731
+    for t in range(30):
+        former(draw(), update=True, first=t == 0)
+    if loaded:
+        now = OnlinePreconditioner(tensors, [{}], alpha=alpha)
+        now.load_state_dict(former.state_dict())
+    else:
+        now = OnlinePreconditioner(tensors, [{name: x.clone() for name, x in states[0].items()}], alpha=alpha)
+    twins = {}
+    for key, factors in former.factors.items():
+        twins[key] = Factors(*(x.clone() for x in factors))
+        r = factors.weight / factors.e(4.0).sqrt().unsqueeze(-1)
+        twins[key].weight.copy_(twins[key].e(alpha).sqrt().unsqueeze(-1) * r)
+        torch.testing.assert_close(now.factors[key].weight, twins[key].weight, rtol=1e-8, atol=1e-8)
+    x = gradient = draw()[0]
+    for axis, key in enumerate(now.factors):
+        dim = key[0]
+        assert dim == gradient.shape[axis]
+        _, d, rho = twins[key]
+        r = twins[key].weight[0] / twins[key].e(alpha)[0].sqrt().unsqueeze(-1)
+        f = r.T @ torch.diag(d[0]) @ r + rho[0] * torch.eye(dim).double()
+        inverse = torch.linalg.inv(f + alpha / dim * f.trace() * torch.eye(dim).double())
+        x = inverse @ x if axis == 0 else x @ inverse
+    want = x * gradient.norm() / x.norm()
+    torch.testing.assert_close(now([gradient], update=True)[0][0], want, rtol=1e-6, atol=1e-8)
+    for _ in range(3):
+        now(draw(), update=True)
+    for factors in now.factors.values():
+        e = factors.weight @ factors.weight.mT  # the invariant of the module's head
+        torch.testing.assert_close(e, torch.diag_embed(factors.e(alpha)), rtol=1e-6, atol=1e-8)
+
+
+def test_factors_of_the_same_alpha_come_back_bit_for_bit():
+    g = torch.Generator().manual_seed(0)
+    tensors, states = [torch.zeros(9, 5)], [{}]
+    former = OnlinePreconditioner(tensors, states)
+    for t in range(25):
+        former([torch.randn(9, 5, generator=g) * 10.0 ** (t - 12)], update=True, first=t == 0)
+    again = OnlinePreconditioner(tensors, [{name: x.clone() for name, x in states[0].items()}])
+    for a, b in zip(former.factors.values(), again.factors.values(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -589,3 +589,71 @@ def test_what_is_frozen_need_not_be_trainable(kind, dtype, named):
         with pytest.raises(ValueError, match=rf"parameter '{re.escape(name)}' is a torch.complex64 tensor.*convert it"):
             optimizer.step()
         assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "momentum"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore:.* refused")
+def test_a_rate_that_a_schedule_makes_infinite_or_nan_is_refused_and_nothing_moves(start, option, value):
+    one = start()
+    one.go(one.batches(3))
+    before = one.everything()
+    one.optimizer.param_groups[0][option] = value
+    one.go(one.batches(1))
+    assert_equal(one.everything(), before)
+
+
+def test_a_model_that_is_converted_between_steps_is_stepped_as_a_new_optimizer_with_its_state_would(kind, start):
+    live = start(torch.float32)
+    live.go(live.batches(12, torch.float32))
+    live.model.double()
+    anew = copy.deepcopy(live.model)
+    optimizer = kind(anew.parameters(), lr=0.05)
+    optimizer.load_state_dict(copy.deepcopy(live.optimizer.state_dict()))
+    for x, y in live.batches(3, torch.float64):
+        for model, each in ((live.model, live.optimizer), (anew, optimizer)):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            each.step()
+    assert_equal(live.weights(), [p.detach() for p in anew.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore:.* refused")
+def test_a_step_that_half_precision_cannot_hold_is_refused_after_a_conversion_too(kind):
+    model = nn.Linear(2, 2)
+    optimizer = kind(model.parameters(), lr=1.0)
+    for size in (1.0, 6e4, 6e4, 6e4):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, size)
+        if kind is KLShampoo:
+            optimizer.param_groups[0]["lr"] = 1e5 * size  # its steps do not grow with the gradients
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        if size == 1.0:
+            model.half()
+
+
+def test_a_step_that_raises_and_is_repeated_is_the_step(kind, training, monkeypatch):
+    """As after out of memory, or Ctrl-C: the factors of another group have then taken in the gradient already."""
+
+    def begin():
+        return training(lambda model: kind([{"params": [p]} for p in model.parameters()], 0.05))
+
+    once, twice = begin(), begin()
+    once.go(once.batches(5))
+    data = twice.batches(5)
+    twice.go(data[:3])
+    eigh, calls = torch.linalg.eigh, []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return eigh(*arguments, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        twice.go(data[3:4])
+    monkeypatch.undo()
+    twice.go(data[3:])
+    assert_equal(twice.everything(), once.everything())

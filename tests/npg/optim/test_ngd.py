@@ -722,3 +722,50 @@ def test_a_curvature_of_another_model_is_refused():
     wider = nn.Linear(7, 4).double()
     with pytest.raises(ValueError, match=r"was updated for \['weight'\], .* in these shapes"):
         NGD(wider, families.Categorical(), solver=curvature)
+
+
+def test_momentum_that_was_zero_for_a_while_goes_on_from_the_last_step():
+    """m ← s + μ m, with every μ: with 0 it is the last natural step, and not that of before."""
+    model = classifier()
+    optimizer = NGD(model, families.Categorical(), lr=0.1, damping=0.1, momentum=0.9, solver="dense")
+    m = 0.0
+    for t, (x, y) in enumerate(batches(12)):
+        momentum = optimizer.param_groups[0]["momentum"] = 0.0 if 4 <= t < 9 else 0.9
+        before = vector(model)
+        m = optimizer.step(x, y).step + momentum * m
+        torch.testing.assert_close(vector(model) - before, m, rtol=0, atol=1e-12)
+
+
+class Queue(nn.Module):
+    """A buffer that is longer after every pass in training, or that is a tensor only after the first."""
+
+    def __init__(self, first: Tensor | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.register_buffer("rows", first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            row = x.detach().mean(0, keepdim=True)
+            self.rows = row if self.rows is None else torch.cat([self.rows, row])
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("first", [None, torch.zeros(0, 6, dtype=torch.float64)], ids=["none", "empty"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(NGD, damping=0.1),
+        partial(NGD, damping=0.1, max_kl=0.01),
+        partial(NGD, damping=0.1, lr=0.1, solver="kfac"),
+        partial(DiagonalNGD, lr=0.01),
+    ],
+    ids=["lr", "max_kl", "kfac", "diagonal"],
+)
+def test_a_buffer_that_grows_has_one_row_for_each_step(make, first):
+    model = Queue(first).double()
+    optimizer = make(model, families.Categorical())
+    data = batches(3)
+    for x, y in data:
+        optimizer.step(x, y)
+    torch.testing.assert_close(model.rows, torch.stack([x.mean(0) for x, _ in data]))

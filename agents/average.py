@@ -26,7 +26,7 @@ class PolicyAverage(nn.Module):
         decay: in [0, 1).
 
     Attributes:
-        policy: a copy of the policy with the averaged weights.
+        policy: a copy of the policy with the averaged weights; a new one after each update.
         count: how many updates are in it.
 
     Raises:
@@ -37,19 +37,23 @@ class PolicyAverage(nn.Module):
 
     def __init__(self, policy: ActorCriticPolicy, decay: float) -> None:
         super().__init__()
-        # The distribution, with the noise of state-dependent exploration, is the policy's own.
-        shared = {id(policy.action_dist): policy.action_dist}
-        try:
-            self.policy = deepcopy(policy, shared)
-        except (RuntimeError, TypeError) as error:
-            raise TypeError(
-                f"ema={decay} needs a copy of the policy, and {type(policy).__name__} cannot be copied ({error}): set "
-                "ema=0, or let copy.deepcopy copy it"
-            ) from error
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.decay = decay
         self._of = (policy,)  # in a tuple, or PyTorch would make it a part of the average
+        self.policy = self._copy()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.mark()
+
+    def _copy(self) -> ActorCriticPolicy:
+        (policy,) = self._of
+        # The distribution, with the noise of state-dependent exploration, is the policy's own; nobody trains a copy.
+        shared: dict[int, Any] = {id(x): x for x in (policy.action_dist, policy.optimizer)}
+        try:
+            return deepcopy(policy, shared)
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(
+                f"ema={self.decay} needs a copy of the policy, and {type(policy).__name__} cannot be copied ({error}): "
+                "set ema=0, or let copy.deepcopy copy it"
+            ) from error
 
     def mark(self) -> None:
         """Say that the parameters as they are now are the last that it knows of."""
@@ -71,15 +75,18 @@ class PolicyAverage(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
-        (now,) = self._of
+        """Take in the weights as they are now, and with them all else that the policy is made of.
+
+        What is no tensor (an attribute that a callback changes, an activation or a hook that was put in) has no
+        average: it is that of the policy at its last update.
+        """
+        former, self.policy = self.policy, self._copy()
+        self.policy.set_training_mode(former.training)
         keep = self.decay if self.count else 0.0
-        tensors = (chain(policy.parameters(), policy.buffers()) for policy in (self.policy, now))
-        for mean, w in zip(*tensors, strict=True):
+        tensors = (chain(policy.parameters(), policy.buffers()) for policy in (self.policy, former))
+        for w, mean in zip(*tensors, strict=True):
             if keep and mean.is_floating_point():
-                mean.lerp_(w, 1 - keep)
-            else:
-                mean.copy_(w)
+                w.copy_(mean.lerp(w, 1 - keep))
         self.count += 1
         self.mark()
 

@@ -497,6 +497,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             RuntimeError: if processes that learn together have different parameters.
         """
         self.networks.follow()
+        number("learning_rate", self.lr_schedule(self._current_progress_remaining), 0)
         self._update_learning_rate(self.policy.optimizer)
         saved = [recursive_getattr(self, name) for name in self._get_torch_save_params()[0] if name != "policy"]
         if self.average is not None and not self.average.follows(self.policy):

@@ -62,13 +62,12 @@ class EpisodeRecorder(BaseCallback):
         self._unwritten: list[tuple[dict[str, Any], int]] = []
 
     def _on_step(self) -> bool:
-        if self.locals["dones"].any():
-            for info in self.locals["infos"]:
-                if episode := info.get("episode"):
-                    if self._file is None:
-                        self._unwritten.append((episode, self.num_timesteps))
-                    else:
-                        self._file.add(episode, self.num_timesteps)
+        for info in self.locals["infos"]:  # a continuing task tells of an episode in a step that is not done
+            if episode := info.get("episode"):
+                if self._file is None:
+                    self._unwritten.append((episode, self.num_timesteps))
+                else:
+                    self._file.add(episode, self.num_timesteps)
         return True
 
     def _on_rollout_end(self) -> None:

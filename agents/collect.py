@@ -88,41 +88,46 @@ class Collector(OnPolicyAlgorithm):
         n_steps = 0
         dones: np.ndarray = self._last_episode_starts
         new_obs: Any = self._last_obs
-        while n_steps < n_rollout_steps:
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self._reset_noise(env.num_envs)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)
-            sampled, *said = act(obs_tensor)
-            if len(said) == 2:
-                values, log_probs = said
-            actions = sampled.cpu().numpy().reshape(shape)
-            clipped_actions = self._within_bounds(actions)
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
-            self.num_timesteps += stepped
-            callback.update_locals(locals())
-            going = callback.on_step()
-            cut: list[_Cut] = []
-            if dones.any():
-                self._update_info_buffer(infos, dones)
-                cut = cut_off(infos, dones, n_steps)
-            observations: Any = self._last_obs
-            starts = self._last_episode_starts
-            if len(said) == 1:
-                outputs += said
-                truncated += cut
-                record(observations, actions, rewards, starts)
-            else:
-                for _, index, final in cut:
-                    with torch.no_grad():
-                        final_value = self.policy.predict_values(self.policy.obs_to_tensor(final)[0])
-                    rewards[index] += self.gamma * float(final_value)
-                rollout_buffer.add(observations, actions.reshape(env.num_envs, -1), rewards, starts, values, log_probs)
-            self._last_obs, self._last_episode_starts = new_obs, dones
-            n_steps += 1
-            if not going:  # what comes next begins where the environments are
-                if isinstance(rollout_buffer, SequenceBuffer):
-                    sequences.interrupted(self, rollout_buffer)
-                return False
+        with sequences.remembered_on_error(self, rollout_buffer):
+            while n_steps < n_rollout_steps:
+                if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                    self._reset_noise(env.num_envs)
+                obs_tensor = obs_as_tensor(self._last_obs, self.device)
+                sampled, *said = act(obs_tensor)
+                if len(said) == 2:
+                    values, log_probs = said
+                actions = sampled.cpu().numpy().reshape(shape)
+                clipped_actions = self._within_bounds(actions)
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+                self.num_timesteps += stepped
+                callback.update_locals(locals())
+                going = callback.on_step()
+                cut: list[_Cut] = []
+                if dones.any() or any("episode" in info for info in infos):  # a continuing task tells of them without
+                    self._update_info_buffer(infos, dones)
+                    cut = cut_off(infos, dones, n_steps)
+                observations: Any = self._last_obs
+                starts = self._last_episode_starts
+                if len(said) == 1:
+                    outputs += said
+                    truncated += cut
+                    record(observations, actions, rewards, starts)
+                else:
+                    if cut:  # in numbers that hold a value: an environment's own may be whole ones
+                        rewards = np.array(rewards, dtype=np.result_type(rewards, np.float32))
+                    for _, index, final in cut:
+                        with torch.no_grad():
+                            final_value = self.policy.predict_values(self.policy.obs_to_tensor(final)[0])
+                        rewards[index] += self.gamma * float(final_value)
+                    rollout_buffer.add(
+                        observations, actions.reshape(env.num_envs, -1), rewards, starts, values, log_probs
+                    )
+                self._last_obs, self._last_episode_starts = new_obs, dones
+                n_steps += 1
+                if not going:  # what comes next begins where the environments are
+                    if isinstance(rollout_buffer, SequenceBuffer):
+                        sequences.interrupted(self, rollout_buffer)
+                    return False
         if isinstance(rollout_buffer, SequenceBuffer):
             last_values = sequences.evaluate(self, rollout_buffer, truncated, outputs)
         else:

@@ -52,7 +52,7 @@ PRESET_KEYS = ("timesteps", "n_envs", "normalize", "policy", "env_kwargs")
 EXACT_RESUME = {
     "auto": "",
     "state": "a killed run resumes exactly: its checkpoints hold the state of the environments",
-    "restart": "a killed run resumes exactly: at each checkpoint all environments begin new episodes",
+    "restart": "a killed run resumes exactly, since each checkpoint begins new episodes in all environments",
     "off": "a killed run resumes with new episodes, and not exactly",
 }
 """The values of `RunConfig.exact_resume`, and what each means."""

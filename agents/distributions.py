@@ -149,7 +149,9 @@ def _beside(outputs: Tensor, log_std: Tensor) -> Tensor:
 def with_deviations(policy: Any, distribution: Distribution, outputs: Tensor) -> Tensor:
     """The parameters of a policy's distribution: what its network gives, and beside that a Gaussian's ``log_std``."""
     kind = type(distribution)
-    if kind is DiagGaussianDistribution or (kind is HybridDistribution and policy.log_std is not None):
+    if kind is DiagGaussianDistribution:  # a single deviation may be that of all components
+        return torch.cat([outputs, policy.log_std.expand_as(outputs)], -1)
+    if kind is HybridDistribution and policy.log_std is not None:
         return _beside(outputs, policy.log_std)
     return outputs
 

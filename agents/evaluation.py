@@ -209,7 +209,7 @@ def evaluate(
                 stacklevel=2,
             )
         running[i] += _cost(info)
-        if now["done"] and "episode" in info:
+        if now["done"] and ("episode" in info or not now["is_monitor_wrapped"]):
             costs.append(float(running[i]))
             running[i] = 0.0
 

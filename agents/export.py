@@ -6,6 +6,7 @@ What an agent does around its network goes into the file (`agents.deployed`).
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage
 
+from agents.average import acting_policy
 from agents.checks import one_of
 from agents.deployed import DeployedPolicy, ExportError, generators_kept, steps_between
 from envs import ActionMasks
@@ -80,7 +82,7 @@ def export_agent(
                 "PyTorch operations that do not branch on the values of tensors"
             ) from error
         with generators_kept():
-            _compare(policy, load_exported(partial, format), steps_between(agent.get_env(), env)[1])
+            _compare(agent, policy, load_exported(partial, format), steps_between(agent.get_env(), env)[1])
     return path
 
 
@@ -188,16 +190,21 @@ def _quietly() -> Iterator[None]:
     """Without the warnings of exporters, and the checks of values in distributions, which cannot be traced."""
     validate = torch.distributions.Distribution._validate_args
     torch.distributions.Distribution.set_default_validate_args(False)
+    exporter = logging.getLogger("torch.onnx")  # says that torchvision is missing, which nothing here needs
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        exporter.setLevel(level)
         torch.distributions.Distribution.set_default_validate_args(validate)
 
 
-def _compare(policy: DeployedPolicy, act: Act, steps: list[VecEnvWrapper]) -> None:
+def _compare(agent: BaseAlgorithm, policy: DeployedPolicy, act: Act, steps: list[VecEnvWrapper]) -> None:
     """Refuse a file that does not act as the agent in its environments, on one observation and on several."""
+    live, mode = acting_policy(agent), acting_policy(agent).training
     for n in (1, 7):
         arrays = policy.example(n, seed=n)
         actions = act(*arrays)
@@ -208,14 +215,15 @@ def _compare(policy: DeployedPolicy, act: Act, steps: list[VecEnvWrapper]) -> No
             change: Any = step.transpose_observations if isinstance(step, VecTransposeImage) else step.normalize_obs
             inside = isinstance(seen, dict) and not isinstance(step.observation_space, spaces.Dict)  # of ActionMasks
             seen = {**seen, "observation": change(seen["observation"])} if inside else change(seen)
-        expected, _ = policy.policy.predict(seen, deterministic=True)
+        expected, _ = live.predict(seen, deterministic=True)
         wrong = actions.shape != expected.shape or not np.isfinite(actions).all()
         if not wrong and policy.deterministic:
-            wrong = not _alike(policy.policy, seen, actions, expected)
+            wrong = not _alike(live, seen, actions, expected)
+        live.set_training_mode(mode)
         if wrong:
             raise ExportError(
-                f"the exported {type(policy.policy).__name__} does not act as the agent: its forward pass depends on "
-                "more than its observations, parameters and buffers"
+                f"the exported {type(live).__name__} does not act as the agent: its forward pass depends on more than "
+                "its observations, parameters, buffers and constructor's arguments, which is all that a saved model has"
             )
 
 
@@ -228,5 +236,6 @@ def _alike(policy: ActorCriticPolicy, observation: Any, actions: NDArray[Any], e
         return True
     with torch.no_grad():
         distribution = policy.get_distribution(policy.obs_to_tensor(observation)[0])
-        ours, theirs = (distribution.log_prob(torch.as_tensor(a)) for a in (actions, expected))
+        pair = (torch.as_tensor(a, device=policy.device) for a in (actions, expected))
+        ours, theirs = map(distribution.log_prob, pair)
     return bool((ours >= theirs - 1e-4).all())

@@ -47,6 +47,7 @@ class _Head(nn.Module):
         named: dict[str, Tensor],
         inputs: Sequence[Tensor],
         agrees: Callable[[Callable[..., Sequence[Tensor]]], bool],
+        version: int = 0,
     ) -> Callable[..., Sequence[Tensor]] | None:
         """`npg.acceleration.accelerate_function` of a function of tensors by name, for `functional_call`, and inputs.
 
@@ -62,6 +63,7 @@ class _Head(nn.Module):
             functional,
             [*(t.detach() for t in tensors), *inputs],
             lambda program: agrees(partial(program, *tensors)),
+            version,
         )
         return None if program is None else partial(program, *tensors)
 
@@ -106,6 +108,8 @@ class ActorHead(_Head):
         known = FAMILIES.get(type(self.distribution)) if self.standard else None
         self.family = None if known is None else known(self.distribution)  # type: ignore[assignment]
         self._watched: list[tuple[dict[str, Any], itemgetter[Any]]] = []
+        self._seen: tuple[Any, ...] | None = None
+        self._changes = 0  # how often it was seen to be another one
 
     def look(self, observations: Any) -> None:
         """Find the family of a policy of one's own, from what it returns for real observations.
@@ -179,8 +183,13 @@ class ActorHead(_Head):
 
         with torch.no_grad(), torch.random.fork_rng([observations.device] if observations.is_cuda else []):
             expected = self(self.prepare(observations))
-            run = self._program(functional, named, [observations], lambda run: close(run(observations)[1:], [expected]))
-        return run or by_modules
+            run = self._program(
+                functional, named, [observations], lambda run: close(run(observations)[1:], [expected]), self._changes
+            )
+        if run is None:
+            return by_modules
+        program, dtype = run, observations.dtype  # a wrapper may give other numbers in a step than at the beginning
+        return lambda seen: program(seen) if seen.dtype is dtype else by_modules(seen)
 
     def _watch(self, parts: list[nn.Module]) -> None:
         # What a forward pass reads beside values of tensors: attributes, children, parameters and hooks of its modules.
@@ -195,8 +204,14 @@ class ActorHead(_Head):
         self._slots: list[dict[str, Any]] = list(slots)
         self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + GLOBAL_HOOKS
         self._of_actor = parts
-        self._held = [*chain.from_iterable(map(dict.values, self._slots))]  # alive, so that no other has its id
-        self._seen = self._state()
+        held = [*chain.from_iterable(map(dict.values, self._slots))]
+        seen = self._state()
+        if self._seen not in (
+            None,
+            seen,
+        ):  # the observations at hand may not show it: a program of before is none of this
+            self._changes += 1
+        self._held, self._seen = held, seen  # held alive, so that no other has its id
 
     def _state(self) -> tuple[Any, ...]:
         return (
@@ -254,7 +269,8 @@ class ActorHead(_Head):
     def _own_likelihood(self) -> tuple[str, Callable[[Any, Tensor], Tensor]]:
         """The method of the policy that its own log-likelihoods come from, and ``observations, targets ↦`` them."""
         policy = self.policy
-        if is_own(policy, "get_distribution") or not is_own(policy, "evaluate_actions"):
+        plain = is_own(policy, "get_distribution") or is_own(policy, "forward")  # which acts by the plain network
+        if plain or not is_own(policy, "evaluate_actions"):
             return "evaluate_actions", lambda observations, targets: policy.evaluate_actions(observations, targets)[1]
         return "get_distribution", lambda observations, targets: policy.get_distribution(observations).log_prob(targets)
 

@@ -98,7 +98,16 @@ def is_own(policy: ActorCriticPolicy, name: str) -> bool:
 
 
 def is_standard(policy: ActorCriticPolicy) -> bool:
-    """Whether the forward passes are Stable-Baselines3's own, so that they may be composed from the parts."""
+    """Whether the forward passes are Stable-Baselines3's own, so that they may be composed from the parts.
+
+    Raises:
+        TypeError: for what `torch.compile` made of a policy.
+    """
+    if hasattr(policy, "_orig_mod"):
+        raise TypeError(
+            "policy is what torch.compile made of a policy, which hides its methods: write policy.compile() in the "
+            "place of policy = torch.compile(policy)"
+        )
     return (
         all(is_own(policy, name) for name in _OWN)
         and type(policy.action_dist) in FAMILIES

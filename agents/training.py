@@ -364,8 +364,8 @@ def resume(
             evaluated = folder.final_timesteps == model.num_timesteps or files.model != folder.last.model
             if model.num_timesteps >= config.timesteps and (evaluated or run_dir is not None):
                 raise ValueError(
-                    f"{path} has trained {model.num_timesteps} of {config.timesteps} steps: nothing is left to do. "
-                    "Give more with --timesteps."
+                    f"{path} has trained {model.num_timesteps:,} steps, and {config.timesteps:,} are asked for: "
+                    "nothing is left to do; give more with --timesteps"
                 )
             exact = _exact_resume(config, venv, world, resumed=True)
             if not (restore(model, state) and world.group is None):

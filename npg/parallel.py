@@ -254,9 +254,12 @@ def open_world(device: str | None = None) -> Iterator[World]:
         index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
         needed = here if chosen.index is None else index + 1
         if needed > torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            where = f" for {here} processes" if here > 1 else ""
+            remedy = "start fewer processes, or choose" if here > 1 and there else "choose"
             raise ValueError(
-                f"device {chosen} is not available for {here} processes: this machine has "
-                f"{torch.cuda.device_count()} CUDA devices; start fewer processes or choose device cpu"
+                f"device {chosen} is not available{where}: this machine has {there or 'no'} CUDA "
+                f"device{'' if there == 1 else 's'}; {remedy} device cpu"
             )
         if chosen.index is not None and here > 1:
             raise ValueError(f"device {chosen} is only one device, for {here} processes: choose device cuda, or cpu")

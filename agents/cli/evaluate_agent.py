@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from agents.checks import whole
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.runs import RunFolder
 from agents.training import MISTAKES, check_named
@@ -15,8 +16,8 @@ from envs.seeding import Purpose, purpose_seed
 from npg.runs.command_line import Parser
 
 DESCRIPTION = """\
-Let the agent of a run play whole episodes, with the run's own frozen observation
-statistics, and write every return and length to a JSON file in the run folder."""
+Let the agent of a run play whole episodes, with the run's own frozen statistics of
+observations, and write every return and length to a JSON file in the run folder."""
 
 
 def make_parser() -> Parser:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
     with parser.preparing(*MISTAKES):
+        whole("--episodes", args.episodes, 1)
         folder = RunFolder.open(args.run_dir)
         check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env, option="--env")
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)

@@ -174,7 +174,12 @@ def train(args: argparse.Namespace, run: Run, parser: Parser) -> int:
         print(f"{config.algo} on {config.env}, seed {config.seed}{processes}: {run.folder.path}", flush=True)
         print(EXACT_RESUME[config.exact_resume], flush=True)
     with parser.training(go_on, FloatingPointError, TrackerError, CostError):
-        outcome = run.train(progress=not args.no_progress, video=args.video, trackers=trackers(args))
+        try:
+            outcome = run.train(progress=not args.no_progress, video=args.video, trackers=trackers(args))
+        except CostError as error:
+            if not run.model.n_updates:  # to go on would end here again
+                parser.exit(1, f"{parser.prog}: error: {error}. Nothing was trained yet: begin anew\n")
+            raise
     if run.folder is not None:
         report(run, run.folder, outcome)
     return 130 if outcome.interrupted else 0

@@ -154,7 +154,8 @@ class Parser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(str(error))
         if unknown:
-            self.error(f"unexpected argument {unknown[0]!r}")
+            hint = ": settings are written --set KEY=VALUE" if "--set" in self._option_string_actions else ""
+            self.error(f"unexpected argument {unknown[0]!r}{hint}")
         return namespace
 
     def options_of(self, namespace: argparse.Namespace, without: Iterable[str] = ()) -> list[str]:

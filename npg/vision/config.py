@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
+from math import inf, isfinite
 from typing import Any
 
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
@@ -106,12 +107,14 @@ class Config:
             self.milestones,
             "fractions of the run, between 0 and 1",
         )
-        require(self.gamma > 0.0, "gamma", self.gamma, "above 0")
+        require(0.0 < self.gamma < inf, "gamma", self.gamma, "a finite number above 0")
         require(
-            len(self.mean) == 3 and len(self.std) == 3 and min(self.std) > 0.0,
+            len(self.mean) == len(self.std) == 3
+            and all(map(isfinite, self.mean))
+            and all(0.0 < s < inf for s in self.std),
             "mean and std",
             (self.mean, self.std),
-            "three numbers each, those of std above 0",
+            "three finite numbers each, those of std above 0",
         )
         for name in ("limit_train", "threads"):
             number = getattr(self, name)

@@ -56,8 +56,19 @@ def draw(points: list[Row], path: Path) -> None:
             for axis, name, colour in zip(pair, ("return", "cost"), (BLUE, VERMILION)):
                 axis.plot(steps, [float(row[name]) for row in run], color=colour, lw=1.2, alpha=0.8)
         pair[1].axhline(limit(task), color=GREY, lw=1, ls=":")
+        pair[1].annotate(
+            f"limit {limit(task):g}",
+            (1, limit(task)),
+            (-2, 2),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=GREY,
+        )
         pair[1].set_ylim(bottom=0)
-        pair[0].set_title(FREE[task], fontsize=11)
+        pair[0].set_title(task.removeprefix("npg/"), fontsize=11)
         for axis, label in zip(pair, ("return", "cost")):
             axis.set_visible(True)
             axis.set_xlim(left=0)

@@ -498,11 +498,10 @@ def plateau(out: Path, quick: bool) -> Numbers:
     style.write_csv(out / "plateau.csv", rows)
     figure, ax = style.panels(1)
     for (name, (options, losses)), color, dash in zip(contenders.items(), (VERMILION, ORANGE, BLUE), ("--", ":", "-")):
-        ax.loglog(
-            np.arange(1, len(losses) + 1), np.maximum(losses, 1e-12), dash, color=color, label=f"{name} ({options})"
-        )
+        after = np.maximum(losses[1:], 1e-12)  # the first is that of no step, which a logarithmic axis does not have
+        ax.loglog(np.arange(1, len(losses)), after, dash, color=color, label=f"{name} ({options})")
     level = contenders["gradient descent"][1][11]
-    ax.annotate("plateau: both\nunits alike", (12, level), (14, level / 40), arrowprops={"arrowstyle": "->"})
+    ax.annotate("plateau: both\nunits alike", (11, level), (13, level / 40), arrowprops={"arrowstyle": "->"})
     ax.set(xlabel="steps on the full batch", ylabel="½ mean squared error", ylim=(1e-7, 3), xlim=(1, steps))
     ax.legend(loc="lower left")
     style.save(figure, out / "plateau.png")

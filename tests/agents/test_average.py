@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -235,3 +236,33 @@ def test_a_policy_that_cannot_be_copied_is_refused():
 
     with pytest.raises(TypeError, match=r"ema=0.9 needs a copy .* Bound cannot be copied .it holds a lock.: set ema=0"):
         made(policy=Bound, ema=0.9)
+
+
+class Scaled(ActorCriticPolicy):
+    gain = 0.0
+
+    def _get_action_dist_from_latent(self, latent_pi):
+        return self.action_dist.proba_distribution(self.gain * self.action_net(latent_pi), self.log_std)
+
+
+def test_what_is_no_tensor_is_that_of_the_policy_at_its_last_update():
+    class Anneal(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            self.model.policy.gain = 1.0
+
+    observations = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    model = made(policy=Scaled, env="Pendulum-v1", ema=0.9).learn(32, Anneal())  # after one update it is the policy
+    expected, _ = model.policy.predict(observations, deterministic=True)
+    assert expected.any()
+    np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], expected)
+    assert not model.deployed_policy.training
+
+    model = made(env="Pendulum-v1", ema=0.9)
+    model.policy.mlp_extractor.policy_net[1] = torch.nn.ReLU()
+    model.policy.action_net.register_forward_hook(lambda module, inputs, outputs: outputs + 1)
+    model.learn(32)
+    expected, _ = model.policy.predict(observations, deterministic=True)
+    np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], expected)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from agents import NPG, TRPO
 from agents.callbacks import Evaluator
@@ -138,3 +139,17 @@ def test_the_seconds_of_an_evaluation_that_was_stopped_are_not_those_of_training
     with pytest.raises(Stopped):
         evaluator.evaluate()
     assert evaluator.seconds > 0
+
+
+class Costly(gym.Wrapper):
+    def step(self, action: Any) -> Any:
+        *rest, info = super().step(action)
+        return *rest, {**info, "cost": 1.0}
+
+
+@pytest.mark.parametrize("monitored", [True, False])
+def test_costs_are_told_with_and_without_a_monitor(monitored):
+    model = TRPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu")
+    env = DummyVecEnv([lambda: (Monitor if monitored else lambda env: env)(Costly(gym.make("CartPole-v1")))] * 2)
+    evaluation = evaluate(model, env, 4, seed=0)
+    assert evaluation.costs == evaluation.returns  # both are 1 in each step

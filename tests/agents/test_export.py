@@ -319,6 +319,13 @@ class Counting(ActorCriticPolicy):
         return super()._predict(observation, deterministic) * 0 + 0.01 * type(self).calls
 
 
+class Gain(ActorCriticPolicy):
+    gain = 1.0
+
+    def _predict(self, observation, deterministic=False):
+        return self.gain * super()._predict(observation, deterministic)
+
+
 def test_a_policy_of_ones_own_acts_by_what_it_does(tmp_path):
     agent = trained(VecNormalize(bare("box")), policy=Doubled)
     raw, arrays = drawn(OBSERVATIONS["box"])
@@ -339,6 +346,22 @@ def test_a_policy_that_depends_on_more_is_refused(tmp_path):
     with pytest.raises(ExportError, match="exported Counting does not act as the agent"):
         export_agent(agent, tmp_path / "policy", "torchscript")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", ["activation", "attribute"])
+def test_what_a_saved_model_does_not_have_is_refused(changed, tmp_path):
+    """A file is made of what the agent would be saved as, and compared with the agent itself."""
+    agent = trained(bare("box"), policy=Gain)
+    export_agent(agent, tmp_path / "policy", "torchscript")
+    if changed == "activation":
+        agent.policy.mlp_extractor.policy_net[1] = torch.nn.ReLU()
+    else:
+        agent.policy.gain = 3.0
+    mode = agent.policy.training
+    with pytest.raises(ExportError, match=r"exported Gain does not act as the agent: .* all that a saved model has"):
+        export_agent(agent, tmp_path / "other", "torchscript")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert agent.policy.training == mode
 
 
 def test_samples_of_a_policy_with_a_predict_of_its_own_are_refused(tmp_path):

@@ -10,15 +10,19 @@ from gymnasium import spaces
 from stable_baselines3.common import distributions
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from torch import nn
 
 from agents import CPO, MDPO, NPG, TRPO, buffer
+from agents.callbacks import EpisodeRecorder
+from agents.runs import EpisodeFile
 from agents.update import batch_of
 from npg import Fisher, acceleration, families
+from npg.parallel import World
 
 torch.set_num_threads(1)
 
@@ -822,3 +826,146 @@ def test_all_frozen_stays():
     before = [p.detach().clone() for p in model.policy.parameters()]
     model.learn(64)
     assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters()))
+
+
+# ---------------------------------------------------------------------- what the environments give, and what is changed
+
+
+class Noise(VecEnvWrapper):
+    """Observations of the space's dtype at the beginning of an episode, and float64 in a step."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        observations, *rest = self.venv.step_wait()
+        return observations + np.random.default_rng(0).normal(size=observations.shape), *rest
+
+
+def test_observations_of_another_dtype_are_acted_on_by_the_same_network():
+    env = Noise(DummyVecEnv([lambda: Walk(BOX)] * 2))
+    env.seed(0)
+    model = collected(TRPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=0, device="cpu"))
+    assert_consistent(model)
+
+
+class Whole(VecEnvWrapper):
+    """Rewards of 1, as whole numbers or as True, which SubprocVecEnv hands on as they are."""
+
+    def __init__(self, venv, dtype):
+        super().__init__(venv)
+        self.dtype = dtype
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        observations, rewards, *rest = self.venv.step_wait()
+        self.given = np.ones(len(rewards), self.dtype)
+        return observations, self.given, *rest
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_the_bootstrap_of_whole_rewards_is_a_real_number(dtype, use_sde):
+    env = Whole(DummyVecEnv([lambda: Walk(BOX)] * 2), dtype)
+    env.seed(0)
+    model = TRPO("MlpPolicy", env, n_steps=32, batch_size=32, gamma=0.9, seed=0, use_sde=use_sde, device="cpu")
+    with torch.no_grad():
+        model.policy.value_net.weight.zero_()
+        model.policy.value_net.bias.fill_(7.4)
+    rewards = collected(model).rollout_buffer.rewards
+    cut = rewards != 1
+    assert cut.any()
+    np.testing.assert_allclose(rewards[cut], 1 + 0.9 * 7.4, rtol=1e-5)
+    assert (env.given == 1).all()  # the environments' own array
+
+
+class AtZero(Walk):
+    """Its first observation shows nothing of a network whose biases are zero."""
+
+    observation_space = spaces.Box(-1e3, 1e3, (5,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(5, np.float32), super().reset(seed=seed)[1]
+
+    def step(self, action):
+        return super().step(action)[0] - 0.5, 0.0, False, self.steps >= 16, {}
+
+
+@pytest.mark.parametrize("change", ["module", "slope", "hook"])
+def test_a_change_between_rollouts_that_the_first_observation_hides_counts_at_once(change):
+    policy_kwargs = {"activation_fn": nn.LeakyReLU, "ortho_init": False}
+    model = TRPO("MlpPolicy", AtZero(BOX), n_steps=16, batch_size=16, seed=0, policy_kwargs=policy_kwargs, device="cpu")
+    with torch.no_grad():
+        for name, p in model.policy.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+    _, callback = model._setup_learn(10**6)
+    layers = model.policy.mlp_extractor.policy_net
+    for t in range(3):
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+        buffer = model.rollout_buffer
+        assert not buffer.observations[0].any()
+        with torch.no_grad():
+            observations, actions = (torch.as_tensor(x[:, 0]) for x in (buffer.observations, buffer.actions))
+            _, log_probs, _ = model.policy.evaluate_actions(observations, actions)
+        np.testing.assert_allclose(buffer.log_probs[:, 0], log_probs, rtol=1e-4, atol=1e-4)
+        if t == 0:
+            kept = len(acceleration._functions.kept(model.networks.actor))
+        elif change == "module":
+            layers[1] = nn.Tanh()
+        elif change == "slope":
+            layers[1].negative_slope = layers[3].negative_slope = 1.0
+        else:
+            layers[2].register_forward_hook(lambda module, inputs, outputs: 3 * outputs)
+    if acceleration.mode.now != "off":
+        assert kept == 1  # it was acted by a program
+
+
+class OtherDistribution(ActorCriticPolicy):
+    def get_distribution(self, obs):
+        distribution = super().get_distribution(obs)
+        return distribution.proba_distribution(distribution.distribution.mean / 2, self.log_std - 1)
+
+
+def test_a_policy_that_acts_by_another_distribution_than_it_tells_is_refused():
+    with pytest.raises(NotImplementedError, match=r"OtherDistribution .*evaluate_actions"):
+        collected(agent(OtherDistribution))
+
+
+@pytest.mark.parametrize("policy", [ActorCriticPolicy, OwnValues])
+def test_one_deviation_may_be_that_of_all_components(policy):
+    model = agent(policy)
+    model.policy.log_std = nn.Parameter(torch.full((1,), -0.5))
+    model.policy.optimizer.add_param_group({"params": [model.policy.log_std]})
+    assert_consistent(collected(model))
+    model.learn(64, reset_num_timesteps=False)
+    assert model.policy.log_std.shape == (1,)
+    assert model.policy.log_std != -0.5
+
+
+def test_a_policy_that_torch_compile_hides_is_refused_with_the_remedy():
+    model = agent()
+    model.policy = torch.compile(model.policy, backend="eager")
+    with pytest.raises(TypeError, match=r"write policy\.compile\(\)"):
+        model.learn(64)
+
+
+class Continuing(gym.Wrapper):
+    """Begins anew by itself, and hides the end; the Monitor inside tells of it."""
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            observation, _ = self.env.reset()
+        return observation, reward, False, False, info
+
+
+def test_episodes_of_a_continuing_task_are_counted(tmp_path):
+    env = DummyVecEnv([lambda: Continuing(Monitor(Walk(BOX)))] * 2)
+    file = EpisodeFile(tmp_path / "monitor.csv", "Walk-v0")
+    model = TRPO("MlpPolicy", env, n_steps=64, batch_size=64, seed=0, device="cpu")
+    model.learn(64, EpisodeRecorder(file, World(torch.device("cpu"))))
+    assert len(model.ep_info_buffer) >= 10
+    assert len((tmp_path / "monitor.csv").read_text().splitlines()) >= 10

@@ -195,6 +195,38 @@ def test_an_update_sees_the_policy_that_acted(policy, options):
         model.train()
 
 
+class Ends(BaseCallback):
+    """Ends the second rollout after five steps: by False, or in the environments' sixth step, by an exception."""
+
+    def __init__(self, raises: bool) -> None:
+        super().__init__()
+        self.raises = raises
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 8 + 5:
+            if not self.raises:
+                return False
+            env = self.training_env
+
+            def broken() -> Any:
+                del env.step_wait
+                raise KeyboardInterrupt
+
+            env.step_wait = broken
+        return True
+
+
+def test_a_rollout_that_an_exception_ends_leaves_both_memories_where_the_environments_are():
+    stopped = small(TRPO, env=ragged(ends=0.0)).learn(10**6, Ends(False))
+    broken = small(TRPO, env=ragged(ends=0.0))
+    with pytest.raises(KeyboardInterrupt):
+        broken.learn(10**6, Ends(True))
+    np.testing.assert_array_equal(broken._last_obs, stopped._last_obs)
+    for a, b in zip(broken._last_states, stopped._last_states, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+        assert np.abs(a).sum() > 0
+
+
 def test_values_and_bootstraps_are_those_of_a_critic_that_remembers(steps_of):
     env = ragged(2, ends=0.1)
     model = small(env=env, n_steps=20, gamma=0.9)

@@ -238,3 +238,10 @@ def test_a_large_whole_number_keeps_its_digits():
 def test_what_is_no_whole_number(text):
     with pytest.raises(ArgumentTypeError, match="must be a whole number, such as 1000000 or 1e6"):
         whole_number(text)
+
+
+def test_a_learning_rate_below_zero_is_refused_in_the_update_that_has_it():
+    model = small(learning_rate=lambda progress: 1e-3 * (2 * progress - 1.2))
+    with pytest.raises(ValueError, match=r"learning_rate must lie in \[0, inf\), got -0\.0001999"):
+        model.learn(512)
+    assert model.n_updates == 1

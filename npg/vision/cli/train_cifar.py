@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from npg.parallel import World, open_world
 from npg.runs.command_line import MISTAKES, Parser, again, restarted
 from npg.runs.folder import begun_only, run_of
@@ -18,8 +20,8 @@ from npg.runs.presets import parse_settings, read_yaml
 from npg.vision import data
 from npg.vision.checkpoint import config_of, find_checkpoint, load_checkpoint
 from npg.vision.config import PRESETS, Config, load_config
-from npg.vision.models import KNOWN_MODELS
-from npg.vision.optimizers import OPTIMIZERS
+from npg.vision.models import KNOWN_MODELS, model_from_name
+from npg.vision.optimizers import OPTIMIZERS, make_optimizer
 from npg.vision.training import Trainer, TrainingStopped
 
 DEFAULT_PRESET = "tuned"
@@ -146,6 +148,9 @@ def prepare(config: Config, run_dir: Path | None, checkpoint: Path | None, world
     elif run_dir is None:
         name = f"{config.model}_{config.optimizer}_seed{config.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = Path("runs") / name
+    with torch.device("meta"):  # what does not exist or fit is named before anything is downloaded
+        unborn = model_from_name(config.model, 10, dropout=config.dropout)
+    make_optimizer(config.optimizer, unborn, config.optimizer_options, decay_all=config.decay_all)
     images = world.main_first(lambda: data.load(config.data, progress=sys.stderr.isatty() and world.is_main))
     return Trainer(config, images, run_dir, world, checkpoint=checkpoint)
 

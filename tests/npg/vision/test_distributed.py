@@ -277,7 +277,8 @@ def test_a_device_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(value))
     with (
         pytest.raises(
-            ValueError, match=r"device cuda is not available for 2 processes: this machine has 1 CUDA devices"
+            ValueError,
+            match=r"device cuda is not available for 2 processes: this machine has 1 CUDA device; start fewer",
         ),
         open_world("cuda"),
     ):

@@ -27,6 +27,9 @@ from npg.parallel import mean_
 __all__ = ["ActorHead", "CriticHead"]
 
 
+_Act = Callable[[Any], Sequence[Tensor]]
+
+
 class _Head(nn.Module):
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
@@ -92,6 +95,11 @@ class _Head(nn.Module):
         if process_group is not None:
             share = mean_(torch.tensor(share, device=self.policy.device), process_group).tolist()
         return {name: p for (name, p), found in zip(trained.items(), share) if found}
+
+
+def _by_dtype(dtype: torch.dtype, program: _Act, by_modules: _Act, observations: Tensor) -> Sequence[Tensor]:
+    """By the program if it was made for these: a wrapper may give other numbers in a step than at the beginning."""
+    return program(observations) if observations.dtype is dtype else by_modules(observations)
 
 
 class ActorHead(_Head):
@@ -166,6 +174,8 @@ class ActorHead(_Head):
         parts = self._parts()
         if any(module.training for module in parts if isinstance(module, MODED)):
             return None
+        if self._seen is None:  # a distribution gets attributes in its first use, which are no change
+            policy.get_distribution(observations)
         self._watch(parts)
 
         def by_modules(observations: Any) -> Sequence[Tensor]:
@@ -188,8 +198,7 @@ class ActorHead(_Head):
             )
         if run is None:
             return by_modules
-        program, dtype = run, observations.dtype  # a wrapper may give other numbers in a step than at the beginning
-        return lambda seen: program(seen) if seen.dtype is dtype else by_modules(seen)
+        return partial(_by_dtype, observations.dtype, run, by_modules)
 
     def _watch(self, parts: list[nn.Module]) -> None:
         # What a forward pass reads beside values of tensors: attributes, children, parameters and hooks of its modules.

@@ -296,9 +296,8 @@ def test_actions_that_are_not_legal_are_never_taken(format, tmp_path):
 class Doubled(ActorCriticPolicy):
     """Acts by half of its mean."""
 
-    def get_distribution(self, obs):
-        distribution = super().get_distribution(obs)
-        return self.action_dist.proba_distribution(distribution.distribution.mean / 2, self.log_std)
+    def _get_action_dist_from_latent(self, latent_pi):
+        return self.action_dist.proba_distribution(self.action_net(latent_pi) / 2, self.log_std)
 
 
 class Moody(ActorCriticPolicy):

@@ -1101,3 +1101,35 @@ def test_where_the_jacobian_is_zero_products_are_zero_and_the_step_has_length_ze
         report = optim.NGD(model, families.Categorical(), damping=0.1, solver=solver).step(x, y)
     assert report.accepted
     assert report.step_norm == 0
+
+
+class Committee(nn.Module):
+    """A sum of erf units (Saad and Solla 1995): where two are alike the gradient vanishes, and residuals do not."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erf(x @ self.weights.T / 2**0.5).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("lr", "damping", "steps"), [(0.3, 0.03, 45), (1.0, 0.3, 25), (1.0, 1.0, 45), (2.0, 1.0, 25)])
+def test_a_gradient_that_is_rounding_alone_makes_no_right_product_wrong(lr, damping, steps):
+    """On a plateau the gradient of the step, Jᵀu, is what is left of 512 large terms that cancel."""
+
+    def normal(*shape: int, seed: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+    x = normal(512, 6, seed=5)
+    y = Committee(1.5 * torch.linalg.qr(normal(6, 6, seed=6)).Q[:2])(x).detach()
+    model = Committee(0.1 * normal(1, 6, seed=7) + 1e-5 * normal(2, 6, seed=8))
+    optimizer = optim.DiagonalNGD(model, families.Gaussian(), lr=lr, damping=damping, probes=None, momentum=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = [float(optimizer.step(x, y)) for _ in range(steps)]
+    assert losses[-1] < losses[0]
+    loss = -families.Gaussian().log_likelihood(model(x), y).mean()
+    (gradient,) = torch.autograd.grad(loss, model.parameters())
+    assert gradient.norm() < 1e-3
+    assert (losses[-1] - 0.5 * torch.log(torch.tensor(2 * torch.pi))) > 0.01  # the residuals do not vanish

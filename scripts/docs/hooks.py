@@ -4,6 +4,8 @@
 - CHANGELOG.md and CONTRIBUTING.md are pages.
 - ``<!-- parameters of agents.TRPO -->`` becomes the table of the constructor's arguments.
 - ``<!-- names of npg -->`` becomes the reference of all public names of the module.
+
+What stands behind such a comment on its line is for readers of the repository, and is not on the site.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{before}{posixpath.relpath(_place(path), here or '.')}{anchor or ''})"
 
     markdown = _LINK.sub(moved, markdown)
-    markdown = re.sub(r"<!-- parameters of (\S+) -->", lambda m: _parameters(m[1]), markdown)
-    return re.sub(r"<!-- names of (\S+) -->", lambda m: _names(m[1]), markdown)
+    markdown = re.sub(r"<!-- parameters of (\S+) -->.*", lambda m: _parameters(m[1]), markdown)
+    return re.sub(r"<!-- names of (\S+) -->.*", lambda m: _names(m[1]), markdown)
 
 
 # Links ----------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"the model has {classes} classes, and the images have {len(images.classes)}")
         check_classes(state, images.classes)
         with open_world(options.device) as world:
-            normalize = Normalization(config.mean, config.std, world.device)
+            layout = torch.channels_last if config.channels_last else torch.contiguous_format  # as in the run
+            normalize = Normalization(config.mean, config.std, world.device, memory_format=layout)
             test, labels = (torch.from_numpy(p).to(world.device) for p in (images.test_images, images.test_labels))
-            loss, top1, top5 = evaluate(model.to(world.device), normalize, test, labels, world, amp=config.amp)
+            model = model.to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+            loss, top1, top5 = evaluate(model, normalize, test, labels, world, amp=config.amp)
     if world.is_main:
         print(
             f"{config.model} trained by {config.optimizer}, seed {config.seed}: {options.run}\n"

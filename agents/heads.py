@@ -175,7 +175,8 @@ class ActorHead(_Head):
         if any(module.training for module in parts if isinstance(module, MODED)):
             return None
         if self._seen is None:  # a distribution gets attributes in its first use, which are no change
-            policy.get_distribution(observations)
+            with torch.no_grad():
+                policy.get_distribution(observations)
         self._watch(parts)
 
         def by_modules(observations: Any) -> Sequence[Tensor]:

@@ -92,7 +92,7 @@ def test_a_config_survives_yaml() -> None:
         ("label_smoothing", 1.0, r"label_smoothing must be in \[0, 1\); got 1.0"),
         ("ema", -0.1, r"ema must be in \[0, 1\); got -0.1"),
         ("milestones", [37], "milestones must be fractions of the run"),
-        ("gamma", 0.0, "gamma must be above 0"),
+        ("gamma", 0.0, "gamma must be a finite number above 0"),
         ("std", [0.0, 1.0, 1.0], "mean and std must be three finite numbers each"),
         ("limit_train", 0, "limit_train must be at least 1"),
         ("stop_above", 100.0, r"stop_above must be a percentage in \[0, 100\); got 100.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import nan
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,7 @@ from agents import sequences
 from agents.buffer import DictRolloutBuffer, RolloutBuffer, rows, stacked
 from agents.networks import Networks
 from agents.sequences import SequenceBuffer
+from npg.model import undone_on_error
 from npg.parallel import mean_, size
 
 __all__ = ["Collector", "cut_off"]
@@ -88,7 +90,7 @@ class Collector(OnPolicyAlgorithm):
         n_steps = 0
         dones: np.ndarray = self._last_episode_starts
         new_obs: Any = self._last_obs
-        with sequences.remembered_on_error(self, rollout_buffer):
+        with undone_on_error(partial(sequences.broken_off, self, rollout_buffer)):
             while n_steps < n_rollout_steps:
                 if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                     self._reset_noise(env.num_envs)
@@ -126,7 +128,7 @@ class Collector(OnPolicyAlgorithm):
                 n_steps += 1
                 if not going:  # what comes next begins where the environments are
                     if isinstance(rollout_buffer, SequenceBuffer):
-                        sequences.interrupted(self, rollout_buffer)
+                        sequences.interrupted(self, rollout_buffer, rollout_buffer.after)
                     return False
         if isinstance(rollout_buffer, SequenceBuffer):
             last_values = sequences.evaluate(self, rollout_buffer, truncated, outputs)

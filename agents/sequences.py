@@ -8,8 +8,7 @@ states before its first step, which are constants of the policy that acted. So a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -274,21 +273,15 @@ def _next_values(agent: Collector, observations: Any, starts: NDArray[Any], stat
 
 
 @torch.no_grad()
-def interrupted(agent: Collector, buffer: SequenceBuffer) -> None:
-    """A rollout ends early: actor and critic remember what was observed until then."""
-    _remember(agent, buffer.after, _values(agent, buffer)[1][:, -1])
+def interrupted(agent: Collector, buffer: SequenceBuffer, actor: Tensor) -> None:
+    """A rollout ends early: the critic remembers what was observed until then, as the actor does."""
+    _remember(agent, actor, _values(agent, buffer)[1][:, -1])
 
 
-@contextmanager
-def remembered_on_error(agent: Collector, buffer: Any) -> Iterator[None]:
-    """If an error or Ctrl-C ends a rollout, the critic remembers what the actor does: all before the last step."""
-    try:
-        yield
-    except BaseException:
-        if isinstance(buffer, SequenceBuffer) and buffer.pos:
-            with torch.no_grad():
-                _remember(agent, torch.as_tensor(agent._last_states[0]), _values(agent, buffer)[1][:, -1])
-        raise
+def broken_off(agent: Collector, buffer: Any) -> None:
+    """An error or Ctrl-C ended a rollout, of whatever policy: actor and critic remember all before the last step."""
+    if isinstance(buffer, SequenceBuffer) and buffer.pos:
+        interrupted(agent, buffer, torch.as_tensor(agent._last_states[0]))
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ One row of panels per model: runs faint, and bold the moving average of their
 median for each optimizer, as far as all of its runs go. A source is a run
 folder of train_cifar.py, or a CSV file of curves with the columns
 run,tag,step,wall_time,value, such as the report's own, whose runs are named
-MODEL-OPTIMIZER/…
+MODEL-OPTIMIZER/… With --beside, such a file's curves are thin lines in the
+panels of the same kind of network, on a scale of seconds of their own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import matplotlib.pyplot as plt
+from returns import markdown, write_tables
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, WIDTH, save
 
 from npg.runs.files import read_rows
@@ -29,13 +32,20 @@ STYLES = {
     "online-ngd": (BLUE, "-"),
     "diagonal-ngd": (GREEN, "-"),
     "kfac": (VERMILION, "--"),
+    "kl-shampoo": (GREEN, "--"),
     "sgd": (BLACK, "-"),
     "adam": (ORANGE, "-"),
     "adamw": (ORANGE, "--"),
     "amsgrad": (SKY, "-"),
     "rmsprop": (PURPLE, "-"),
     "adagrad": (SKY, "--"),
+    "muon": (PURPLE, "--"),
+    "soap": (BLUE, "--"),
+    "shampoo": (BLUE, ":"),
 }
+
+#: Accuracies whose first epoch the table names.
+LEVELS = (60, 70, 75, 80, 85, 90)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ class Curve:
     epochs: list[float]
     seconds: list[float]
     accuracy: list[float]
+
+    @property
+    def family(self) -> str:
+        """The kind of network: densenet of densenet-19, wrn of wrn-16-1."""
+        return self.model.split("-")[0]
 
 
 def read_run(folder: Path) -> list[Curve]:
@@ -73,7 +88,10 @@ def read_curves(path: Path) -> list[Curve]:
                 points[run].append((float(row["step"]) + 1, time, float(row["value"])))
     curves = []
     for run, values in points.items():
-        model, _, optimizer = run.split("/")[0].rpartition("-")
+        named = run.split("/")[0]
+        known = [f"-{name}" for name in STYLES if named.endswith(f"-{name}")]
+        optimizer = max(known, key=len, default=f"-{named.rpartition('-')[2]}")[1:]
+        model = named.removesuffix(f"-{optimizer}")
         epochs, times, accuracy = (list(column) for column in zip(*sorted(values)))
         curves.append(Curve(model, optimizer, "test", epochs, [t - begun[run] for t in times], accuracy))
     return curves
@@ -115,8 +133,8 @@ def middle(curves: list[Curve]) -> Curve:
     return Curve(curves[0].model, curves[0].optimizer, curves[0].measured_on, epochs, seconds, accuracy)
 
 
-def draw(curves: list[Curve], out: Path, dataset: str | None, weight: float) -> None:
-    """One row per model: accuracy over epochs, and beside it over seconds."""
+def draw(curves: list[Curve], out: Path, dataset: str | None, weight: float, beside: Sequence[Curve] = ()) -> None:
+    """One row per model: accuracy over epochs, and beside it over seconds; those ``beside`` are thin."""
     models = sorted({curve.model for curve in curves})
     size = (WIDTH, 0.6 + 3.4 * len(models))
     figure, axes = plt.subplots(len(models), 2, figsize=size, squeeze=False, sharey="row")
@@ -132,6 +150,17 @@ def draw(curves: list[Curve], out: Path, dataset: str | None, weight: float) -> 
                     axis.plot(getattr(curve, x), curve.accuracy, color=colour, linestyle=line, alpha=0.25, linewidth=1)
                 smoothed = smooth(typical.accuracy, weight)
                 (drawn[optimizer],) = axis.plot(getattr(typical, x), smoothed, color=colour, linestyle=line)
+        others = [curve for curve in beside if curve.family == model.split("-")[0]]
+        above = right.twiny() if others else right
+        for curve in others:
+            colour, line = STYLES.get(curve.optimizer, (GREY, ":"))
+            for axis, x in ((left, "epochs"), (above, "seconds")):
+                smoothed = smooth(curve.accuracy, weight)
+                axis.plot(getattr(curve, x), smoothed, color=colour, linestyle=line, linewidth=0.8, alpha=0.8)
+        if others:
+            above.set_xlim(left=0)
+            above.set_xlabel("time of the thin lines (s)")
+            above.spines["top"].set_visible(True)
         measured = " and ".join(sorted({curve.measured_on for curve in of_model}))
         left.set_ylabel(f"{measured} accuracy (%)")
         left.set_title(", ".join(filter(None, (model, dataset))), loc="left")
@@ -144,10 +173,39 @@ def draw(curves: list[Curve], out: Path, dataset: str | None, weight: float) -> 
     save(figure, out)
 
 
+def seconds_an_epoch(curve: Curve) -> float:
+    """The median over epochs, which a pause of the process does not move."""
+    return median(b - a for a, b in zip([0.0, *curve.seconds], curve.seconds))
+
+
+def table(curves: list[Curve], beside: Sequence[Curve] = ()) -> str:
+    """One line per network and optimizer, means over runs; beside the report's of the same kind of network."""
+    head = ["network", "optimizer", "runs", "best, %", "last, %", "mean of the last five, %"]
+    head += [f"first epoch above {', '.join(map(str, LEVELS))} %", "s an epoch"]
+    if beside:
+        head.append("the report's: best, mean of the last five, %")
+    lines = []
+    for model, optimizer in sorted({(curve.model, curve.optimizer) for curve in curves}):
+        runs = [curve for curve in curves if (curve.model, curve.optimizer) == (model, optimizer)]
+        values = [(max(c.accuracy), c.accuracy[-1], mean(c.accuracy[-5:])) for c in runs]
+        typical = middle(runs)
+        first = [next((e for e, a in zip(typical.epochs, typical.accuracy) if a > level), None) for level in LEVELS]
+        cells = [model, optimizer, str(len(runs)), *(f"{mean(column):.2f}" for column in zip(*values))]
+        cells += [", ".join("–" if e is None else f"{e:.0f}" for e in first)]
+        cells += [f"{median(map(seconds_an_epoch, runs)):.0f}"]
+        if beside:
+            same = [c for c in beside if (c.family, c.optimizer) == (runs[0].family, optimizer)]
+            cells.append("; ".join(f"{max(c.accuracy):.2f}, {mean(c.accuracy[-5:]):.2f}" for c in same) or "–")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", metavar="RUN", type=Path, nargs="+", help="a run folder, or a CSV of curves")
     parser.add_argument("--out", type=Path, default=Path("cifar_curves.png"), metavar="FILE", help="[%(default)s]")
+    parser.add_argument("--beside", type=Path, metavar="CSV", help="curves of others, drawn as thin lines [none]")
+    parser.add_argument("--table", type=Path, metavar="PAGE", help="a page whose table 'curves' is written anew [none]")
     parser.add_argument("--dataset", metavar="NAME", help="for the titles, such as CIFAR-10 [none]")
     parser.add_argument(
         "--smoothing", type=float, default=0.6, metavar="W", help="weight of the past in the average [%(default)s]"
@@ -157,11 +215,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not 0.0 <= options.smoothing < 1.0:
             raise ValueError(f"--smoothing must be in [0, 1); got {options.smoothing}")
         curves = [curve for source in options.sources for curve in read(source)]
+        beside = read(options.beside) if options.beside else []
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    draw(curves, options.out, options.dataset, options.smoothing)
+    draw(curves, options.out, options.dataset, options.smoothing, beside)
     print(options.out)
+    if options.table:
+        write_tables(options.table, {"curves": lambda: table(curves, beside)})
+        print(options.table)
     return 0
 
 

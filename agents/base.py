@@ -31,7 +31,7 @@ from torch import Tensor
 from agents.afterstate import AfterstatePolicy
 from agents.average import PolicyAverage
 from agents.buffer import DictRolloutBuffer, RolloutBuffer
-from agents.checks import flag, kind, not_finite_in, number, one_of, whole
+from agents.checks import not_finite_in
 from agents.collect import Collector
 from agents.masks import TakesStructures, as_taken
 from agents.networks import Networks
@@ -40,6 +40,7 @@ from agents.recurrent import POLICIES as RECURRENT
 from agents.saved import as_lists, saved_attributes, saved_values
 from agents.sequences import SequenceBuffer, is_recurrent
 from agents.update import ActorReport, Batch, restored_on_error, surrogate, update
+from npg.checks import flag, kind, number, one_of, whole
 from npg.families import Geometry
 from npg.parallel import size
 

@@ -18,7 +18,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from agents.buffer import RolloutBuffer, advantages_of, rows, stacked
-from agents.checks import number
 from agents.collect import cut_off
 from agents.critic import NaturalCritic, training_mode
 from agents.heads import CriticHead
@@ -29,6 +28,7 @@ from agents.standard import is_standard, telling
 from agents.trpo import TrustRegionAlgorithm
 from agents.update import Batch, critic_for, surrogate
 from envs.seeding import stream_seed
+from npg.checks import number
 from npg.constraint import Constraint
 from npg.model import undone_on_error
 from npg.parallel import average_, equal, mean_, moments

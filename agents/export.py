@@ -23,9 +23,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecTransposeImage
 
 from agents.average import acting_policy
-from agents.checks import one_of
 from agents.deployed import DeployedPolicy, ExportError, generators_kept, steps_between
 from envs import ActionMasks
+from npg.checks import one_of
 from npg.runs.files import replacing
 
 __all__ = ["FORMATS", "DeployedPolicy", "ExportError", "description", "export_agent", "load_exported"]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from agents.base import NaturalPolicyAlgorithm
-from agents.checks import all_finite, flag, number, whole
+from agents.checks import all_finite
 from agents.options import option
 from agents.update import Batch, copy_of_state
+from npg.checks import flag, number, whole
 from npg.fisher import Fisher
 from npg.model import Buffers
 from npg.parallel import average_, mean_, size

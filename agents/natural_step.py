@@ -8,10 +8,10 @@ from functools import partial
 from stable_baselines3.common.type_aliases import Schedule
 
 from agents.base import Metric, NaturalPolicyAlgorithm, Preconditioner
-from agents.checks import number, one_of, whole
 from agents.options import option
 from agents.schedules import value_at
 from agents.update import Batch
+from npg.checks import number, one_of, whole
 from npg.constraint import Constraint
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.solvers import Solver, conjugate_gradient

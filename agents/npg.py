@@ -6,10 +6,10 @@ from functools import partial
 
 from stable_baselines3.common.type_aliases import Schedule
 
-from agents.checks import number, positive_or_none
 from agents.natural_step import NaturalStepAlgorithm
 from agents.options import option
 from agents.update import Batch
+from npg.checks import number, positive_or_none
 from npg.step import StepReport
 from npg.trust_region import TrustRegion
 

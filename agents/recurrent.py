@@ -19,9 +19,9 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, MlpExtracto
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from agents.checks import flag, whole
 from agents.hybrid import HybridActorCriticPolicy
 from agents.recurrence import parts_of, run
+from npg.checks import flag, whole
 
 __all__ = [
     "POLICIES",

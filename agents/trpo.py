@@ -10,11 +10,11 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 
-from agents.checks import number, one_of, positive_or_none, whole
 from agents.natural_step import NaturalStepAlgorithm
 from agents.options import option
 from agents.update import Batch
 from envs.hybrid import is_hybrid
+from npg.checks import number, one_of, positive_or_none, whole
 from npg.step import StepReport
 from npg.trust_region import KLDirection, TrustRegion
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
+from npg.checks import one_of, whole
 from npg.families import Family
 from npg.families.base import check_outputs
 from npg.geometry import FisherRao, Metric, geometry_of
@@ -84,12 +85,10 @@ class Fisher:
         process_group: dist.ProcessGroup | None = None,
         linearization: Linearization | None = None,
     ) -> None:
-        if kind not in ("exact", "sampled", "empirical"):
-            raise ValueError(f"kind must be 'exact', 'sampled' or 'empirical', got {kind!r}")
+        one_of("kind", kind, ("exact", "sampled", "empirical"))
         if (kind == "empirical") != (targets is not None):
             raise ValueError(f"targets must be given for kind='empirical', and only for it (kind={kind!r})")
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+        whole("samples", samples, 1)
         model, process_group = unwrapped(model, process_group)
         self.geometry = geometry_of(family if metric is None else metric)
         if kind != "exact" and type(self.geometry) is not FisherRao:
@@ -261,8 +260,8 @@ class Fisher:
         Raises:
             ValueError: for ``probes`` below 1.
         """
-        if probes is not None and probes < 1:
-            raise ValueError(f"probes must be at least 1, or None, got {probes}")
+        if probes is not None:
+            whole("probes", probes, 1)
         outputs = self.outputs
 
         def signs(*shape: int) -> Tensor:

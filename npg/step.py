@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from npg.checks import number
 from npg.constraint import Constraint, Limited, limit, value_and_slope
 from npg.families import Family, OutOfDomainError, in_double
 from npg.families.base import check_outputs
@@ -269,8 +270,8 @@ def _check(objective: Any, trust_region: Any, learning_rate: float | None, dampi
         raise TypeError(f"trust_region must be a TrustRegion, got {trust_region!r}: write TrustRegion(radius)")
     if trust_region is None and learning_rate is None:
         raise ValueError("trust_region or learning_rate must be given: one of them sets the length of the step")
-    if learning_rate is not None and not (learning_rate >= 0 and isfinite(learning_rate)):
-        raise ValueError(f"learning_rate must be a finite number ≥ 0, got {learning_rate}")
+    if learning_rate is not None:
+        number("learning_rate", learning_rate, 0)
     check_damping(damping)
     if constraint is None:
         return

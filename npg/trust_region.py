@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from typing import Literal, NamedTuple
 
+from npg.checks import number, one_of, whole
+
 __all__ = ["LevenbergMarquardt", "SearchResult", "Trial", "TrustRegion"]
 
 _ROUNDING = 1e-6  # of the radius: a KL may be so far below zero, as zero is when it is computed
@@ -58,16 +60,11 @@ class TrustRegion:
     kl_direction: KLDirection = "old_new"
 
     def __post_init__(self) -> None:
-        if not 0 < self.radius < inf:
-            raise ValueError(f"radius must be a positive finite KL in nats, got {self.radius}")
-        if not 0 < self.shrink < 1:
-            raise ValueError(f"shrink must lie in (0, 1), got {self.shrink}")
-        if self.max_trials < 1:
-            raise ValueError(f"max_trials must be at least 1, got {self.max_trials}")
-        if not 0 <= self.min_gain_ratio < 1:
-            raise ValueError(f"min_gain_ratio must lie in [0, 1), got {self.min_gain_ratio}")
-        if self.kl_direction not in ("old_new", "new_old"):
-            raise ValueError(f"kl_direction must be 'old_new' or 'new_old', got {self.kl_direction!r}")
+        number("radius, a KL in nats,", self.radius, 0, above=True)
+        number("shrink", self.shrink, 0, 1, above=True, below=True)
+        whole("max_trials", self.max_trials, 1)
+        number("min_gain_ratio", self.min_gain_ratio, 0, 1, below=True)
+        one_of("kl_direction", self.kl_direction, ("old_new", "new_old"))
 
     def scale(self, curvature: float) -> float:
         """The β with ½(βs)ᵀ(F + λI)(βs) = δ, from sᵀ(F + λI)s; 0 where that is not a positive number."""
@@ -117,10 +114,9 @@ class LevenbergMarquardt:
     maximum: float = 1e3
 
     def __post_init__(self) -> None:
-        if not self.factor > 1:
-            raise ValueError(f"factor must be greater than 1, got {self.factor}")
-        if not 0 < self.minimum <= self.maximum < inf:
-            raise ValueError(f"0 < minimum ≤ maximum must hold, got {self.minimum} and {self.maximum}: both finite")
+        number("factor", self.factor, 1, above=True)
+        number("minimum", self.minimum, 0, above=True)
+        number("maximum", self.maximum, self.minimum)
 
     def update(self, damping: float, predicted_gain: float, actual_gain: float, accepted: bool) -> float:
         """The damping of the next step."""

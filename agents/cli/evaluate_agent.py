@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agents.checks import whole
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.runs import RunFolder
 from agents.training import MISTAKES, check_named
 from envs.seeding import Purpose, purpose_seed
+from npg.checks import whole
 from npg.runs.command_line import Parser
 
 DESCRIPTION = """\

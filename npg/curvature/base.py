@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from npg.checks import number, whole
 from npg.parameters import Parameters
 from npg.solvers import Solution, Status
 
@@ -116,10 +117,9 @@ class Curvature(ABC, Generic[Evidence]):
 
 def check_average(decay: float, probes: int | None = None) -> None:
     """Raise ValueError for a γ outside of [0, 1), or probes below 1."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1), got {decay}")
-    if probes is not None and probes < 1:
-        raise ValueError(f"probes must be at least 1, or None, got {probes}")
+    number("decay", decay, 0, 1, below=True)
+    if probes is not None:
+        whole("probes", probes, 1)
 
 
 def count(updates: Tensor | None, decay: float) -> tuple[Tensor, float]:

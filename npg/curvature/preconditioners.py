@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from npg.checks import number
 from npg.curvature.kronecker import KroneckerFisher
 from npg.fisher import Fisher
 
@@ -30,8 +31,7 @@ def diagonal_preconditioner(
     Raises:
         ValueError: if ``exponent`` is out of its range.
     """
-    if not 0 < exponent <= 1:
-        raise ValueError(f"exponent must lie in (0, 1], got {exponent}")
+    number("exponent", exponent, 0, 1, above=True)
     generator = torch.Generator(device=fisher.device).manual_seed(0)
     diagonal = fisher.diagonal(probes, generator)
     floor = 1e-3 * diagonal.mean() + torch.finfo(diagonal.dtype).tiny

@@ -7,6 +7,7 @@ from math import log, pi
 import torch
 from torch import Generator, Tensor
 
+from npg.checks import number
 from npg.families.base import Family, LinearMap, column_hint
 
 __all__ = ["DiagonalGaussian", "Gaussian"]
@@ -77,8 +78,7 @@ class Gaussian(Family):
     """
 
     def __init__(self, variance: float = 1.0) -> None:
-        if not variance > 0:
-            raise ValueError(f"variance must be positive, got {variance!r}")
+        number("variance", variance, 0, above=True)
         self.variance = float(variance)
 
     def __repr__(self) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from npg.checks import number
 from npg.families import (
     Bernoulli,
     Categorical,
@@ -105,8 +105,7 @@ class SquaredNorm(Potential):
     """
 
     def __init__(self, curvature: float = 2.0) -> None:
-        if not 0 < curvature < inf:
-            raise ValueError(f"curvature must be a positive finite number, got {curvature!r}")
+        number("curvature", curvature, 0, above=True)
         self.curvature = float(curvature)
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from npg.checks import number, whole
 from npg.fisher import Fisher
 from npg.mirror.potentials import Function, Potential
 from npg.solvers import Solution, dense_solve
@@ -53,8 +54,7 @@ def mirror_descent(potential: Potential, f: Function, theta: Tensor, alpha: floa
     Raises:
         ValueError: as `mirror_step`.
     """
-    if steps < 0:
-        raise ValueError(f"steps must be ≥ 0, got {steps}")
+    whole("steps", steps, 0)
     path = [theta]
     for _ in range(steps):
         path.append(mirror_step(potential, path[-1], _slope(f, path[-1]), alpha))
@@ -205,8 +205,7 @@ def trust_region_step(potential: Potential, theta: Tensor, gradient: Tensor, rad
         ValueError: if ``theta`` is outside the domain, the gradient vanishes along it, or the whole domain lies within
             the radius, so that the constraint binds nowhere.
     """
-    if not 0 < radius < inf:
-        raise ValueError(f"radius must be a positive finite number, got {radius!r}")
+    number("radius", radius, 0, above=True)
     _check_vector(theta)
     _check_gradient(theta, gradient)
     start = potential.gradient(theta).double()
@@ -261,8 +260,7 @@ def _to_primal(potential: Potential, mu: Tensor, alpha: float) -> Tensor:
 
 
 def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < inf:
-        raise ValueError(f"alpha must be a positive finite number, got {alpha!r}")
+    number("alpha", alpha, 0, above=True)
 
 
 def _check_gradient(theta: Tensor, gradient: Tensor) -> None:

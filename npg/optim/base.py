@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import chain
-from math import inf
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from npg.checks import number, one_of
 from npg.curvature.online import OnlinePreconditioner
 from npg.families import Family, Product
 from npg.families.base import check_events, check_outputs
@@ -174,8 +174,8 @@ class ModelOptimizer(ExactResume):
     ) -> None:
         behind, process_group = unwrapped(model, process_group)
         model = cast(nn.Module, behind)
-        check(fisher in ("exact", "sampled", "empirical"), "fisher", fisher, "'exact', 'sampled' or 'empirical'")
-        check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
+        one_of("fisher", fisher, ("exact", "sampled", "empirical"))
+        number("alpha", alpha, 0)
         self.model, self.family, self.fisher, self.process_group = model, family, fisher, process_group
         self.damping_metric, self.alpha = damping_metric, alpha
         self._factors: TrackedFactors | None = None

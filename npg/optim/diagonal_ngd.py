@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf, nan
+from math import nan
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
+from npg.checks import number, one_of
+from npg.curvature.base import check_average
 from npg.families import Family
 from npg.fisher import Fisher, Kind
 from npg.linearize import Linearization
 from npg.model import Buffers
-from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, flat, split
+from npg.optim.base import MISSING, ModelOptimizer, decay_matrices, flat, split
 from npg.parallel import mean_
 
 __all__ = ["DiagonalNGD"]
@@ -78,13 +80,12 @@ class DiagonalNGD(ModelOptimizer):
         generator: Generator | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check(0 <= lr < inf, "lr", lr, "a finite number, 0 or above")
-        check(0 < damping < inf, "damping", damping, "a finite number above 0")
-        check(0 <= decay < 1, "decay", decay, "in [0, 1)")
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
-        check(probes is None or probes >= 1, "probes", probes, "None or at least 1")
-        check(damping_metric in ("identity", "online"), "damping_metric", damping_metric, "'identity' or 'online'")
+        number("lr", lr, 0)
+        number("damping", damping, 0, above=True)
+        check_average(decay, probes)
+        number("momentum", momentum, 0, 1, below=True)
+        number("weight_decay", weight_decay, 0)
+        one_of("damping_metric", damping_metric, ("identity", "online"))
         defaults = {
             "lr": lr,
             "damping": damping,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from npg.checks import number, positive_or_none, whole
 from npg.curvature.stacks import stacks
 from npg.model import undone_on_error
-from npg.optim.base import ExactResume, Held, Tensors, check, decay_matrices, dense_gradients
+from npg.optim.base import ExactResume, Held, Tensors, decay_matrices, dense_gradients
 from npg.parameters import check_dtypes
 
 __all__ = ["GradientOptimizer", "Plan"]
@@ -65,12 +66,12 @@ class GradientOptimizer(ExactResume):
     @staticmethod
     def _validate(group: dict[str, Any], named: dict[str, Tensor]) -> None:
         """Raise ValueError for an option out of its range, or a parameter that cannot be trained."""
-        check(0 <= group["lr"] < inf, "lr", group["lr"], "a finite number, 0 or above")
-        check(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
+        number("lr", group["lr"], 0)
+        number("momentum", group["momentum"], 0, 1, below=True)
         decay, period, limit = group["weight_decay"], group["update_period"], group["max_change"]
-        check(0 <= decay < inf, "weight_decay", decay, "a finite number, 0 or above")
-        check(isinstance(period, int) and period >= 1, "update_period", period, "an integer, 1 or above")
-        check(limit is None or 0 < limit < inf, "max_change", limit, "None or a finite number above 0")
+        number("weight_decay", decay, 0)
+        whole("update_period", period, 1)
+        positive_or_none("max_change", limit)
         check_dtypes(named)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from npg.checks import number, whole
 from npg.curvature.two_sided import TwoSidedCurvature
-from npg.optim.base import BURN_IN, check, is_due
+from npg.optim.base import BURN_IN, is_due
 from npg.optim.gradients import GradientOptimizer, Plan
 
 __all__ = ["KLShampoo"]
@@ -142,11 +142,11 @@ class KLShampoo(GradientOptimizer):
     def _validate(group: dict[str, Any], named: dict[str, Tensor]) -> None:
         GradientOptimizer._validate(group, named)
         damping, longest, scale = group["damping"], group["max_axis"], group["vector_scale"]
-        check(0 < group["power"] <= 1, "power", group["power"], "above 0 and at most 1 (1/2 whitens)")
-        check(0 <= group["average"] < 1, "average", group["average"], "in [0, 1)")
-        check(0 < damping < inf, "damping", damping, "a finite number above 0")
-        check(isinstance(longest, int) and longest >= 1, "max_axis", longest, "an integer, 1 or above")
-        check(0 <= scale < inf, "vector_scale", scale, "a finite number, 0 or above")
+        number("power", group["power"], 0, 1, above=True)
+        number("average", group["average"], 0, 1, below=True)
+        number("damping", damping, 0, above=True)
+        whole("max_axis", longest, 1)
+        number("vector_scale", scale, 0)
         for name, p in named.items():
             if p.ndim > 1 and p.numel() == 0:
                 raise ValueError(

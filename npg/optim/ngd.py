@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from math import ceil, inf
-from numbers import Integral
+from math import ceil
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
+from npg.checks import number, one_of, positive_or_none, whole
 from npg.curvature.base import Curvature, State
 from npg.curvature.kronecker import KroneckerFisher
 from npg.curvature.plain import DiagonalFisher
@@ -143,22 +143,22 @@ class NGD(ModelOptimizer):
         damping_control: LevenbergMarquardt | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check(0 <= lr < inf, "lr", lr, "a finite number, 0 or above")
-        check(0 <= damping < inf, "damping", damping, "a finite number, 0 or above")
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(0 <= weight_decay < inf, "weight_decay", weight_decay, "a finite number, 0 or above")
+        number("lr", lr, 0)
+        number("damping", damping, 0)
+        number("momentum", momentum, 0, 1, below=True)
+        number("weight_decay", weight_decay, 0)
         self._check_kl(max_kl)
         self._check_radius(max_kl, momentum, weight_decay)
-        check(_is_count(max_iterations), "max_iterations", max_iterations, "a whole number, at least 1")
-        check(rtol >= 0, "rtol", rtol, "0 or above")
-        check(0 <= warm_start <= 1, "warm_start", warm_start, "in [0, 1]")
-        check(0 <= factor_decay < 1, "factor_decay", factor_decay, "in [0, 1)")
-        check(_is_count(update_period), "update_period", update_period, "a whole number, at least 1")
-        check(probes is None or _is_count(probes), "probes", probes, "None or a whole number, at least 1")
+        whole("max_iterations", max_iterations, 1)
+        number("rtol", rtol, 0)
+        number("warm_start", warm_start, 0, 1)
+        number("factor_decay", factor_decay, 0, 1, below=True)
+        whole("update_period", update_period, 1)
+        if probes is not None:
+            whole("probes", probes, 1)
         controls = damping_control is None or callable(getattr(damping_control, "update", None))
         check(controls, "damping_control", damping_control, "None or a LevenbergMarquardt(…) of npg")
-        metrics = ("identity", "online", "factors")
-        check(damping_metric in metrics, "damping_metric", damping_metric, "'identity', 'online' or 'factors'")
+        one_of("damping_metric", damping_metric, ("identity", "online", "factors"))
         cg = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
         factors = {"decay": factor_decay, "probes": probes, "generator": generator}
         self._solver, curvature = _chosen(solver, {"cg": cg, "dense": _DENSE}, _CURVATURES, factors)
@@ -179,7 +179,7 @@ class NGD(ModelOptimizer):
             check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
             check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
             check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
-        check(0 < curvature_fraction <= 1, "curvature_fraction", curvature_fraction, "in (0, 1]")
+        number("curvature_fraction", curvature_fraction, 0, 1, above=True)
         self.geometry = geometry(metric, family)
         own = self.geometry == FisherRao(family)
         check(fisher == "exact" or own, "fisher", fisher, "'exact' with another metric")
@@ -211,7 +211,7 @@ class NGD(ModelOptimizer):
 
     @staticmethod
     def _check_kl(radius: float | None) -> None:
-        check(radius is None or 0 < radius < inf, "max_kl", radius, "None or a positive KL in nats")
+        positive_or_none("max_kl", radius)
 
     @staticmethod
     def _check_radius(region: object, momentum: float, weight_decay: float) -> None:
@@ -386,8 +386,3 @@ class KeptCurvature:
         for key, block in self.curvature.state_dict().items():
             fields = {self.prefix + name: value for name, value in block.items()}
             states[key[0]].update({f"{self.prefix}key": torch.tensor([self.places[i] for i in key]), **fields})
-
-
-def _is_count(x: object) -> bool:
-    """Whether it is a whole number, 1 or above."""
-    return isinstance(x, Integral) and int(x) >= 1

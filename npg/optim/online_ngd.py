@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from npg.checks import number, whole
 from npg.curvature.online import OnlinePreconditioner
-from npg.optim.base import UPDATE_PERIOD, check, is_due
+from npg.optim.base import UPDATE_PERIOD, is_due
 from npg.optim.gradients import GradientOptimizer, Plan
 
 __all__ = ["OnlineNGD"]
@@ -108,6 +108,6 @@ class OnlineNGD(GradientOptimizer):
     def _validate(group: dict[str, Any], named: dict[str, Tensor]) -> None:
         GradientOptimizer._validate(group, named)
         rank, alpha = group["rank"], group["alpha"]
-        check(0 <= alpha < inf, "alpha", alpha, "a finite number, 0 or above (4 is usual)")
-        check(isinstance(rank, int) and rank >= 0, "rank", rank, "an integer, 0 or above")
-        check(0 < group["eta"] <= 0.9, "eta", group["eta"], "above 0 and at most 0.9")
+        number("alpha", alpha, 0)
+        whole("rank", rank, 0)
+        number("eta", group["eta"], 0, 0.9, above=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npg.checks import number, whole
 from npg.solvers.solution import (
     CODE,
     RUNNING,
@@ -180,14 +181,11 @@ def conjugate_gradient(
             f"preconditioner must be a function r ↦ C⁻¹r, got {type(preconditioner).__name__}: for a matrix, "
             "lambda r: torch.linalg.solve(C, r)"
         )
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-    if not rtol >= 0:
-        raise ValueError(f"rtol must be ≥ 0, got {rtol}")
-    if residual_refresh < 1:
-        raise ValueError(f"residual_refresh must be at least 1, got {residual_refresh}")
-    if sync_every is not None and sync_every < 1:
-        raise ValueError(f"sync_every must be at least 1, got {sync_every}")
+    whole("max_iterations", max_iterations, 1)
+    number("rtol", rtol, 0)
+    whole("residual_refresh", residual_refresh, 1)
+    if sync_every is not None:
+        whole("sync_every", sync_every, 1)
     sync_every = sync_every or (1 if b.device.type == "cpu" else 8)
     stop = _Stop(max_iterations, rtol, progress_tolerance, residual_refresh, sync_every)
     return _solve(_System(A, b, damping, preconditioner), x0, stop)

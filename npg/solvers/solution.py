@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from npg.checks import number
 from npg.parameters import power_of_two
 
 __all__ = [
@@ -172,8 +173,7 @@ def check_system(b: Tensor, x0: Tensor | None, damping: float) -> None:
 
 def check_damping(damping: float) -> None:
     """Raise ValueError unless λ is a finite number ≥ 0."""
-    if not 0 <= damping < inf:
-        raise ValueError(f"damping must be a finite number ≥ 0, got {damping}")
+    number("damping", damping, 0)
 
 
 def library(device: torch.device) -> Any:

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from agents.checks import number, one_of, whole
 from agents.options import HasOptions, option
+from npg.checks import number, one_of, whole
 
 
 class Base(HasOptions):

@@ -711,7 +711,7 @@ def test_bad_models_are_refused(mlp):
         Fisher(lambda p, inputs: inputs * 1.0, x, family, parameters={"w": torch.zeros(2)})
     with pytest.raises(TypeError, match=r"model must return one floating-point tensor.*got tuple: wrap it in a module"):
         Fisher(nn.LSTM(3, 3), x, family)
-    with pytest.raises(ValueError, match="probes must be at least 1, or None, got 0"):
+    with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
         Fisher(mlp(4), x, family).diagonal(probes=0)
 
 

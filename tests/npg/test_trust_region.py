@@ -113,10 +113,10 @@ def test_the_gain_is_compared_with_the_linear_model():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"radius": 0.0}, "radius must be a positive finite KL in nats, got 0.0"),
-        ({"radius": -1.0}, "radius must be .* got -1.0"),
-        ({"radius": nan}, "radius must be .* got nan"),
-        ({"radius": inf}, "radius must be .* got inf"),
+        ({"radius": 0.0}, r"radius, a KL in nats, must lie in \(0, inf\), got 0.0"),
+        ({"radius": -1.0}, "radius.* must .* got -1.0"),
+        ({"radius": nan}, "radius.* must .* got nan"),
+        ({"radius": inf}, "radius.* must .* got inf"),
         ({"shrink": 0.0}, r"shrink must lie in \(0, 1\), got 0.0"),
         ({"shrink": 1.0}, r"shrink must lie in \(0, 1\), got 1.0"),
         ({"shrink": nan}, r"shrink must lie in \(0, 1\), got nan"),
@@ -168,11 +168,11 @@ def test_damping_stays_in_its_range():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"factor": 1.0}, "factor must be greater than 1, got 1.0"),
-        ({"factor": nan}, "factor must be greater than 1, got nan"),
-        ({"minimum": 0.0}, "minimum ≤ maximum must hold, got 0.0 and 1000.0"),
-        ({"minimum": 2.0, "maximum": 1.0}, "minimum ≤ maximum must hold, got 2.0 and 1.0"),
-        ({"maximum": inf}, "minimum ≤ maximum must hold, got 1e-08 and inf: both finite"),
+        ({"factor": 1.0}, r"factor must lie in \(1, inf\), got 1.0"),
+        ({"factor": nan}, r"factor must lie in \(1, inf\), got nan"),
+        ({"minimum": 0.0}, r"minimum must lie in \(0, inf\), got 0.0"),
+        ({"minimum": 2.0, "maximum": 1.0}, r"maximum must lie in \[2.0, inf\), got 1.0"),
+        ({"maximum": inf}, r"maximum must lie in \[1e-08, inf\), got inf"),
     ],
 )
 def test_ranges_of_the_damping_rule(options, match):

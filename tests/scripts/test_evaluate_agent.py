@@ -74,7 +74,7 @@ def test_a_video_shows_the_first_episode_of_the_evaluation(trained, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--episodes", "0"], "--episodes must lie in [1, inf), got 0"),
+        (["--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["--seed", "-1"], "seed"),
         (["--model", "worst"], "'best', 'last'"),
         (["--episode", "3"], "did you mean --episodes"),

@@ -527,9 +527,9 @@ def test_bad_arguments_are_refused():
     fisher = Fisher(model, x, FAMILY)
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
         KroneckerFisher(fisher, decay=1.0)
-    with pytest.raises(ValueError, match="probes must be at least 1, or None, got 0"):
+    with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
         KroneckerFisher(fisher, probes=0)
-    with pytest.raises(ValueError, match="damping must be a finite number ≥ 0, got -1"):
+    with pytest.raises(ValueError, match=r"damping must lie in \[0, inf\), got -1"):
         KroneckerFisher(fisher).inverse(-1.0)
     with pytest.raises(ValueError, match="fisher must be of a module"):
         KroneckerFisher(Fisher(lambda p, x: x @ p["w"], x, FAMILY, parameters={"w": torch.ones(5, 3)}))

@@ -21,6 +21,7 @@ from torch import Tensor
 from npg.fisher import Fisher
 from npg.linearize import Linearization
 from npg.parallel import mean_
+from npg.parameters import check_beside
 from npg.solvers import Solution, Status, norm, not_finite
 from npg.solvers.solution import ORDER
 from npg.trust_region import TrustRegion
@@ -151,7 +152,7 @@ def limit(
     process_group: dist.ProcessGroup | None,
 ) -> Limited:
     """The step of ``solution`` if it keeps the constraint, to first order; else the one that is bound by it."""
-    value, slope = value_and_slope(constraint.cost, linearization.outputs, "constraint.cost")
+    value, slope = value_and_slope(constraint.cost, linearization, "constraint.cost")
     cost = mean_(value.double(), process_group)
     b = mean_(linearization.pull_back(slope), process_group)
     along, size, curvature, before = torch.stack(
@@ -185,10 +186,10 @@ def limit(
     return Limited(both, constraint, "bound" if feasible else "infeasible", change, before)
 
 
-def value_and_slope(function: Callable[[Tensor], Tensor], old: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def value_and_slope(function: Callable[[Tensor], Tensor], at: Linearization, name: str) -> tuple[Tensor, Tensor]:
     """The value of a mean over events, and its slope in the outputs."""
     with torch.enable_grad():
-        outputs = old.clone().requires_grad_()
+        outputs = at.outputs.clone().requires_grad_()
         value = function(outputs)
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must return a tensor, got {type(value).__name__}: leave out float(…) and .item()")
@@ -199,5 +200,6 @@ def value_and_slope(function: Callable[[Tensor], Tensor], old: Tensor, name: str
                 f"{name} must depend on the outputs that it is given, got a tensor without gradients: leave out "
                 ".detach() and torch.no_grad()"
             )
+        check_beside(value, at.parameters, name)
         (slope,) = torch.autograd.grad(value, outputs)
     return value.detach(), slope

@@ -13,6 +13,7 @@ put in its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from math import inf, nan
 from typing import Any, Literal
@@ -22,18 +23,23 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from npg.checks import one_of, whole
-from npg.families import Family
-from npg.families.base import check_outputs
+from npg.families import Bernoulli, Categorical, DiagonalGaussian, Family, Gaussian, MultiCategorical
+from npg.families.base import OutOfDomainError, check_outputs
 from npg.geometry import FisherRao, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Model, unwrapped
 from npg.parallel import mean_
+from npg.parameters import check_beside
 
 __all__ = ["Fisher", "Kind"]
 
 Kind = Literal["exact", "sampled", "empirical"]
 
 _CHUNK = 64  # right-hand sides, or rows of the Jacobian, that are treated at once
+
+
+#: Families that are functions of the outputs alone, for certain.
+_WITHOUT_TENSORS = (Bernoulli, Categorical, DiagonalGaussian, Gaussian, MultiCategorical)
 
 
 def _outer_products(scores: Tensor, u: Tensor) -> Tensor:
@@ -106,6 +112,8 @@ class Fisher:
         self._scores: Tensor | None = None
         if type(self.geometry) is not FisherRao or kind == "exact":
             self._metric = self.geometry(outputs)
+            if type(self.geometry) is FisherRao and type(self.geometry.family) not in _WITHOUT_TENSORS:
+                self._check_beside(partial(self.geometry.family.kl, outputs, outputs))
         else:
             family = self.geometry.family
             # An event with NaN or ∞ among its outputs has no label to draw (on CUDA that would end the process) and no
@@ -115,9 +123,23 @@ class Fisher:
             if targets is not None and at.device.type == "cpu":
                 family.check_targets(at, targets)
             labels = [targets] if targets is not None else [family.sample(at, generator) for _ in range(samples)]
+            self._check_beside(partial(family.log_likelihood, at, labels[0]))
             self._scores = torch.stack([torch.where(usable, family.score(at, y), nan) for y in labels])
             # Not a method of this object, which would hold itself and all of its activations that way.
             self._metric = partial(_outer_products, self._scores)
+
+    def _check_beside(self, of_family: Callable[[], Tensor]) -> None:
+        """Raise ValueError if a value of the family, computed from outputs without a graph, depends on parameters."""
+        with torch.enable_grad(), suppress(NotImplementedError, OutOfDomainError):
+            value = of_family()
+            if value.requires_grad:
+                check_beside(value, self.parameters, repr(self.geometry.family))  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Fisher holds a recorded forward pass, which is neither copied nor pickled: copy the model, and make the "
+            "Fisher of the copy anew"
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

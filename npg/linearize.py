@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from types import MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary, proxy
@@ -37,6 +36,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from npg.acceleration import OTHER_OUTPUTS, Function, Maps, Recorded, accelerate, precision, same_outputs
+from npg.graph import graph_nodes
 from npg.model import (
     Buffers,
     Model,
@@ -118,6 +118,7 @@ class Linearization:
         # Both maps are linear: what goes into arithmetic of so small a range is brought near to 1 first.
         self._half = torch.float16 in (self._autocast, *(p.dtype for p in self.parameters.tensors))
         self._buffers = Buffers(model)
+        self._statistics_move = move_statistics
         self._values = self.parameters.copy()
         mine = set(map(id, self.parameters.tensors))
         frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
@@ -199,6 +200,23 @@ class Linearization:
                 frozen_statistics(self.model),
                 replayed_randomness(self.random_state, device),
             ):
+                yield
+        finally:
+            buffers.restore()
+
+    @contextmanager
+    def recomputed(self, *, recorded: bool = False) -> Iterator[None]:
+        """Where to differentiate: `torch.utils.checkpoint` repeats its part of the forward pass, which moves nothing.
+
+        It is repeated as it was in `record`, or, if ``recorded``, in the construction.
+        """
+        if not self._buffers:
+            yield
+            return
+        moving = recorded and self._statistics_move
+        buffers = Buffers(self.model)
+        try:
+            with nullcontext() if moving else frozen_statistics(self.model):
                 yield
         finally:
             buffers.restore()
@@ -334,7 +352,13 @@ class Linearization:
     def _by_autograd(self) -> Callable[[Tensor], Sequence[Tensor]]:
         """U ↦ Jᵀu over the recorded forward pass."""
         assert self._graph is not None
-        return partial(_pull, self._graph, self.leaves)
+        graph, leaves, this = self._graph, self.leaves, proxy(self)
+
+        def pull(u: Tensor) -> Sequence[Tensor]:
+            with this.recomputed(recorded=True):
+                return _pull(graph, leaves, u)
+
+        return pull
 
     def _first_that_agrees(self) -> tuple[Maps, Tensor | None]:
         """The two maps in the first way that is right, and the graph that they read, if any."""
@@ -392,22 +416,28 @@ class Linearization:
 
     def _by_double_backward(self, recorded: Recorded, graph: Tensor | None = None) -> tuple[Maps, Tensor]:
         """J v as the derivative of the linear map u ↦ Jᵀu, applied to v, and Jᵀu over the recorded forward pass."""
+        recorded_first, this, leaves = graph is None, proxy(self), self.leaves
         graph = self._graph if graph is None else graph
         assert graph is not None
-        pull = partial(_pull, graph, self.leaves)
+
+        def pull(u: Tensor, create_graph: bool = False) -> Sequence[Tensor]:
+            with this.recomputed(recorded=recorded_first):
+                return _pull(graph, leaves, u, create_graph)
+
         with torch.enable_grad():
             u = torch.zeros_like(graph, requires_grad=True)
             pulled = pull(u, create_graph=True)
         used = [i for i, c in enumerate(pulled) if c.requires_grad]
 
         def push(tangents: Sequence[Tensor]) -> Tensor:
-            (moved,) = torch.autograd.grad(
-                [pulled[i] for i in used],
-                u,
-                [tangents[i] for i in used],
-                retain_graph=True,
-                materialize_grads=True,
-            )
+            with this.recomputed(recorded=recorded_first):
+                (moved,) = torch.autograd.grad(
+                    [pulled[i] for i in used],
+                    u,
+                    [tangents[i] for i in used],
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
             return moved
 
         return Maps(push, pull, push, pull), graph
@@ -462,7 +492,8 @@ _ELEMENTS = 2**24  # of the largest J that is formed row by row
 
 
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+    """The model's arguments; a named tuple, such as a packed sequence, is one of them."""
+    return inputs if isinstance(inputs, tuple) and not hasattr(inputs, "_fields") else (inputs,)
 
 
 def _at_least_float(outputs: Any) -> Tensor:
@@ -501,18 +532,6 @@ def _check_checkpoints(graph: Tensor, model: Model) -> None:
             "from torch.autograd.grad: pass use_reentrant=False (gradient_checkpointing_enable("
             'gradient_checkpointing_kwargs={"use_reentrant": False}) in transformers)'
         )
-
-
-def graph_nodes(outputs: Tensor) -> set[Any]:
-    """The nodes of the graph that a tensor is computed by."""
-    seen: set[Any] = set()
-    todo = [outputs.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [node for node, _ in node.next_functions]
-    return seen
 
 
 def _resting(weight: Tensor, row: int) -> Tensor:

@@ -50,6 +50,9 @@ class Buffers:
             for name, buffer in module._buffers.items()
         ]
 
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
     def named(self) -> dict[str, Tensor]:
         """Their values as they were, by name."""
         named = ((f"{path}.{name}" if path else name, copy) for _, path, name, _, copy in self._copies)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Parameters", "check_dtypes", "power_of_two"]
+from npg.graph import graph_nodes, leaves_of
+
+__all__ = ["Parameters", "check_beside", "check_dtypes", "power_of_two"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -173,3 +175,17 @@ class Parameters:
         for p, value, change in zip(self.tensors, origin, self.unflatten(step * scale), strict=True):
             p.copy_(value + change)
         torch.clear_autocast_cache()
+
+
+def check_beside(value: Tensor, parameters: Parameters, name: str) -> None:
+    """Raise ValueError if the graph of a function of the outputs ends in parameters: the function reads them itself.
+
+    Derivatives are taken in the outputs, and do not see that.
+    """
+    leaves = leaves_of(graph_nodes(value))
+    if beside := [n for n, p in zip(parameters.names, parameters.tensors) if id(p) in leaves]:
+        raise ValueError(
+            f"{name} depends on {', '.join(beside)} beside the outputs, which neither gradient nor F would see: let "
+            "the model return them with its outputs (a spread, as the second half of a DiagonalGaussian's), put a "
+            "penalty of weights into weight_decay, or leave the dependence out by .detach()"
+        )

@@ -296,7 +296,7 @@ def _first_order(
     old, F = linearization.outputs, None
     value = old.new_full((), nan)
     try:
-        value, slope = value_and_slope(objective, old, "objective")
+        value, slope = value_and_slope(objective, linearization, "objective")
         F = fisher()
     except OutOfDomainError:
         slope = torch.full_like(old, nan)

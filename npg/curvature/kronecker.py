@@ -356,7 +356,8 @@ def _moments(
     targets: list[Any] = [*(call.output for _, call in uses), *(leaves[index] for index in rest)]
     pulled: list[Pulled] = []
     for u in fisher.factor_vectors(probes, generator):
-        gradients = torch.autograd.grad(outputs, targets, u, retain_graph=True, allow_unused=True)
+        with fisher.linearization.recomputed():
+            gradients = torch.autograd.grad(outputs, targets, u, retain_graph=True, allow_unused=True)
         pulled.append({})
         for (key, call), gradient in zip(uses, gradients):
             if gradient is not None:

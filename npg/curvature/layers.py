@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from npg.curvature.base import Key
-from npg.linearize import Linearization, graph_nodes
+from npg.graph import graph_nodes, leaves_of, source_of
+from npg.linearize import Linearization
 from npg.model import Model
 from npg.parameters import Parameters
 
@@ -40,12 +41,13 @@ class Call(NamedTuple):
     module: nn.Module
     inputs: Tensor  #: (events, …)
     output: GradientEdge  #: its place in the graph, which no later operation in place can move
+    source: Any  #: the node of the graph that its inputs come of, or None
     patch_elements: int  #: of the patches of one event
 
 
 Pulled = dict[Key, list[tuple[Call, Tensor]]]  # the gradients of one probe at the outputs of every call
 
-#: Exactly these, since a layer's forward pass is written out here (`_recorded`); a subclass may have another.
+#: Exactly these, whose forward pass is known; a subclass may have another.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
@@ -82,63 +84,69 @@ def record_layers(
 
     Those whose weights have the indices ``without`` have none.
 
-    The layers compute with copies of their parameters. What still reaches the parameters themselves are uses that are
-    no call of the layer (a tied embedding, `functional.linear` with the weight), and such a layer has no factors: the
-    gradient of its weight is not Σ g āᵀ over its calls.
+    Where the graph reaches a parameter other than through a call of its layer (a tied embedding, `functional.linear`
+    with the weight, the backward pass of the layer where the model returns derivatives of itself), the layer has no
+    factors: the gradient of its weight is not Σ g āᵀ over its calls.
     """
     layers = _layers(linearization.model, linearization.parameters)
     layers = {module: key for module, key in layers.items() if key[0] not in without}
     while True:
         outputs, calls = _call_layers(linearization, layers)
-        reached = _reached(outputs)
+        nodes = _nodes(outputs, [call for made in calls.values() for call in made])
+        reached = leaves_of(nodes)
         used = {key for key in layers.values() if any(id(linearization.leaves[index]) in reached for index in key)}
-        if not used:
-            return outputs, layers, calls
+        if not used:  # a call that no output depends on, such as that of a target which is detached, is none
+            seen = {key: [call for call in made if call.output.node in nodes] for key, made in calls.items()}
+            return outputs, layers, {key: made for key, made in seen.items() if made}
         layers = {module: key for module, key in layers.items() if key not in used}
 
 
 def _call_layers(
     linearization: Linearization, layers: Mapping[nn.Module, Key], *, same: bool = True
 ) -> tuple[Tensor, dict[Key, list[Call]]]:
-    """The forward pass, and the calls of the layers in it, on copies of their parameters."""
+    """The forward pass, and the calls of the layers in it."""
     calls: dict[Key, list[Call]] = {}
     try:
         for module, key in layers.items():
-            module.forward = _recorded(module, calls, key)
+            weight, *bias = (linearization.leaves[index] for index in key)
+            module.forward = _recorded(module, calls, key, weight, bias[0] if bias else module._parameters["bias"])
         return linearization.record(same=same), calls
     finally:
         for module in layers:
             vars(module).pop("forward", None)
 
 
-def _recorded(module: nn.Module, calls: dict[Key, list[Call]], key: Key) -> Callable[[Tensor], Tensor]:
-    """The layer's own forward pass, on copies of its parameters, and writing down the call."""
+def _recorded(
+    module: nn.Module, calls: dict[Key, list[Call]], key: Key, weight: Tensor, bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """The layer's own forward pass, which writes down the call."""
 
     def forward(input: Tensor) -> Tensor:
         layer = cast(nn.Conv2d, module)  # or another of `_LAYERS`
-        # What no graph holds, and what stands for many tensors at once, cannot be written down.
-        if not torch.is_grad_enabled() or input.is_nested or is_functorch_wrapped_tensor(input):
-            return type(layer).forward(layer, input)
-        weight = layer.weight.detach().requires_grad_()
-        bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
-        if isinstance(module, nn.Linear):
-            output = functional.linear(input, weight, bias)
-        else:
-            output = layer._conv_forward(input, weight, bias)
+        output = type(layer).forward(layer, input)
+        own = layer.weight is weight and layer.bias is bias
+        # What no graph holds, what stands for many tensors at once, and a call with other weights (`functional_call`
+        # inside of the model) cannot be written down.
+        if not own or not torch.is_grad_enabled() or input.is_nested or is_functorch_wrapped_tensor(input):
+            return output
         y = _batched(module, output)
         width = len(weight)
         patch_elements = y[0].numel() // width * (weight.numel() // width + 1) if y.numel() else 0
         if y.numel() or not width:  # a call without rows is none
-            call = Call(module, _batched(module, input.detach()), get_gradient_edge(output), patch_elements)
+            edge = get_gradient_edge(output)
+            call = Call(module, _batched(module, input.detach()), edge, source_of(input), patch_elements)
             calls.setdefault(key, []).append(call)
         return output
 
     return forward
 
 
-def _reached(outputs: Tensor) -> set[int]:
-    """The tensors that the graph ends in, by their ids."""
-    return {id(node.variable) for node in graph_nodes(outputs) if hasattr(node, "variable")} | {id(outputs)}
+def _nodes(outputs: Tensor, calls: Collection[Call]) -> set[Any]:
+    """The nodes of the graph, without those between a call's parameters and its output."""
+    sources: dict[Any, list[Any]] = {}
+    for call in calls:
+        sources.setdefault(call.output.node, []).append(call.source)
+    return graph_nodes(outputs, sources)
 
 
 def events_apart(linearization: Linearization, layers: Mapping[nn.Module, Key]) -> set[Key]:
@@ -156,20 +164,20 @@ def events_apart(linearization: Linearization, layers: Mapping[nn.Module, Key]) 
         for norm in norms:
             norm.training = False
         outputs, calls = _call_layers(linearization, layers, same=not norms)
+        outputs = outputs.unsqueeze(0) if outputs.ndim == 1 else outputs
+        exponents = torch.randint(8, outputs.shape[:1], generator=Generator().manual_seed(0))
+        scale = torch.ones(len(outputs)).ldexp(exponents).to(outputs)
+        uses = [(key, call) for key, made in calls.items() for call in made]
+        if not uses:
+            return set()
+        u = torch.arange(outputs.numel(), device=outputs.device).to(outputs.dtype).cos_().view_as(outputs)
+        edges, pair = [call.output for _, call in uses], []
+        for x in (u, _along_first(scale, u) * u):
+            with linearization.recomputed():
+                pair.append(torch.autograd.grad(outputs, edges, x, retain_graph=True, allow_unused=True))
     finally:
         for norm in norms:
             norm.training = True
-    outputs = outputs.unsqueeze(0) if outputs.ndim == 1 else outputs
-    exponents = torch.randint(8, outputs.shape[:1], generator=Generator().manual_seed(0))
-    scale = torch.ones(len(outputs)).ldexp(exponents).to(outputs)
-    uses = [(key, call) for key, made in calls.items() for call in made]
-    if not uses:
-        return set()
-    u = torch.arange(outputs.numel(), device=outputs.device).to(outputs.dtype).cos_().view_as(outputs)
-    pair = [
-        torch.autograd.grad(outputs, [call.output for _, call in uses], x, retain_graph=True, allow_unused=True)
-        for x in (u, _along_first(scale, u) * u)
-    ]
     mixed = {key for key, call in uses if len(call.inputs) != len(outputs)}
     keys, wrong = [], []
     for (key, call), plain, scaled in zip(uses, *pair):

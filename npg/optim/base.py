@@ -272,10 +272,13 @@ class ModelOptimizer(ExactResume):
         return self._factors
 
     def _states(self, key: str, params: Iterable[Tensor]) -> list[Tensor]:
-        """One state tensor of each parameter, zero at first, at least float32."""
+        """One state tensor of each parameter, zero at first, of its dtype and at least float32."""
         for p in params:
+            dtype = torch.promote_types(p.dtype, torch.float32)
             if key not in self.state[p]:
-                self.state[p][key] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                self.state[p][key] = torch.zeros_like(p, dtype=dtype)
+            elif self.state[p][key].dtype is not dtype:  # the model was converted since
+                self.state[p][key] = self.state[p][key].to(dtype)
         return [self.state[p][key] for p in params]
 
 

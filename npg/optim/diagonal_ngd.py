@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from npg.checks import number, one_of
+from npg.constraint import value_and_slope
 from npg.curvature.base import check_average
 from npg.families import Family
 from npg.fisher import Fisher, Kind
@@ -134,10 +135,11 @@ class DiagonalNGD(ModelOptimizer):
             process_group=self.process_group,
             linearization=linearization,
         )
-        outputs = linearization.outputs
-        loss = mean_(-self._log_likelihood(outputs, targets).mean(), self.process_group)
-        slope = linearization.pull_back(self.family.score(outputs, targets) / fisher.events)
-        slope = mean_(slope, self.process_group)
+        value, slope = value_and_slope(
+            lambda outputs: self._log_likelihood(outputs, targets).mean(), linearization, "the log-likelihood"
+        )
+        loss = mean_(-value, self.process_group)
+        slope = mean_(linearization.pull_back(slope), self.process_group)
         factors = self._online_factors()
         root = None if factors is None else factors.preconditioner.inverse_root()
         diagonal = fisher.diagonal(self.probes, self.generator, root=root)

@@ -17,9 +17,9 @@ from npg.checks import number, one_of, positive_or_none, whole
 from npg.curvature.base import Curvature, State
 from npg.curvature.kronecker import KroneckerFisher
 from npg.curvature.plain import DiagonalFisher
-from npg.families import Family, Geometry, in_double
+from npg.families import Family, Gaussian, Geometry, in_double
 from npg.fisher import Fisher, Kind
-from npg.geometry import FisherRao
+from npg.geometry import Euclidean, FisherRao
 from npg.model import Buffers
 from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, is_due, split
 from npg.optim.batches import first_rows
@@ -183,8 +183,9 @@ class NGD(ModelOptimizer):
         self.geometry = geometry(metric, family)
         own = self.geometry == FisherRao(family)
         check(fisher == "exact" or own, "fisher", fisher, "'exact' with another metric")
-        # The Hessian of the loss is about the Fisher information, and about no other metric.
-        self._objective_curvature = 1.0 if own else 0.0
+        # The Hessian of the loss is about the Fisher information: half the squared error is its own Euclidean model.
+        squares = type(family) is Gaussian and self.geometry == Euclidean()
+        self._objective_curvature = 1.0 if own else 1.0 / cast(Gaussian, family).variance if squares else 0.0
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, family, defaults, fisher, process_group, damping_metric, alpha)
         self.trust_region: TrustRegion | None = None

@@ -1133,3 +1133,63 @@ def test_a_gradient_that_is_rounding_alone_makes_no_right_product_wrong(lr, damp
     (gradient,) = torch.autograd.grad(loss, model.parameters())
     assert gradient.norm() < 1e-3
     assert (losses[-1] - 0.5 * torch.log(torch.tensor(2 * torch.pi))) > 0.01  # the residuals do not vanish
+
+
+class Repeated(nn.Module):
+    """Batch normalisation inside of a checkpoint, or without one."""
+
+    def __init__(self, repeated: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh())
+        self.head, self.repeated = nn.Linear(6, 3), repeated
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.block, x, use_reentrant=False) if self.repeated else self.block(x))
+
+
+@pytest.mark.filterwarnings("ignore:no traced program")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"solver": "dense"}, {"solver": "kfac"}, {"solver": "ekfac"}, {"max_kl": 0.01}, {"momentum": 0.5}, None],
+)
+def test_what_a_checkpoint_repeats_moves_no_statistics(options):
+    x, y = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 3
+    states = []
+    for repeated in (False, True):
+        model = Repeated(repeated)
+        if options is None:
+            g = torch.Generator().manual_seed(2)
+            optimizer = optim.DiagonalNGD(model, families.Categorical(), lr=0.01, generator=g)
+        else:
+            g = torch.Generator().manual_seed(2)
+            optimizer = optim.NGD(model, families.Categorical(), lr=0.1, damping=0.1, generator=g, **options)
+        for _ in range(3):
+            optimizer.step(x, y)
+        states.append(model.state_dict())
+    plain, repeated = states
+    assert int(plain["block.1.num_batches_tracked"]) == 3
+    for name, value in plain.items():
+        torch.testing.assert_close(repeated[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_products_of_a_checkpointed_normalisation(check):
+    check(Repeated(True), torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), warns=True)
+
+
+def test_a_named_tuple_is_one_input():
+    torch.manual_seed(0)
+    gru, rows = nn.GRU(3, 2), [torch.randn(n, 3) for n in (5, 3, 2)]
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = gru
+
+        def forward(self, packed: nn.utils.rnn.PackedSequence) -> Tensor:
+            return self.gru(packed)[1][0]
+
+    packed = nn.utils.rnn.pack_sequence(rows)
+    linearization = Linearization(Last(), packed)
+    for i, sequence in enumerate(rows):
+        torch.testing.assert_close(linearization.outputs[i], gru(sequence)[1][0].detach())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Independent, Normal
 from torch.nn import functional as F
 
 from npg import Fisher, TrustRegion, conjugate_gradient, families, natural_step
@@ -321,3 +322,60 @@ def test_what_is_no_mapping_of_tensors_is_refused_by_name(of, given, says, batch
     model = nn.Linear(4, 3) if of == "module" else lambda parameters, x: x @ parameters["w"]
     with pytest.raises(TypeError, match=says):
         Fisher(model, batch[0], CATEGORICAL, parameters=given)
+
+
+class OwnSpread(nn.Linear):
+    """A mean, and a spread that is no output."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.log_std = nn.Parameter(torch.zeros(2))
+
+
+@pytest.fixture
+def own_spread():
+    model = OwnSpread()
+    return model, families.from_torch(lambda o: Independent(Normal(o, model.log_std.exp().expand_as(o)), 1))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda m, f, x, y: natural_step(m, x, f, lambda o: f.log_likelihood(o, y).mean(), learning_rate=0.1),
+        lambda m, f, x, y: NGD(m, f).step(x, y),
+        lambda m, f, x, y: DiagonalNGD(m, f, lr=0.1).step(x, y),
+        lambda m, f, x, y: DiagonalNGD(m, f, lr=0.1, fisher="empirical").step(x, y),
+        lambda m, f, x, y: Fisher(m, x, f),
+        lambda m, f, x, y: Fisher(m, x, f, kind="sampled"),
+        lambda m, f, x, y: Fisher(m, x, f, kind="empirical", targets=y),
+    ],
+)
+def test_a_family_that_reads_parameters_beside_the_outputs_is_refused(own_spread, work):
+    model, family = own_spread
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"depends on log_std beside the outputs, .*second half of a DiagonalGaussian"):
+        work(model, family, x, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.log_std.requires_grad_(False)  # a number then
+    work(model, family, x, y)
+
+
+def test_a_penalty_of_weights_in_the_objective_is_refused():
+    model, x, y = nn.Linear(3, 2), torch.randn(8, 3), torch.randn(8, 2)
+
+    def objective(outputs, weight):
+        return families.Gaussian().log_likelihood(outputs, y).mean() - weight.square().sum()
+
+    with pytest.raises(ValueError, match=r"objective depends on weight beside the outputs.*into weight_decay"):
+        natural_step(model, x, families.Gaussian(), lambda o: objective(o, model.weight), learning_rate=0.1)
+    temperature = nn.Parameter(torch.ones(()))  # of another optimizer: a constant here
+    natural_step(model, x, families.Gaussian(), lambda o: objective(o, temperature), learning_rate=0.1)
+    natural_step(model, x, families.Gaussian(), lambda o: objective(o, model.weight.detach()), learning_rate=0.1)
+
+
+@pytest.mark.parametrize("work", [copy.deepcopy, pickle.dumps])
+def test_a_fisher_is_neither_copied_nor_pickled(work):
+    fisher = Fisher(nn.Linear(3, 2), torch.randn(4, 3), families.Categorical())
+    with pytest.raises(TypeError, match=r"holds a recorded forward pass.*copy the model"):
+        work(fisher)

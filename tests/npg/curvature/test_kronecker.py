@@ -6,6 +6,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from npg import Fisher, Status, conjugate_gradient, families
@@ -602,6 +603,93 @@ def test_a_weight_that_is_used_outside_of_its_layer_has_a_multiple(name, correct
     assert traces.std() / math.sqrt(len(draws)) < 0.1 * expected
     others = [key for key, block in draws[0].blocks.items() if isinstance(block, Block)]
     assert len(others) == (name != "bilinear"), "the other layers have their factors"
+
+
+class Field(nn.Module):
+    """A force field, −∂E/∂x: the weights enter by the backward pass of their layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return -slope
+
+
+class Generated(nn.Module):
+    """A layer whose weights are the outputs of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.maker = nn.Linear(2, 2), nn.Linear(1, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.maker(x.new_ones(1, 1)).squeeze(0)
+        return functional_call(self.layer, {"weight": w[:4].view(2, 2), "bias": w[4:]}, (x,))
+
+
+class Adapted(nn.Module):
+    """One step of gradient descent inside of the forward pass, as in MAML."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.x, self.y = torch.randn(2, 10, 2, generator=generator(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            weights = dict(self.net.named_parameters())
+            loss = (self.net(self.x) - self.y).square().mean()
+            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            moved = {name: p - 0.5 * g for (name, p), g in zip(weights.items(), slopes)}
+            return functional_call(self.net, moved, (x,))
+
+
+class Applied(nn.Module):
+    """A layer whose input is the weight of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) @ self.second(self.first.weight)
+
+
+@pytest.mark.filterwarnings("ignore:no forward mode", "ignore:EKFAC takes K-FAC's values")
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("build", [Field, Generated, Adapted, Applied])
+def test_a_weight_that_enters_otherwise_than_by_calls_of_its_layer_has_the_trace_of_f(build, corrected):
+    model, x = made(build), torch.randn(30, 2, generator=generator())
+    fisher = Fisher(model, x, families.Gaussian())
+    exact = torch.diagonal(fisher.dense())
+    draws = [
+        torch.diagonal(KroneckerFisher(fisher, corrected=corrected, generator=generator(s)).dense()) for s in range(300)
+    ]
+    for span in spans(model)[: 2 if build is Applied else None]:  # its second layer has rows that are no events
+        traces, expected = torch.stack([draw[span].sum() for draw in draws]), exact[span].sum()
+        assert abs(traces.mean() - expected) <= 5 * traces.std() / math.sqrt(len(draws)) + 1e-12
+        assert traces.std() / math.sqrt(len(draws)) <= 0.1 * expected
+
+
+def test_calls_that_no_output_depends_on_are_none():
+    """Such as that of a target, of the same layer, which is detached."""
+
+    class Twin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + 1e-3 * self.layer(100 * x).detach()
+
+    fisher = Fisher(made(Twin), torch.randn(40, 3, generator=generator()), families.Gaussian())
+    curvature = KroneckerFisher(fisher, probes=None)
+    assert isinstance(curvature.blocks[0, 1], Block)
+    assert torch.trace(curvature.dense()) == pytest.approx(float(torch.trace(fisher.dense())), rel=1e-12)
 
 
 class Several(nn.Module):

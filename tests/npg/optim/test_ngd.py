@@ -194,6 +194,40 @@ def test_damping_control_follows_the_model():
     assert want < 1.0
 
 
+def test_damping_control_knows_the_curvature_of_squared_errors():
+    """The steps of Gauss and Newton, of the transport metric and of Fisher's are the same then."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 32, 3).double()
+    start, ratios, dampings = nn.Linear(3, 3).double(), [], []
+    for metric, damping in (("fisher", 0.1), ("euclidean", 0.05), ("wasserstein", 0.05)):  # F is twice the other two
+        options = {"max_iterations": 50, "rtol": 1e-12, "damping_control": LevenbergMarquardt(minimum=1e-9)}
+        optimizer = NGD(copy.deepcopy(start), families.Gaussian(0.5), damping=damping, metric=metric, **options)
+        report = optimizer.step(x, y)
+        ratios.append(report.actual_gain / report.predicted_gain)
+        dampings.append(optimizer.param_groups[0]["damping"] / damping)
+    assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-9)
+    assert 0.9 < ratios[0] < 1.1
+    assert dampings == [1 / 1.5] * 3
+
+
+@pytest.mark.parametrize("build", [partial(NGD, momentum=0.9, solver="dense"), partial(DiagonalNGD, lr=0.1)])
+def test_state_follows_a_model_that_is_converted(build):
+    x, y = batches(1, dtype=torch.float32)[0]
+    model = classifier(torch.float32)
+    optimizer = build(model, families.Categorical(), generator=torch.Generator().manual_seed(0))
+    optimizer.step(x, y)
+    model.double()
+    twin = copy.deepcopy(model)
+    loaded = build(twin, families.Categorical(), generator=torch.Generator().manual_seed(0))
+    loaded.load_state_dict(optimizer.state_dict())
+    for instance in (optimizer, loaded):
+        if instance.generator is not None:
+            instance.generator.manual_seed(1)
+        instance.step(x.double(), y)
+    torch.testing.assert_close(vector(model), vector(twin), rtol=0, atol=1e-12)  # float32 would be 1e-8 off
+    assert all(v.dtype is torch.float64 for s in optimizer.state.values() for k, v in s.items() if k != "step")
+
+
 @pytest.mark.parametrize("options", [{"damping_control": LevenbergMarquardt()}, {"max_kl": 1.0}])
 def test_gains_that_are_small_against_the_log_likelihood_keep_their_digits(options):
     """Of hundreds of outputs it is hundreds of nats, which float32 rounds by more than the last gains."""

@@ -273,7 +273,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
 
     # ---------------------------------------------------------------------------------------------------- life cycle
 
-    def _setup_model(self) -> None:
+    def _check_rows(self) -> None:
         if self.env is not None and self.normalize_advantage:
             rows = self.n_envs * self.n_steps
             if rows <= self.sub_sampling_factor:
@@ -281,6 +281,9 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
                     f"n_steps * n_envs must be larger than sub_sampling_factor to normalise advantages, got "
                     f"{self.n_steps} * {self.n_envs} and {self.sub_sampling_factor}"
                 )
+
+    def _setup_model(self) -> None:
+        self._check_rows()
         if is_recurrent(self):
             self.rollout_buffer_class = SequenceBuffer
         if self.rollout_buffer_class is None:
@@ -355,7 +358,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
                 self.average.mark()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "process_group", "networks"]
+        return [*super()._excluded_save_params(), "process_group", "networks", "_told"]
 
     @classmethod
     def load(
@@ -497,6 +500,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
             FloatingPointError: if the critic's loss is not finite; in all processes alike.
             RuntimeError: if processes that learn together have different parameters.
         """
+        self._check_rows()  # also what was set on a living agent
+        is_recurrent(self)
         self.networks.follow()
         number("learning_rate", self.lr_schedule(self._current_progress_remaining), 0)
         self._update_learning_rate(self.policy.optimizer)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import nan
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,21 @@ class Collector(OnPolicyAlgorithm):
 
     #: Of a recurrent policy: the states of actor and critic that go with `_last_obs`, (E, parts, layers, H) each.
     _last_states: Any = (None, None)
+
+    #: Return, length and end of the episode that each environment told of last.
+    _told: Mapping[int, Any] = MappingProxyType({})
+
+    def _without_old_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> list[dict[str, Any]]:
+        """The infos of a step without episodes of before: an environment may give the same dictionary in every step."""
+        told, fresh = dict(self._told), []
+        for i, (info, done) in enumerate(zip(infos, dones)):
+            if episode := info.get("episode"):
+                told[i] = tuple(episode.get(key) for key in ("r", "l", "t"))
+                if not done and told[i] == self._told.get(i):
+                    info = {key: value for key, value in info.items() if key != "episode"}
+            fresh.append(info)
+        self._told = told
+        return fresh
 
     def collect(self) -> None:
         """One rollout into ``rollout_buffer``, without learning from it: for measurements."""
@@ -101,11 +117,14 @@ class Collector(OnPolicyAlgorithm):
                 actions = sampled.cpu().numpy().reshape(shape)
                 clipped_actions = self._within_bounds(actions)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
+                told = any("episode" in info for info in infos)
+                if told:
+                    infos = self._without_old_episodes(infos, dones)
                 self.num_timesteps += stepped
                 callback.update_locals(locals())
                 going = callback.on_step()
                 cut: list[_Cut] = []
-                if dones.any() or any("episode" in info for info in infos):  # a continuing task tells of them without
+                if told or dones.any():  # a continuing task tells of episodes without being done
                     self._update_info_buffer(infos, dones)
                     cut = cut_off(infos, dones, n_steps)
                 observations: Any = self._last_obs

@@ -349,6 +349,9 @@ def film(
         FloatingPointError: as `evaluate`.
     """
     model, env, _ = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
+    set_random_seed(seed)  # as `evaluate_saved`: loading has set the run's own
+    if model.use_sde and not deterministic:
+        acting_policy(model).reset_noise()
     started = time.perf_counter()
     try:
         _check_parameters(model)

@@ -156,7 +156,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
             observation_space, action_space = _flat(pool_spec.observation_space), pool_spec.action_space
         self.spec = _gymnasium_spec(env_id or task, pool_spec.config, config)
         self._time_limit: int | None = None
-        if task in SAME_AS_GYMNASIUM:
+        if task in SAME_AS_GYMNASIUM or task.startswith(tuple(DIFFERENCES)):
             self._time_limit = pool_spec.config.max_episode_steps
             config["max_episode_steps"] = self._time_limit + 1
 
@@ -329,7 +329,7 @@ def _gymnasium_spec(env_id: str, pool_config: Any, config: dict[str, Any]) -> gy
     spec = copy.deepcopy(registered) if registered else gym.envs.registration.EnvSpec(env_id)
     if registered is None:
         spec.reward_threshold = getattr(pool_config, "reward_threshold", None)
-    spec.max_episode_steps = pool_config.max_episode_steps
+    spec.max_episode_steps = pool_config.max_episode_steps or None  # 0 is no limit there
     spec.kwargs = spec.kwargs | {key: value for key, value in config.items() if key != "max_episode_steps"}
     return spec
 

@@ -812,6 +812,24 @@ def test_discounts_that_are_written_later_are_those_of_rewards_and_of_time_limit
     assert np.array_equal(late.rollout_buffer.returns, early.rollout_buffer.returns)
 
 
+@pytest.mark.parametrize(
+    ("policy", "name", "value", "message"),
+    [
+        ("MlpPolicy", "sub_sampling_factor", 32, "must be larger than sub_sampling_factor to normalise advantages"),
+        ("MlpLstmPolicy", "sub_sampling_factor", 3, "sub_sampling_factor must be at most the 2 environments"),
+        ("MlpLstmPolicy", "preconditioner", "kfac", "preconditioner='kfac' has no factors of the memory"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_when_they_are_written_later(policy, name, value, message):
+    agent = TRPO(policy, make_vec_env("CartPole-v1", 2, seed=0), n_steps=16, seed=0, device="cpu")
+    agent.learn(32)
+    before = copy.deepcopy(agent.policy.state_dict())
+    setattr(agent, name, value)
+    with pytest.raises(ValueError, match=message):
+        agent.learn(32)
+    assert all(torch.equal(p, before[key]) for key, p in agent.policy.state_dict().items())
+
+
 def test_options_that_are_written_later_are_obeyed():
     model = small(learning_rate=1e-3, target_kl=0.01)
     model.learning_rate, model.target_kl, model.stats_window_size = "linear_0.5", "linear_0.02", 7

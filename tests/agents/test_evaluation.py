@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from agents import NPG, TRPO
 from agents.callbacks import Evaluator
 from agents.config import RunConfig, resolve
-from agents.evaluation import Stopped, _rendering_env, evaluate, film
+from agents.evaluation import Stopped, _rendering_env, evaluate, evaluate_saved, film
 from agents.training import start
 from npg.runs.signals import StopRequest
 
@@ -95,6 +95,22 @@ def test_a_film_shows_the_part_that_is_asked_for(tmp_path):
     expected = every[6:15:2] if length >= 15 else every[6::2]
     assert len(some) == len(expected) > 0
     assert all(np.array_equal(a, b) for a, b in zip(some, expected))
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_a_film_of_sampled_actions_is_the_evaluation_s_of_its_seed(tmp_path, use_sde):
+    pytest.importorskip("pygame")
+    settings = {"n_steps": 32, "use_sde": use_sde}
+    config = resolve("trpo", "Pendulum-v1", timesteps=64, n_envs=2, settings=settings, device="cpu")
+    run = start(config, tmp_path / "run")
+    run.train(progress=False)
+    returns = {}
+    for seed in (1, 2):
+        *_, episode = film(run.folder.last, run.config, seed=seed, deterministic=False)
+        told = evaluate_saved(run.folder.last, run.config, 1, seed=seed, deterministic=False)
+        assert episode.returns == pytest.approx(told.returns)
+        returns[seed] = episode.returns
+    assert returns[1] != returns[2]
 
 
 class Endless(gym.Env):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from typing import Any, ClassVar
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper
 from torch import nn
 
 from agents import CPO, MDPO, NPG, TRPO, buffer
@@ -969,3 +972,39 @@ def test_episodes_of_a_continuing_task_are_counted(tmp_path):
     model.learn(64, EpisodeRecorder(file, World(torch.device("cpu"))))
     assert len(model.ep_info_buffer) >= 10
     assert len((tmp_path / "monitor.csv").read_text().splitlines()) >= 10
+
+
+class OneInfo(gym.Wrapper):
+    """Gives the same dictionary in every step, in which the Monitor leaves the last episode."""
+
+    info: ClassVar[dict[str, Any]] = {}
+
+    def step(self, action):
+        *told, info = self.env.step(action)
+        self.info.update(info)
+        return *told, self.info
+
+
+@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+def test_an_episode_is_told_once_by_an_environment_that_gives_one_dictionary(tmp_path, kind):
+    def build():
+        env = OneInfo(Walk(BOX))
+        env.info = {}
+        return Monitor(env)
+
+    env = kind([build] * 2)
+    model = TRPO("MlpPolicy", env, n_steps=32, batch_size=64, seed=0, device="cpu")
+    ends = []
+
+    class Ends(BaseCallback):
+        def _on_step(self):
+            ends.extend(info["episode"] for info, done in zip(self.locals["infos"], self.locals["dones"]) if done)
+            return True
+
+    file = EpisodeFile(tmp_path / "monitor.csv", "Walk-v0")
+    model.learn(128, [Ends(), EpisodeRecorder(file, World(torch.device("cpu")))])
+    env.close()
+    assert len(ends) > 10
+    assert list(model.ep_info_buffer) == ends
+    rows = list(csv.DictReader((tmp_path / "monitor.csv").read_text().splitlines()[1:]))
+    assert [int(row["l"]) for row in rows] == [episode["l"] for episode in ends]

@@ -285,6 +285,24 @@ def test_cartpole_is_truncated_at_500_and_terminated_before():
     assert np.abs(observations[0]).max() <= 0.05  # the next episode's first
 
 
+@pytest.mark.parametrize("env_id", ["LunarLander-v3", "BipedalWalker-v3"])
+def test_an_episode_that_fails_in_its_very_last_step_is_not_truncated(env_id):
+    def end(limit: int | None = None) -> tuple[int, bool, float]:
+        options = {} if limit is None else {"env_kwargs": {"max_episode_steps": limit}}
+        env = make_vec_env(env_id, 1, seed=0, backend="envpool", **options)
+        env.reset()
+        action = np.zeros((1, *env.action_space.shape), env.action_space.dtype)
+        while True:
+            _, rewards, dones, infos = env.step(action)
+            if dones[0]:
+                return int(infos[0]["episode"]["l"]), infos[0]["TimeLimit.truncated"], float(rewards[0])
+
+    steps, truncated, reward = end()
+    assert (truncated, reward) == (False, -100)
+    assert end(steps) == (steps, False, -100)
+    assert end(steps - 1)[:2] == (steps - 1, True)
+
+
 def test_half_cheetah_is_truncated_at_1000():
     env = make_vec_env("HalfCheetah-v5", 2, seed=0)
     env.reset()

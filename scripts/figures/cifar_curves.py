@@ -156,14 +156,15 @@ def draw(curves: list[Curve], out: Path, dataset: str | None, weight: float, bes
             colour, line = STYLES.get(curve.optimizer, (GREY, ":"))
             for axis, x in ((left, "epochs"), (above, "seconds")):
                 smoothed = smooth(curve.accuracy, weight)
-                axis.plot(getattr(curve, x), smoothed, color=colour, linestyle=line, linewidth=0.8, alpha=0.8)
+                (thin,) = axis.plot(getattr(curve, x), smoothed, color=colour, linestyle=line, linewidth=0.8, alpha=0.8)
+            drawn.setdefault(curve.optimizer, thin)
         if others:
             above.set_xlim(left=0)
             above.set_xlabel("time of the thin lines (s)")
             above.spines["top"].set_visible(True)
         measured = " and ".join(sorted({curve.measured_on for curve in of_model}))
         left.set_ylabel(f"{measured} accuracy (%)")
-        left.set_title(", ".join(filter(None, (model, dataset))), loc="left")
+        left.set_title(("\n" if others else ", ").join(filter(None, (model, dataset))), loc="left")
         for axis, label in ((left, "epoch"), (right, "time (s)")):
             axis.set_xlabel(label)
             axis.set_xlim(left=0)

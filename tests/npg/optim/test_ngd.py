@@ -210,7 +210,9 @@ def test_damping_control_knows_the_curvature_of_squared_errors():
     assert dampings == [1 / 1.5] * 3
 
 
-@pytest.mark.parametrize("build", [partial(NGD, momentum=0.9, solver="dense"), partial(DiagonalNGD, lr=0.1)])
+@pytest.mark.parametrize(
+    "build", [partial(NGD, momentum=0.9, damping=1.0, solver="dense"), partial(DiagonalNGD, lr=0.1)]
+)
 def test_state_follows_a_model_that_is_converted(build):
     x, y = batches(1, dtype=torch.float32)[0]
     model = classifier(torch.float32)

@@ -57,7 +57,7 @@ class Fisher:
 
     Args:
         model: a module, or a function ``f(parameters, *inputs)``.
-        inputs: a tensor, or a tuple of positional arguments.
+        inputs: a tensor, or a tuple of positional arguments (a named tuple is one of them).
         family: the predictive distribution of the outputs, or a geometry of them (`npg.geometry`).
         kind: ``"exact"`` (the expectation over labels in closed form), ``"sampled"`` (labels drawn from the model,
             once, so that all products are with one matrix) or ``"empirical"`` (the labels of the data).

@@ -61,7 +61,7 @@ class Linearization:
 
     Args:
         model: a module, or a function ``f(parameters, *inputs)`` of a mapping of parameters.
-        inputs: a tensor, or a tuple of positional arguments.
+        inputs: a tensor, or a tuple of positional arguments (a named tuple is one of them).
         parameters: the parameters to differentiate, by name: needed for a function; for a module, all that are
             trainable by default.
         move_statistics: let this forward pass move running statistics, as one training step does.

@@ -140,7 +140,7 @@ def natural_step(
 
     Args:
         model: a module, or a function ``f(parameters, *inputs)``.
-        inputs: a tensor, or a tuple of positional arguments.
+        inputs: a tensor, or a tuple of positional arguments (a named tuple is one of them).
         family: the predictive distribution of the outputs, or a geometry of them (`npg.geometry`).
         objective: outputs (…, D) ↦ the mean over events of what to maximise, (): a log-likelihood, a surrogate return.
             Of ``outputs.double()`` it keeps the digits of a gain that is small against it, or against an event's terms.

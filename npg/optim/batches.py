@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 __all__ = ["first_rows"]
@@ -47,7 +48,8 @@ def first_rows(inputs: Any, rows: int, batch: int) -> Any:
                 )
             return x
 
-        return pytree.tree_map_with_path(leaf, tree)
+        # The rows of a packed sequence are all over its tensors.
+        return pytree.tree_map_with_path(leaf, tree, is_leaf=lambda x: isinstance(x, PackedSequence))
 
     walk(inputs, "inputs", lambda x: x)
     held = [path for path, x in found.items() if len(x) == batch]

@@ -108,7 +108,7 @@ class DiagonalNGD(ModelOptimizer):
         waits to know with ``damping_metric="online"`` alone.
 
         Args:
-            inputs: a tensor, or a tuple of the model's positional arguments.
+            inputs: a tensor, or a tuple of the model's positional arguments (a named tuple is one).
             targets: in the form that ``family.log_likelihood`` takes.
             closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for.
 

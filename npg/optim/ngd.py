@@ -227,7 +227,7 @@ class NGD(ModelOptimizer):
         """Take one step on a mini-batch; a step that is refused leaves everything as it was but the damping.
 
         Args:
-            inputs: a tensor, or a tuple of the model's positional arguments.
+            inputs: a tensor, or a tuple of the model's positional arguments (a named tuple is one).
             targets: in the form that ``family.log_likelihood`` takes.
             closure: there is none; ``step(closure=None)`` makes the state, as `torch.distributed.checkpoint` asks for,
                 and returns None.

@@ -344,7 +344,8 @@ def test_curvature_fraction_of_what_has_no_clear_rows_is_refused(inputs, message
 
 def test_curvature_fraction_of_what_may_hold_rows_unseen_is_refused():
     x, y = batches(1)[0]
-    for odd in (SimpleNamespace(x=x), x.numpy(), MappingProxyType({"x": x})):
+    packed = nn.utils.rnn.pack_sequence(list(x))
+    for odd in (SimpleNamespace(x=x), x.numpy(), MappingProxyType({"x": x}), packed):
         with pytest.raises(
             TypeError, match=rf"inputs\[1\]\['a'\] is a {type(odd).__name__}, in which none can be found"
         ):

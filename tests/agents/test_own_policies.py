@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -985,7 +986,7 @@ class OneInfo(gym.Wrapper):
         return *told, self.info
 
 
-@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("kind", [DummyVecEnv, partial(SubprocVecEnv, start_method="fork")])
 def test_an_episode_is_told_once_by_an_environment_that_gives_one_dictionary(tmp_path, kind):
     def build():
         env = OneInfo(Walk(BOX))

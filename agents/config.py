@@ -335,8 +335,8 @@ def agent_of(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgori
         chosen = {name: v for name, v in (("policy", config.policy), ("policy_kwargs", policy_kwargs)) if v}
         if not chosen:
             raise
-        if config.normalize is not None and config.normalize.get("norm_obs", True):
-            chosen["normalize"] = "true, which makes floats of the observations (with norm_obs: false it does not)"
+        if policy == "CnnPolicy" and (config.normalize or {}).get("norm_obs"):
+            chosen["normalize"] = "true, which makes floats of images (with norm_obs: false it does not)"
         given, why = ", ".join(f"{name}={value}" for name, value in chosen.items()), " ".join(str(error).split())
         raise ValueError(f"{given}: no {policy} can be made of them for these observations ({why})") from error
     return agent

@@ -244,6 +244,13 @@ def _cost(info: dict[str, Any]) -> float:
         return math.nan
 
 
+def _seed_actions(model: Any, n_envs: int, seed: int, deterministic: bool) -> None:
+    """Sample a loaded agent's actions by this seed: loading has set the run's own, and drawn noise by it."""
+    set_random_seed(seed)
+    if model.use_sde and not deterministic:
+        acting_policy(model).reset_noise(n_envs)
+
+
 def evaluate_saved(
     files: SavedAgent, config: RunConfig, episodes: int, seed: int, deterministic: bool = True
 ) -> Evaluation:
@@ -256,9 +263,7 @@ def evaluate_saved(
     """
     n_envs = min(episodes, config.n_eval_envs)
     model, env, _ = load_agent(files, config, lambda: make_env(config, n_envs, seed, evaluation=True), training=False)
-    set_random_seed(seed)
-    if model.use_sde and not deterministic:
-        acting_policy(model).reset_noise(n_envs)  # the noise that was drawn with the policy knows nothing of the seed
+    _seed_actions(model, env.num_envs, seed, deterministic)
     try:
         return evaluate(model, env, episodes, seed, deterministic)
     finally:
@@ -349,9 +354,7 @@ def film(
         FloatingPointError: as `evaluate`.
     """
     model, env, _ = load_agent(files, config, lambda: _rendering_env(config, seed), training=False)
-    set_random_seed(seed)  # as `evaluate_saved`: loading has set the run's own
-    if model.use_sde and not deterministic:
-        acting_policy(model).reset_noise()
+    _seed_actions(model, env.num_envs, seed, deterministic)
     started = time.perf_counter()
     try:
         _check_parameters(model)

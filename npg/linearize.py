@@ -212,14 +212,15 @@ class Linearization:
         """
         if not self._buffers:
             yield
-            return
-        moving = recorded and self._statistics_move
-        buffers = Buffers(self.model)
-        try:
-            with nullcontext() if moving else frozen_statistics(self.model):
+        elif not (recorded and self._statistics_move):
+            with frozen_statistics(self.model):
                 yield
-        finally:
-            buffers.restore()
+        else:
+            buffers = Buffers(self.model)
+            try:
+                yield
+            finally:
+                buffers.restore()
 
     def _call(self, parameters: Mapping[str, Tensor], *inputs: Any, padding: bool = True) -> Any:
         """The outputs; without ``padding``, embeddings pass no forward derivative of their row of padding either."""

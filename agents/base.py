@@ -25,13 +25,13 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
+from stable_baselines3.common.utils import FloatSchedule, get_device, obs_as_tensor
 from torch import Tensor
 
 from agents.afterstate import AfterstatePolicy
 from agents.average import PolicyAverage
 from agents.buffer import DictRolloutBuffer, RolloutBuffer
-from agents.checks import not_finite_in
+from agents.checks import device_of, not_finite_in
 from agents.collect import Collector
 from agents.masks import TakesStructures, as_taken
 from agents.networks import Networks
@@ -152,7 +152,9 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     )
     verbose: int = option(default=0, check=partial(whole, low=0), doc="0 for silence, 1 for information.")
     seed: int | None = option(default=None, check=_seed, doc="of all random numbers.")
-    device: Any = option(default="auto", annotation="torch.device | str", doc="where the networks live.")
+    device: Any = option(
+        default="auto", annotation="torch.device | str", check=device_of, doc="where the networks live."
+    )
     _init_setup_model: bool = option(default=True, attribute=False)
     critic: Literal["adam", "natural"] = option(
         default="adam",
@@ -236,6 +238,12 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         )
         if setup:
             self._setup_model()
+
+    @classmethod
+    def checked(cls, name: str, value: Any) -> Any:
+        """As of every option; the name of a device becomes a `torch.device`, as Stable-Baselines3 does it."""
+        value = super().checked(name, value)
+        return get_device(value) if name == "device" and not isinstance(value, torch.device) else value
 
     def check_options(self) -> None:
         """Refuse options that do not fit each other, before anything is built."""
@@ -531,5 +539,6 @@ _BUILT_IN = {
     "rollout_buffer_kwargs": _LOAD,
     "use_sde": "make a new agent",
     "policy_kwargs": "make a new agent",
+    "device": _LOAD,
     "seed": "call set_random_seed, which seeds the generators anew",
 }

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from envs.checks import unusable
 
-__all__ = ["all_finite", "not_finite_in"]
+__all__ = ["all_finite", "device_of", "not_finite_in"]
+
+
+def device_of(name: str, value: Any) -> torch.device:
+    """The device that an option means, whether this machine has it or not; ``"auto"`` is the processor here.
+
+    Raises:
+        ValueError: if PyTorch knows none of that name.
+    """
+    try:
+        return torch.device("cpu" if value == "auto" else value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} must be auto, cpu, cuda or cuda:<number>, got {value!r}") from error
 
 
 def not_finite_in(buffer: RolloutBuffer, newest: Any) -> str | None:

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 import agents
 from agents.base import NaturalPolicyAlgorithm
+from agents.checks import device_of
 from agents.schedules import is_named, schedule
 from envs import VecNormalize
 from envs.atari import Game
@@ -134,11 +135,11 @@ class RunConfig:
             self.exact_resume in EXACT_RESUME, "exact_resume", self.exact_resume, f"one of {', '.join(EXACT_RESUME)}"
         )
         require(0 <= self.env_timeout < inf, "env_timeout", self.env_timeout, "a number of seconds, or 0 for no limit")
-        _device(self.device)
+        device_of("device", self.device)
 
     def check_device(self) -> None:
         """Raise ValueError where this machine, which need not be the one of the run's beginning, lacks the device."""
-        device = _device(self.device)
+        device = device_of("device", self.device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
                 f"device={self.device!r}: there are {torch.cuda.device_count()} CUDA devices; use cpu or auto"
@@ -292,13 +293,6 @@ def _like(default: Any, name: str, value: Any) -> Any:
             require(value == value // 1, name, value, "a whole number")
             return int(value)
     return value
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device("cpu" if name == "auto" else name)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>; got {name!r}") from error
 
 
 def agent_of(config: RunConfig, policy: str, env: VecEnv) -> NaturalPolicyAlgorithm:

@@ -22,7 +22,7 @@ from agents.schedules import schedule, value_at
 
 __all__ = ["HasOptions", "Option", "option"]
 
-Check = Callable[[str, Any], None]
+Check = Callable[[str, Any], object]
 _REQUIRED = inspect.Parameter.empty
 
 

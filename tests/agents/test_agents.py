@@ -866,6 +866,7 @@ def test_features_that_are_shared_may_be_trained_by_the_critic_later():
     ("option", "value", "remedy"),
     [
         ("seed", 5, "call set_random_seed"),
+        ("device", "meta", r"TRPO\.load\(path, env, device=…\)"),
         ("use_sde", True, "make a new agent"),
         ("policy_kwargs", {"net_arch": [8]}, "make a new agent"),
         ("rollout_buffer_kwargs", {"n": 1}, r"TRPO\.load\(path, env, rollout_buffer_kwargs=…\)"),

@@ -91,7 +91,7 @@ def test_what_is_not_known_is_named_with_the_nearest(algo, settings, message):
         ({"timesteps": 1e5}, "timesteps must be a whole number; got 100000.0"),
         ({"n_envs": True}, "n_envs must be a whole number; got True"),
         ({"normalize": True}, "normalize must be a mapping; got True"),
-        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:<number>; got 'gpu'"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:<number>, got 'gpu'"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):

@@ -32,6 +32,7 @@ from npg.checks import number
 from npg.constraint import Constraint
 from npg.model import undone_on_error
 from npg.parallel import average_, equal, mean_, moments
+from npg.randomness import separate_randomness
 from npg.step import StepReport
 
 __all__ = ["CPO", "CostError"]
@@ -121,7 +122,7 @@ class CPO(TrustRegionAlgorithm):
             )
         super()._setup_model()
         policy_class: Any = self.policy_class
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the policy's stay TRPO's
+        with separate_randomness(self.device):  # the policy's stay TRPO's
             self.cost_policy = policy_class(
                 self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
             ).to(self.device)
@@ -285,8 +286,8 @@ class CPO(TrustRegionAlgorithm):
         parameters = self._own_parameters(head, observations)
         critic = critic_for(self, head, parameters, policy.optimizer, self.cost_critic_damping)
         # a stream of its own, so that the policy draws what TRPO's does
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), training_mode(policy, but=[]):
-            torch.manual_seed(stream_seed(torch.initial_seed(), self.n_updates))
+        seed = stream_seed(torch.initial_seed(), self.n_updates)
+        with separate_randomness(self.device, seed), training_mode(policy, but=[]):
             loss = critic.fit(observations, self._costs.returns)
         if isinstance(critic, NaturalCritic):
             self.cost_critic_damping = critic.damping

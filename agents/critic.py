@@ -22,7 +22,7 @@ from agents.heads import CriticHead
 from agents.networks import Networks
 from agents.standard import telling
 from npg.families import Gaussian
-from npg.model import frozen_statistics
+from npg.model import frozen_statistics, overwrite
 from npg.parallel import average_, mean_, moments, size
 from npg.solvers import conjugate_gradient
 from npg.step import natural_step
@@ -165,7 +165,8 @@ def fixed_statistics_of_the_actor(networks: Networks, observations: Any, *, movi
     fixed = [] if moving else _buffers_of_the_actor(networks, observations)
     yield [module for module, *_ in fixed]
     for module, name, buffer, before in fixed:
-        setattr(module, name, buffer.copy_(before))
+        overwrite(buffer, before)
+        setattr(module, name, buffer)
 
 
 @contextmanager
@@ -191,8 +192,13 @@ def _buffers_of_the_actor(networks: Networks, observations: Any) -> list[tuple[n
         (module, name, buffer, buffer.clone())
         for module in policy.modules()
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-        if buffer.numel() and buffer.untyped_storage().data_ptr() in reads.memory
+        if buffer.numel() and reads.memory.intersection(_memory(buffer))
     ]
+
+
+def _memory(tensor: Tensor) -> set[int]:
+    """Where its elements are; a sparse tensor, which has several places, is taken for one that is read."""
+    return {tensor.untyped_storage().data_ptr()} if tensor.layout is torch.strided else {0}
 
 
 class _Reads(TorchDispatchMode):
@@ -200,9 +206,9 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory: set[int] = set()
+        self.memory: set[int] = {0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        self.memory |= {t.untyped_storage().data_ptr() for t in tensors}
+        self.memory.update(*map(_memory, tensors))
         return func(*args, **(kwargs or {}))

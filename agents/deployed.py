@@ -154,7 +154,7 @@ def generators_kept() -> Iterator[None]:
     """The global random numbers go on as if nothing had been drawn or seeded in the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

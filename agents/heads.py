@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
-from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import mse_loss
@@ -23,6 +22,7 @@ from npg import families
 from npg.acceleration import accelerate_function, close
 from npg.model import by_slot
 from npg.parallel import mean_
+from npg.randomness import separate_randomness
 
 __all__ = ["ActorHead", "CriticHead"]
 
@@ -35,6 +35,9 @@ class _Head(nn.Module):
         super().__init__()
         self.policy = policy
         self.standard = is_standard(policy)
+        self._watched: list[tuple[dict[str, Any], itemgetter[Any]]] = []
+        self._seen: tuple[Any, ...] | None = None
+        self._changes = 0  # how often it was seen to be another one
 
     def prepare(self, observations: Any) -> Any:
         """What ``forward`` takes, from raw observations; done once per batch and not once per forward pass."""
@@ -50,7 +53,6 @@ class _Head(nn.Module):
         named: dict[str, Tensor],
         inputs: Sequence[Tensor],
         agrees: Callable[[Callable[..., Sequence[Tensor]]], bool],
-        version: int = 0,
     ) -> Callable[..., Sequence[Tensor]] | None:
         """`npg.acceleration.accelerate_function` of a function of tensors by name, for `functional_call`, and inputs.
 
@@ -66,9 +68,52 @@ class _Head(nn.Module):
             functional,
             [*(t.detach() for t in tensors), *inputs],
             lambda program: agrees(partial(program, *tensors)),
-            version,
+            self._changes,
         )
         return None if program is None else partial(program, *tensors)
+
+    def _layers(self, latent: nn.Module) -> tuple[nn.Module, ...]:
+        """Those of a standard policy that the outputs come out of, one behind the other."""
+        raise NotImplementedError
+
+    def _parts(self) -> list[nn.Module]:
+        """All modules of a standard policy that the outputs come out of, itself first."""
+        policy = self.policy
+        latent = policy.mlp_extractor
+        inner = chain.from_iterable(layer.modules() for layer in self._layers(latent))
+        return list(dict.fromkeys([policy, latent, *inner]))
+
+    def _watch(self, parts: list[nn.Module]) -> None:
+        # What a forward pass reads beside values of tensors: attributes, children, parameters and hooks of its modules.
+        policy = self.policy
+        self._watched = [(vars(policy), itemgetter("action_dist", "observation_space", "normalize_images"))]
+        for m in parts[1:]:
+            unread = {"in_features", "out_features", *(() if isinstance(m, MODED) else ("training",))}
+            if names := [name for name in vars(m) if not (name.startswith("_") or name in unread)]:
+                self._watched.append((vars(m), itemgetter(*names)))
+        self._sizes = [*map(vars, parts), vars(policy.action_dist)]
+        slots = (d for m in parts for d in (m._modules, m._parameters, m._buffers) if d)
+        self._slots: list[dict[str, Any]] = list(slots)
+        self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + GLOBAL_HOOKS
+        self._of_head = parts
+        held = [*chain.from_iterable(map(dict.values, self._slots))]
+        seen = self._state()
+        if self._seen not in (None, seen):  # the rows at hand may not show it: a program of before is none of this
+            self._changes += 1
+        self._held, self._seen = held, seen  # held alive, so that no other has its id
+
+    def _state(self) -> tuple[Any, ...]:
+        return (
+            [*map(type, self._of_head)],
+            [read(values) for values, read in self._watched],
+            [*map(len, self._sizes)],  # an attribute more may hide a method
+            [*map(id, chain.from_iterable(map(dict.values, self._slots)))],
+            any(self._hooks),
+        )
+
+    def unchanged(self) -> bool:
+        """Whether the network is the one that was seen last; the values of its parameters and buffers may differ."""
+        return self._state() == self._seen
 
     def single(self, observations: Any) -> Any:
         """Raw observations, one of each environment, as a rollout has them."""
@@ -115,9 +160,6 @@ class ActorHead(_Head):
         self.distribution = policy.action_dist
         known = FAMILIES.get(type(self.distribution)) if self.standard else None
         self.family = None if known is None else known(self.distribution)  # type: ignore[assignment]
-        self._watched: list[tuple[dict[str, Any], itemgetter[Any]]] = []
-        self._seen: tuple[Any, ...] | None = None
-        self._changes = 0  # how often it was seen to be another one
 
     def look(self, observations: Any) -> None:
         """Find the family of a policy of one's own, from what it returns for real observations.
@@ -149,15 +191,8 @@ class ActorHead(_Head):
         finally:
             torch.distributions.Distribution.set_default_validate_args(validate)
 
-    def _parts(self) -> list[nn.Module]:
-        """The modules of a standard policy that its actions come out of, itself first."""
-        policy = self.policy
-        latent = policy.mlp_extractor
-        last = latent.policy_net if type(latent) is MlpExtractor else latent
-        inner = (
-            module for part in (policy.pi_features_extractor, last, policy.action_net) for module in part.modules()
-        )
-        return list(dict.fromkeys([policy, latent, *inner]))
+    def _layers(self, latent: nn.Module) -> tuple[nn.Module, ...]:
+        return self.policy.pi_features_extractor, getattr(latent, "policy_net", latent), self.policy.action_net
 
     def acting(self, observations: Any) -> Callable[[Any], Sequence[Tensor]] | None:
         """``observations ↦ sampled actions, outputs``, for batches like this one and while the actor is `unchanged`.
@@ -192,49 +227,12 @@ class ActorHead(_Head):
             outputs = functional_call(self, slots, self.prepare(observations), tie_weights=False)
             return [self.family.sample(outputs), outputs]
 
-        with torch.no_grad(), torch.random.fork_rng([observations.device] if observations.is_cuda else []):
+        with torch.no_grad(), separate_randomness(observations.device):
             expected = self(self.prepare(observations))
-            run = self._program(
-                functional, named, [observations], lambda run: close(run(observations)[1:], [expected]), self._changes
-            )
+            run = self._program(functional, named, [observations], lambda run: close(run(observations)[1:], [expected]))
         if run is None:
             return by_modules
         return partial(_by_dtype, observations.dtype, run, by_modules)
-
-    def _watch(self, parts: list[nn.Module]) -> None:
-        # What a forward pass reads beside values of tensors: attributes, children, parameters and hooks of its modules.
-        policy = self.policy
-        self._watched = [(vars(policy), itemgetter("action_dist", "observation_space", "normalize_images"))]
-        for m in parts[1:]:
-            unread = {"in_features", "out_features", *(() if isinstance(m, MODED) else ("training",))}
-            if names := [name for name in vars(m) if not (name.startswith("_") or name in unread)]:
-                self._watched.append((vars(m), itemgetter(*names)))
-        self._sizes = [*map(vars, parts), vars(policy.action_dist)]
-        slots = (d for m in parts for d in (m._modules, m._parameters, m._buffers) if d)
-        self._slots: list[dict[str, Any]] = list(slots)
-        self._hooks = [d for m in parts for d in (m._forward_hooks, m._forward_pre_hooks)] + GLOBAL_HOOKS
-        self._of_actor = parts
-        held = [*chain.from_iterable(map(dict.values, self._slots))]
-        seen = self._state()
-        if self._seen not in (
-            None,
-            seen,
-        ):  # the observations at hand may not show it: a program of before is none of this
-            self._changes += 1
-        self._held, self._seen = held, seen  # held alive, so that no other has its id
-
-    def _state(self) -> tuple[Any, ...]:
-        return (
-            [*map(type, self._of_actor)],
-            [read(values) for values, read in self._watched],
-            [*map(len, self._sizes)],  # an attribute more may hide a method
-            [*map(id, chain.from_iterable(map(dict.values, self._slots)))],
-            any(self._hooks),
-        )
-
-    def unchanged(self) -> bool:
-        """Whether the actor is the one that `acting` saw; the values of its parameters and buffers may differ."""
-        return self._state() == self._seen
 
     def check(self, observations: Any, actions: Tensor) -> None:
         """Refuse a policy whose own log-likelihood is not its family's, up to a function of the action.
@@ -324,6 +322,9 @@ class CriticHead(_Head):
             return policy.predict_values(prepared)
         return policy.value_net(policy.mlp_extractor.forward_critic(policy.vf_features_extractor(prepared)))
 
+    def _layers(self, latent: nn.Module) -> tuple[nn.Module, ...]:
+        return self.policy.vf_features_extractor, getattr(latent, "value_net", latent), self.policy.value_net
+
     def loss_and_gradients(
         self, parameters: Sequence[Tensor], prepared: Any, targets: Tensor
     ) -> Callable[[Any, Tensor], Sequence[Tensor]]:
@@ -354,6 +355,7 @@ class CriticHead(_Head):
             gradients, value = grad_and_value(loss)({name: slots[name] for name in names})
             return [value, *gradients.values()]
 
+        self._watch(self._parts())
         expected = by_autograd(prepared, targets)
         run = self._program(
             functional,

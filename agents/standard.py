@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from agents.masks import (
     MaskedLogits,
 )
 from npg.model import Buffers
+from npg.randomness import separate_randomness
 
 __all__ = ["GLOBAL_HOOKS", "MODED", "aside", "chooses", "is_known", "is_own", "is_standard", "telling"]
 
@@ -149,9 +149,8 @@ def aside(policy: ActorCriticPolicy) -> Iterator[None]:
     """Forward passes that are asked for beside the acting leave buffers, distribution and generators as they were."""
     buffers, distribution = Buffers(policy), vars(policy.action_dist)
     before = dict(distribution)
-    devices = {p.device for p in policy.parameters() if p.is_cuda}
     try:
-        with torch.random.fork_rng(devices):
+        with separate_randomness(policy.device):
             yield
     finally:
         buffers.restore()

@@ -35,7 +35,16 @@ from torch.func import functional_call, jvp
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from npg.acceleration import OTHER_OUTPUTS, Function, Maps, Recorded, accelerate, precision, same_outputs
+from npg.acceleration import (
+    OTHER_OUTPUTS,
+    Function,
+    Maps,
+    Recorded,
+    accelerate,
+    precision,
+    same_outputs,
+    sums_agree,
+)
 from npg.graph import graph_nodes
 from npg.model import (
     Buffers,
@@ -46,14 +55,15 @@ from npg.model import (
     layer_by_layer,
     padding_rows,
     plain_attention,
-    random_state,
-    replayed_randomness,
     unwrapped,
     without_autocast,
 )
 from npg.parameters import Parameters, check_dtypes, power_of_two
+from npg.randomness import random_state, replayed_randomness
 
 __all__ = ["Linearization"]
+
+_Map = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Linearization:
@@ -141,6 +151,7 @@ class Linearization:
         self._maps: Maps | None = None
         self._other_outputs = False  # whether a second forward pass was seen to give them
         self._seen: tuple[Tensor, Tensor] | None = None  # (u, Jᵀu) of the first pull back, see _reference
+        self._batched: dict[tuple[str, bool], bool] = {}  # whether torch.vmap is right, by direction
 
     @property
     def precision(self) -> float:
@@ -309,16 +320,14 @@ class Linearization:
 
     def _pull_back(self, u: Tensor) -> Tensor:
         p = self.parameters
+        pull = self._by_autograd() if self._maps is None else torch.no_grad()(self._maps.pull)
         if u.ndim == self.outputs.ndim + 1:
-            columns = _each(self._by_autograd() if self._maps is None else self._maps.plain_pull, u)
+            columns = self._block("pull", pull if self._maps is None else self._maps.plain_pull, pull, u)
             return torch.cat([c.reshape(len(u), -1).to(p.dtype) for c in columns], 1).T
-        if self._maps is None:
-            pulled = p.flatten(self._by_autograd()(u))
-            if self._seen is None:
-                self._seen = (u.clone(), pulled.clone())
-            return pulled
-        with torch.no_grad():
-            return p.flatten(self._maps.pull(u))
+        pulled = p.flatten(pull(u))
+        if self._maps is None and self._seen is None:
+            self._seen = (u.clone(), pulled.clone())
+        return pulled
 
     @torch.no_grad()
     def push_forward(self, v: Tensor) -> Tensor:
@@ -343,10 +352,29 @@ class Linearization:
 
     def _push_forward(self, v: Tensor) -> Tensor:
         assert self._maps is not None
+        push, plain_push, unflatten = self._maps.push, self._maps.plain_push, self.parameters.unflatten
         if v.ndim == 1:
-            return self._maps.push(self.parameters.unflatten(v.contiguous()))
-        push = self._maps.plain_push
-        return _each(lambda column: [push(self.parameters.unflatten(column))], v.T)[0]
+            return push(unflatten(v.contiguous()))
+        plain, single = (lambda x, f=f: [f(unflatten(x.contiguous()))] for f in (plain_push, push))
+        return self._block("push", plain, single, v.T)[0]
+
+    def _block(self, direction: str, plain: _Map, single: _Map, block: Tensor) -> Sequence[Tensor]:
+        """``single`` of each row of ``block``, stacked: by ``plain`` at once where `torch.vmap` is right.
+
+        It is not for each operation (PyTorch 2.13: the backward of `torch.cdist`), so that the first block in each
+        direction is compared with ``single`` of a sum of its rows.
+        """
+        way = direction, self._maps is None
+        if len(block) > 1 and self._batched.get(way, True):
+            try:
+                results = torch.vmap(plain)(block)
+                if way not in self._batched:
+                    self._batched[way] = sums_agree(results, block, single, self.precision)
+                if self._batched[way]:
+                    return results
+            except Exception:  # a backward in NumPy, layers of mixed types under autocast
+                self._batched[way] = False
+        return [torch.stack(results) for results in zip(*map(single, block))]
 
     # ------------------------------------------------------------------------------------ how the push forward is had
 
@@ -554,14 +582,6 @@ def _name(model: Model) -> str:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _each(function: Callable[[Tensor], Sequence[Tensor]], block: Tensor) -> Sequence[Tensor]:
-    """``function`` of each row of ``block``, stacked; at once where ``torch.vmap`` knows how."""
-    try:
-        return torch.vmap(function)(block)
-    except Exception:  # a backward in NumPy, layers of mixed types under autocast
-        return [torch.stack(results) for results in zip(*map(function, block))]
 
 
 def _told_of(model: Model) -> _Told:

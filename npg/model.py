@@ -19,10 +19,9 @@ __all__ = [
     "frozen_statistics",
     "is_autocast",
     "layer_by_layer",
+    "overwrite",
     "padding_rows",
     "plain_attention",
-    "random_state",
-    "replayed_randomness",
     "undone_on_error",
     "unwrapped",
     "without_autocast",
@@ -77,11 +76,20 @@ class Buffers:
                     continue
             module._buffers[name] = buffer
             if buffer is not None:
-                buffer.data.copy_(copy)  # not counted as a change: a recorded forward pass may hold it
+                overwrite(buffer, cast(Tensor, copy))
 
     def restored_on_error(self) -> AbstractContextManager[None]:
         """Put them back if an error, or an interrupt, leaves the block."""
         return undone_on_error(self.restore)
+
+
+@torch.no_grad()
+def overwrite(buffer: Tensor, values: Tensor) -> None:
+    """Put ``values`` where the buffer is; of an axis that was expanded there is one element."""
+    if buffer.layout is torch.strided:
+        kept = tuple(slice(None) if stride else slice(1) for stride in buffer.stride())
+        buffer, values = buffer[kept], values[kept]
+    buffer.data.copy_(values)  # not counted as a change: a recorded forward pass may hold it
 
 
 @contextmanager
@@ -119,28 +127,6 @@ def frozen_statistics(model: Model) -> Iterator[None]:
         for norm, mean, variance in hidden:
             norm.running_mean, norm.running_var = mean, variance
         buffers.restore()
-
-
-def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of the generators that a forward pass on ``device`` draws from."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
-@contextmanager
-def replayed_randomness(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers (dropout masks) as the forward pass that began at ``state``; leave no trace."""
-    after = random_state(device)
-    _set_random_state(state, device)
-    try:
-        yield
-    finally:
-        _set_random_state(after, device)
 
 
 def unwrapped(model: Model, process_group: dist.ProcessGroup | None = None) -> tuple[Model, dist.ProcessGroup | None]:

@@ -26,8 +26,9 @@ from npg.families.mistakes import is_mistaken
 from npg.fisher import Fisher
 from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
-from npg.model import Buffers, Model, frozen_statistics, replayed_randomness, undone_on_error, unwrapped
+from npg.model import Buffers, Model, frozen_statistics, undone_on_error, unwrapped
 from npg.parallel import mean_
+from npg.randomness import replayed_randomness
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.solvers.solution import check_damping
 from npg.trust_region import SearchResult, Trial, TrustRegion

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from npg.acceleration.agreement import OTHER_OUTPUTS, Recorded, close, precision, same_outputs
+from npg.acceleration.agreement import OTHER_OUTPUTS, Recorded, close, precision, same_outputs, sums_agree
 from npg.acceleration.cache import Cache
 from npg.acceleration.program import Maps, Program, straight_line
-from npg.model import Model, plain_attention, replayed_randomness, without_autocast
+from npg.model import Model, plain_attention, without_autocast
 from npg.parameters import Parameters
+from npg.randomness import replayed_randomness
 
 __all__ = [
     "OTHER_OUTPUTS",
@@ -40,6 +41,7 @@ __all__ = [
     "mode",
     "precision",
     "same_outputs",
+    "sums_agree",
 ]
 
 

@@ -7,11 +7,12 @@ from math import hypot, inf, isfinite
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from npg.acceleration.program import Maps, Program
 from npg.parameters import Parameters
 
-__all__ = ["OTHER_OUTPUTS", "Recorded", "close", "precision", "same_outputs"]
+__all__ = ["OTHER_OUTPUTS", "Recorded", "close", "precision", "same_outputs", "sums_agree"]
 
 OTHER_OUTPUTS = "a second forward pass gives other outputs than the first"
 _ROUNDINGS = 6  # standard deviations, about, of the rounding errors of a sum
@@ -147,6 +148,29 @@ class Recorded:
 def same_outputs(first: Tensor, second: Tensor, epsilon: float) -> bool:
     """Whether the outputs of two forward passes are the same, each of the D up to rounding by its own largest value."""
     return apart(first, second, epsilon) <= _most(epsilon)
+
+
+def sums_agree(
+    results: Sequence[Tensor], block: Tensor, single: Callable[[Tensor], Sequence[Tensor]], epsilon: float
+) -> bool:
+    """Whether a linear map's ``results`` for the rows of a ``block``, weighted and summed, are those of the sum.
+
+    Args:
+        results: the map's tensors, each (K, …).
+        block: (K, …).
+        single: the map of one row.
+        epsilon: the relative rounding error of one operation.
+    """
+    weights = _generic(block.new_empty(len(block))) / len(block) ** 0.5
+    expected = single(torch.tensordot(weights, block, 1))
+    errors, sizes = [], []
+    for x, y in zip(results, expected, strict=True):
+        errors.append(vector_norm(torch.tensordot(weights.to(x.dtype), x, 1) - y, dtype=torch.float64))
+        sizes.append(vector_norm(weights * vector_norm(x.flatten(1), dim=1, dtype=torch.float64)))
+    error, size = torch.stack(errors), torch.stack(sizes)
+    # Where all cancels, as before a normalisation that takes all of it out, rounding alone is left.
+    most = torch.maximum(min(10 * epsilon**0.5, 0.03) * size, min(1000 * epsilon, 0.01) * size.norm())
+    return bool((error <= most).all())
 
 
 def apart(first: Tensor, second: Tensor, epsilon: float) -> float:

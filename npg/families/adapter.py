@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
 from npg.families.base import Family, LinearMap, OutOfDomainError, check_events, in_double
+from npg.randomness import separate_randomness
 
 __all__ = ["from_torch"]
 
@@ -93,9 +94,7 @@ class _TorchFamily(Family):
             return p.sample()
         # torch.distributions knows only the global stream: lend it ours for the one draw
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        devices = [outputs.device] if outputs.is_cuda else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        with separate_randomness(outputs.device, seed):
             return p.sample()
 
     def _blocks(self, outputs: Tensor) -> Tensor:

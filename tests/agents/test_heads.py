@@ -89,6 +89,19 @@ def test_new_parameters_are_seen_and_another_network_is_traced_anew():
         assert torch.allclose(drawn(act, observations), drawn(lambda x: by_modules(head, x), observations), atol=1e-5)
 
 
+def test_a_critic_that_changes_where_the_first_rows_do_not_reach_is_traced_anew():
+    head = CriticHead(policy(activation_fn=lambda: nn.Hardtanh(-1.0, 1.0), net_arch=[8]))
+    parameters = list(head.own_parameters(batch(BOX)).values())
+    near, far, targets = 1e-3 * batch(BOX), 100 * batch(BOX), torch.arange(6.0)
+    head.loss_and_gradients(parameters, near, targets)
+    assert len(programs(head)) == 1
+    head.policy.mlp_extractor.value_net[1].max_val = 4.0
+    found = head.loss_and_gradients(parameters, near, targets)(far, targets)
+    loss = nn.functional.mse_loss(head(far).flatten(), targets)
+    for a, b in zip(found, (loss.detach(), *torch.autograd.grad(loss, parameters)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
 class Branching(BaseFeaturesExtractor):
     """Looks at values, which a trace cannot."""
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npg import Fisher, conjugate_gradient, families
-from npg.model import replayed_randomness
+from npg.randomness import replayed_randomness
 from tests.npg.models import Cube
 
 pytestmark = [

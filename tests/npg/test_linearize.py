@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from npg import Fisher, acceleration, families, linearize, optim
 from npg.linearize import Linearization
-from npg.model import frozen_statistics, replayed_randomness
+from npg.model import frozen_statistics
+from npg.randomness import replayed_randomness
 from tests.npg.models import Cube
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -39,10 +40,11 @@ def check(jacobian, assert_close):
             linearization = Linearization(model, x)
             J = jacobian(model(x), [p for p in model.parameters() if p.requires_grad])
             V, u = torch.randn(J.shape[1], 2), torch.randn(linearization.outputs.shape)
+            block = torch.stack([u, -2 * u.sin()])
+            assert_close(linearization.pull_back(block), J.T @ block.reshape(2, -1).T)
             assert_close(linearization.push_forward(V[:, 0]).reshape(-1), J @ V[:, 0])
             assert_close(linearization.push_forward(V).reshape(2, -1), (J @ V).T)
             assert_close(linearization.pull_back(u), J.T @ u.reshape(-1))
-            block = torch.stack([u, -2 * u.sin()])
             assert_close(linearization.pull_back(block), J.T @ block.reshape(2, -1).T)
         mine = [str(w.message) for w in said if "its Fisher-vector products use" in str(w.message)]
         assert len(mine) == warns, mine
@@ -106,6 +108,62 @@ def test_a_network_without_forward_mode_falls_back_and_says_so_once(check):
     check(model, x)
     check(WithoutForwardRule(), x, warns=True)  # another network, of the same name
     check(model, torch.randn(2, 3))
+
+
+class Prototypes(nn.Module):
+    """Distances to learned points, as in networks of radial basis functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return torch.cdist(x, self.centres)
+
+
+class WrongInBatches(torch.autograd.Function):
+    """x², whose rule for `torch.vmap` of the backward pass forgets a factor."""
+
+    @staticmethod
+    def forward(x):
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, u):
+        return WrongSlope.apply(u, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * t * ctx.saved_tensors[0]
+
+
+class WrongSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(u, x):
+        return 2 * u * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, u, x):
+        return u * x, 0
+
+
+class Squares(nn.Linear):
+    def forward(self, x):
+        return WrongInBatches.apply(super().forward(x))
+
+
+@pytest.mark.parametrize(("make", "warns"), [(Prototypes, True), (partial(Squares, 3, 4), False)])
+def test_an_operation_that_is_batched_wrongly_is_taken_row_by_row(make, warns, check):
+    check(nn.Sequential(nn.Linear(5, 3), make(), nn.Linear(4, 2)), torch.randn(6, 5), warns=warns)
 
 
 def test_the_warning_names_model_reason_and_consequence():
@@ -394,6 +452,30 @@ def test_running_statistics(norm):
     assert torch.equal(still.outputs, outputs)
     assert torch.equal(moved.outputs, outputs)
     assert norm.track_running_stats == (norm.running_mean is not None)
+
+
+class Graph(nn.Module):
+    """A layer over a graph whose weights are a sparse buffer, with a factor that is an expanded one."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        adjacency = (torch.rand(6, 6) > 0.6).to(torch.get_default_dtype())
+        self.register_buffer("adjacency", adjacency.to_sparse(layout=layout))
+        self.register_buffer("factor", torch.full((1,), 3.0).expand(2))
+
+    def forward(self, x):
+        return torch.sparse.mm(self.adjacency, self.linear(x).tanh()) * self.factor
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_and_expanded_buffers(layout, check):
+    model = Graph(layout)
+    before = model.adjacency.to_dense().clone()
+    check(model, torch.randn(6, 3), warns=True)
+    assert torch.equal(model.adjacency.to_dense(), before)
+    assert model.factor.tolist() == [3.0, 3.0]
 
 
 def test_statistics_are_given_back_after_an_error():

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
+from npg.checks import whole
 from npg.families.base import Family, LinearMap, column_hint
 from npg.families.product import Product
 
@@ -135,8 +136,11 @@ class MultiCategorical(Product):
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        if not sizes or any(size < 1 for size in sizes):
-            raise ValueError(f"sizes must name at least one variable with at least one class each, got {sizes!r}")
+        sizes = list(sizes)
+        for i, size in enumerate(sizes):
+            whole(f"sizes[{i}]", size, 1)
+        if not sizes:
+            raise ValueError("sizes must name at least one variable, with its number of classes, got []")
         super().__init__([Categorical()] * len(sizes), [int(size) for size in sizes])
 
     def __repr__(self) -> str:

@@ -42,7 +42,7 @@ class DiagonalGaussian(Family):
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         mean_old, log_old = self.split(old)
         mean_new, log_new = self.split(new)
-        # ½(e^{2d} − 1) − d with d = log σ_old − log σ_new; expm1 keeps it exact to rounding when d is tiny
+        # ½(e^{2d} − 1) − d with d = log σ_old − log σ_new; with expm1 the error is a rounding of d, not of 1
         d = log_old - log_new
         z = (mean_old - mean_new) * torch.exp(-log_new)
         return (0.5 * (torch.expm1(2 * d) + z * z) - d).sum(-1)

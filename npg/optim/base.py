@@ -108,7 +108,8 @@ class ExactResume(Optimizer):
 
         # Users' hooks may change what is loaded, and what was: this one comes after theirs, and `restore` before.
         def look(_: Optimizer, hooked: dict[str, Any]) -> None:
-            if lacking := sorted({key for group in hooked["param_groups"] for key in self.defaults.keys() - group}):
+            due = self.defaults.keys() - {"differentiable"}  # PyTorch adds that to a copy's defaults, and at a load
+            if lacking := sorted({key for group in hooked["param_groups"] for key in due - group.keys()}):
                 raise ValueError(
                     f"state_dict is not of {type(self).__name__}, its parameter groups lack {lacking}: load a state "
                     f"that {type(self).__name__} saved, or begin without one"
@@ -149,7 +150,8 @@ class ModelOptimizer(ExactResume):
 
     def __new__(cls, model: Any = MISSING, family: Any = MISSING, *args: Any, **options: Any) -> Any:
         """Refuse other optimizers' arguments before Python counts them, whose error would not say what to write."""
-        if model is not MISSING:  # as it is for copy and pickle
+        own = cls.__init__.__module__.startswith("npg.")  # a subclass may have another constructor
+        if own and model is not MISSING:  # as it is for copy and pickle
             if not isinstance(model, nn.Module):
                 raise TypeError(
                     f"{cls.__name__} needs the model itself, whose outputs it differentiates, got model of type "
@@ -283,7 +285,7 @@ class ModelOptimizer(ExactResume):
 
 
 class Held:
-    """Whether the entries of a state are still those that it had: users clear it, or replace them.
+    """Whether a state is still what it was: users clear it, replace entries, or convert the model in place.
 
     Args:
         params: whose entries.
@@ -294,13 +296,17 @@ class Held:
     def __init__(
         self, params: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]], passing: Iterable[str] = ()
     ) -> None:
-        self._entries = [(p, {key: states[p][key] for key in states[p].keys() - {*passing}}) for p in params]
+        self._entries = [
+            (p, p.dtype, p.device, {key: states[p][key] for key in states[p].keys() - {*passing}}) for p in params
+        ]
 
     def by(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether ``states`` has every entry, as the same object."""
+        """Whether ``states`` has every entry, as the same object, of parameters of the same dtype and device."""
         return all(
-            (state := states.get(p)) is not None and all(state.get(key) is value for key, value in entries.items())
-            for p, entries in self._entries
+            (state := states.get(p)) is not None
+            and (p.dtype, p.device) == (dtype, device)
+            and all(state.get(key) is value for key, value in entries.items())
+            for p, dtype, device, entries in self._entries
         )
 
 

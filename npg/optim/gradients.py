@@ -131,7 +131,7 @@ class GradientOptimizer(ExactResume):
         if not active:
             return []
         plans, fixed = self._plans.get(index, []), self._fixed
-        if not all(plan.held.by(self.state) and plan.fits() for plan in plans):
+        if not all(plan.held.by(self.state) for plan in plans):
             plans = []  # the state was cleared, an entry replaced, or the model converted
         options = {name: group[name] for name in self._of_plan}
         if any(plan.options[fixed] != options[fixed] for plan in plans):
@@ -249,11 +249,6 @@ class Plan:
         self._shrinks = torch.tensor([p.ndim > 1 for p in self._stacked], device=self.device)
         largest = [torch.finfo(p.dtype).max for p in self._stacked]
         self._largest = torch.tensor(largest, dtype=torch.float64, device=self.device)
-        self._kinds = [(p.dtype, p.device) for p in params]
-
-    def fits(self) -> bool:
-        """Whether the parameters still have their dtypes and devices: ``model.half()`` changes them in place."""
-        return self._kinds == [(p.dtype, p.device) for p in self.params]
 
     def propose(self, gradients: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Work out `directions` and `moves` with the options of the group."""

@@ -73,7 +73,8 @@ def dense_solve(
             x = torch.cholesky_solve(B, factor)
     else:
         values, vectors = torch.linalg.eigh(M)
-        threshold = values.abs().amax() * (rcond if rcond is not None else len(M) * torch.finfo(matrix.dtype).eps)
+        precision = torch.finfo(matrix.dtype if matrix.is_floating_point() else M.dtype).eps
+        threshold = values.abs().amax() * (len(M) * precision if rcond is None else rcond)
         if bool((values < -threshold).any()):
             status = Status.NEGATIVE_CURVATURE
         shifted = torch.where(values > threshold, values, 0.0) + damping

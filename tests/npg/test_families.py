@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -379,9 +380,27 @@ def test_bad_constructor_arguments_are_named():
     for variance in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=rf"variance must lie in \(0, inf\), got {variance}"):
             families.Gaussian(variance)
-    for sizes in ([], [2, 0]):
-        with pytest.raises(ValueError, match="sizes must name at least one variable"):
+    with pytest.raises(ValueError, match="sizes must name at least one variable"):
+        families.MultiCategorical([])
+    for sizes, error, match in (
+        ([2, 0], ValueError, r"sizes\[1\] must be at least 1, got 0"),
+        ([2.7, 3], TypeError, r"sizes\[0\] must be a whole number, got 2.7"),
+        ([True, 3], TypeError, r"sizes\[0\] must be a whole number, got True"),
+    ):
+        with pytest.raises(error, match=match):
             families.MultiCategorical(sizes)
+    assert families.MultiCategorical(np.array([2, 3])).sizes == [2, 3]
+
+
+def test_a_draw_from_a_generator_seeds_no_other(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    family, outputs = families.from_torch(lambda o: D.Beta(*o.exp().unbind(-1))), torch.randn(5, 2)
+    before = torch.get_rng_state()
+    draws = [family.sample(outputs, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
 
 
 def test_from_torch_refuses_what_gives_no_geometry():

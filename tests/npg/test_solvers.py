@@ -536,6 +536,12 @@ def test_martens_stop_comes_before_the_residual_stop(spd):
 
 
 @pytest.mark.parametrize("method", ["cholesky", "eigh"])
+def test_a_matrix_of_whole_numbers(method):
+    solution = dense_solve(torch.tensor([[4, 2], [2, 3]]), torch.tensor([2.0, 5.0]), method=method)
+    torch.testing.assert_close(solution.x, torch.tensor([-0.5, 2.0]))
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh"])
 @pytest.mark.parametrize("shape", [(20,), (20, 3)])
 def test_dense_equals_linalg_solve(spd, method, shape):
     A, b = spd(20, 1e6), randn(*shape)

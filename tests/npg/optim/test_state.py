@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.nn import functional
+from torch.nn.utils import parameters_to_vector
 
 from npg import Fisher, KroneckerFisher, StepReport, TrustRegion, families, natural_step
 from npg.curvature import DenseFisher
@@ -424,6 +426,57 @@ def test_a_state_with_what_a_scheduler_added_is_loaded(name):
     torch.optim.lr_scheduler.LinearLR(other)
     optimizer.load_state_dict(other.state_dict())
     assert "initial_lr" in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("name", ["online-ngd", "kl-shampoo", *MAKE])
+@pytest.mark.parametrize("again", [lambda optimizer: optimizer, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_state_is_loaded_as_often_as_one_likes(name, again):
+    model = network()
+    optimizer = OPTIMIZERS[name](model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = 0.0625
+    for _ in range(2):
+        optimizer = again(optimizer)
+        optimizer.param_groups[0]["lr"] = 1.0
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.0625
+
+
+class Ours(NGD):
+    def __init__(self, options, model):
+        super().__init__(model, FAMILY, **options)
+
+
+class OursDiagonal(DiagonalNGD):
+    def __init__(self, options, model):
+        super().__init__(model, FAMILY, **options)
+
+
+@pytest.mark.parametrize(("cls", "base"), [(Ours, NGD), (OursDiagonal, DiagonalNGD)])
+def test_a_subclass_may_have_a_constructor_of_its_own(cls, base, data):
+    paths = []
+    for make in (cls, lambda options, model: base(model, FAMILY, **options)):
+        model = network()
+        make({"lr": 0.25}, model).step(*data)
+        paths.append(parameters_to_vector(model.parameters()))
+    assert torch.equal(*paths)
+
+
+@pytest.mark.parametrize("cls", [partial(NGD, damping=0.1), partial(DiagonalNGD, probes=None)])
+def test_online_factors_follow_a_model_that_is_converted(cls, data):
+    x, y = data
+    model = network()
+    optimizer = cls(model, FAMILY, lr=0.1, damping_metric="online")
+    optimizer.step(x, y)
+    model.double()
+    before = copy.deepcopy(model)
+    other = cls(before, FAMILY, lr=0.1, damping_metric="online")
+    other.load_state_dict(optimizer.state_dict())
+    for its in (optimizer, other):
+        for _ in range(3):
+            its.step(x.double(), y)
+        assert {t.dtype for s in its.state.values() for t in s.values() if t.is_floating_point()} == {torch.float64}
+    torch.testing.assert_close(*(parameters_to_vector(m.parameters()) for m in (model, before)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])

@@ -75,6 +75,8 @@ def export_agent(
         try:
             with torch.no_grad(), generators_kept(), _quietly():
                 _WRITERS[format](policy, partial, about)
+        except OSError:  # the disk is full, or the folder cannot be written to
+            raise
         except Exception as error:  # exporters raise anything
             reason = " ".join(str(error).split())[:300]
             raise ExportError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agents.config import ALGORITHMS, RunConfig
 from agents.schedules import first_value, is_named, named
+from npg.checks import number
 from npg.runs.presets import check_names, mapping, read_yaml, require
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ def _check_range(name: str, given: Mapping[str, Any]) -> None:
     ok = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in (low, high))
     require(ok and low < high, f"the search space of {name}", dict(given), "low < high, or choices")  # type: ignore[operator]
     require(not given.get("log") or low > 0, f"low of {name}", low, "above 0, with log")  # type: ignore[operator]
-    require(not (given.get("log") and "step" in given), f"step of {name}", given.get("step"), "left out, with log")
+    if "step" in given:
+        require(not given.get("log"), f"step of {name}", given["step"], "left out, with log")
+        number(f"step of {name}", given["step"], 0, above=True)
+        whole = not (isinstance(low, int) and isinstance(high, int)) or given["step"] == given["step"] // 1
+        require(whole, f"step of {name}", given["step"], "a whole number, as low and high")
 
 
 def widened(name: str, given: Mapping[str, Any], value: Any) -> dict[str, Any]:

@@ -171,10 +171,8 @@ class Tuning:
         folder.refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
         _write_preset(path / "preset.yaml", config.env, preset_of(base))
-        folder.RunFolder(path).begin(asdict(config), command)
-        tuning = cls(path)
-        tuning.study().enqueue_trial(tuning._of_preset(), user_attrs={"preset": True})
-        return tuning
+        folder.RunFolder(path).begin(asdict(config), command)  # with its config.yaml it is the folder of a search
+        return cls(path)
 
     @classmethod
     def open(
@@ -209,9 +207,7 @@ class Tuning:
         if trials is not None:
             config = replace(config, trials=trials)
         folder.RunFolder(path).begin(asdict(config), command)
-        tuning = cls(path)
-        tuning._repeat_interrupted()
-        return tuning
+        return cls(path)
 
     def study(self) -> Study:
         """Optuna's study, which its dashboard and its plots take too."""
@@ -247,9 +243,12 @@ class Tuning:
         complete = [t for t in self.finished if t.value is not None and t.state.name == "COMPLETE"]
         return max(complete, key=lambda t: (-excess_of(t), cast(float, t.value), -t.number)) if complete else None
 
-    def _repeat_interrupted(self) -> None:
+    def _enqueue_due(self) -> None:
+        """The preset, which is the first trial, and those that were interrupted."""
         states = _optuna().trial.TrialState
         study = self.study()
+        if not any("preset" in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
+            study.enqueue_trial(self._of_preset(), user_attrs={"preset": True})
         for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
             params = trial.system_attrs.get("fixed_params", {}) | trial.params  # of one that had hardly begun
             study.enqueue_trial(params, user_attrs={k: v for k, v in trial.user_attrs.items() if k == "preset"})
@@ -262,11 +261,21 @@ class Tuning:
             jobs: how many processes; with more than one, each has one thread unless the options say otherwise.
 
         Raises:
+            FolderInUse: if another process searches in the folder.
             KeyboardInterrupt: on Ctrl-C or SIGTERM. Trials under way begin anew when the search goes on.
             RuntimeError: if a process ended early.
             ValueError: if the preset itself, which is the first trial, is refused.
         """
         require(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "at least 1")
+        own = folder.RunFolder(self.path)
+        own.lock()
+        try:
+            self._enqueue_due()
+            self._run(jobs)
+        finally:
+            own.unlock()
+
+    def _run(self, jobs: int) -> None:
         remaining = self.config.trials - len(self.finished)
         with _signals():
             if remaining > 0 and not any("preset" in t.user_attrs for t in self.finished):
@@ -455,6 +464,7 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
         return evaluator.last.mean_return
     finally:
         trial.set_user_attr("steps", model.num_timesteps)
+        run_folder.unlock()
         bare.close()
         model.get_env().close()  # type: ignore[union-attr]
 

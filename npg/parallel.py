@@ -31,7 +31,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["World", "average_", "equal", "mean_", "moments", "open_world", "restarted", "size"]
+__all__ = ["World", "average_", "equal", "mean_", "mean_of_shares", "moments", "open_world", "restarted", "size"]
 
 T = TypeVar("T")
 
@@ -50,6 +50,24 @@ def mean_(tensor: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
         dist.all_reduce(tensor, group=process_group)
         tensor.div_(dist.get_world_size(process_group))
     return tensor
+
+
+def mean_of_shares(mean: Tensor, events: int, process_group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over all processes of what is a mean over ``events`` in each, (); without a group, ``mean`` itself.
+
+    Raises:
+        ValueError: in all processes alike, if they have different numbers of events: means of means are then none.
+    """
+    if process_group is None:
+        return mean
+    number = torch.tensor(float(events), dtype=torch.float64, device=mean.device)
+    value, number, square = mean_(torch.stack([mean.double(), number, number**2]), process_group)
+    if bool(number**2 != square):
+        raise ValueError(
+            f"the processes have mini-batches of different sizes, {events} here and {float(number):g} in the mean: "
+            "give each of them the same number (DistributedSampler, drop_last=True)"
+        )
+    return value.to(mean.dtype)
 
 
 def average_(tensors: Iterable[Tensor], process_group: dist.ProcessGroup | None) -> None:

@@ -27,7 +27,7 @@ from npg.fisher import Fisher
 from npg.geometry import Geometry, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Buffers, Model, frozen_statistics, undone_on_error, unwrapped
-from npg.parallel import mean_
+from npg.parallel import mean_, mean_of_shares
 from npg.randomness import replayed_randomness
 from npg.solvers import Solver, Status, conjugate_gradient, norm, not_finite
 from npg.solvers.solution import check_damping
@@ -301,7 +301,8 @@ def _first_order(
         F = fisher()
     except OutOfDomainError:
         slope = torch.full_like(old, nan)
-    return mean_(value.double(), process_group), mean_(linearization.pull_back(slope), process_group), F
+    value = mean_of_shares(value.double(), old[..., 0].numel(), process_group)
+    return value, mean_(linearization.pull_back(slope), process_group), F
 
 
 class _Line:

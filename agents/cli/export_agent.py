@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agents.evaluation import make_env
 from agents.export import FORMATS, description, export_agent
-from agents.runs import load_agent
+from agents.runs import RunFolder, load_agent
 from agents.training import MISTAKES, check_named, find_agent
 from npg.runs.command_line import Parser
 from npg.runs.presets import require
@@ -38,10 +38,8 @@ def make_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
-    try:
+    with parser.preparing(*MISTAKES):
         path = export_run(args)
-    except MISTAKES as error:
-        parser.error(str(error))
     about = description(path)
     actions = "deterministic" if args.deterministic else "sampled"
     print(f"{about['algorithm']} after {about['timesteps']:,} steps, {actions} actions: {path}")
@@ -59,10 +57,12 @@ def export_run(args: argparse.Namespace) -> Path:
         )
         require(args.out.parent.is_dir(), "--out", str(args.out), "in a folder that exists: make it first")
         require(not args.out.is_dir(), "--out", str(args.out), "a file")
-    folder, files = find_agent(args.run_dir)
+    folder = RunFolder.of(args.run_dir)
+    if folder.path == args.run_dir:
+        files = folder.best if args.model == "best" else folder.last
+    else:
+        _, files = find_agent(args.run_dir)
     check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env, option="--env")
-    if files == folder.last and args.model == "best":
-        files = folder.best
     name = f"{files.model.stem}{'' if args.deterministic else '_stochastic'}{FORMATS[args.format]}"
     path: Path = args.out or files.model.with_name(name)
     config = replace(folder.config, device="cpu")

@@ -233,10 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
     if args.seeds is not None or (args.resume is not None and SeedsFolder.is_one(args.resume)):
-        try:
+        with parser.preparing(*MISTAKES):
             folder = prepare_seeds(args, parser)
-        except MISTAKES as error:
-            parser.error(str(error))
         return train_seeds(args, folder, parser)
     if args.jobs is not None:
         parser.error("--jobs is for several seeds: give --seeds, such as --seeds 0-9")

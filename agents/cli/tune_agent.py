@@ -11,7 +11,7 @@ from agents.config import ALGORITHMS, whole_number
 from agents.training import MISTAKES, continuation
 from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space, result_of
 from npg.runs.command_line import Parser, again, command
-from npg.runs.presets import parse_settings
+from npg.runs.presets import parse_settings, require
 
 USAGE = """%(prog)s ALGO ENV_ID [options]
        %(prog)s --resume DIR [options]"""
@@ -97,10 +97,10 @@ def report(tuning: Tuning) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse(arguments)
-    try:
-        if args.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
+    with parser.preparing(*MISTAKES):
+        require(args.jobs >= 1, "--jobs", args.jobs, "at least 1")
         tuning = prepare(args)
+    try:
         print(f"{tuning.config.algo} on {tuning.config.env}, {tuning.config.trials} trials: {tuning.path}", flush=True)
         tuning.run(args.jobs)
     except KeyboardInterrupt:

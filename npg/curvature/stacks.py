@@ -61,6 +61,11 @@ def batched(
         for row, (i, suffix) in enumerate(of):
             for name, tensor in zip(names, factors, strict=True):
                 if (saved := states[i].get(f"{name}_{suffix}")) is not None:
+                    if saved.shape != tensor[row].shape:
+                        raise ValueError(
+                            f"{name}_{suffix} in the state has the shape {tuple(saved.shape)}, and must have "
+                            f"{tuple(tensor[row].shape)}: load the state of an optimizer of the same model and options"
+                        )
                     tensor[row].copy_(saved)
                 states[i][f"{name}_{suffix}"] = tensor[row]
     return batches

@@ -132,8 +132,8 @@ class _TorchFamily(Family):
         if self._rises_unseen(old, blocks, max(torch.finfo(x.dtype).eps for x in (old, kl))):
             raise ValueError(
                 f"automatic differentiation does not find the curvature of the KL of {self!r}, which rises faster, as "
-                "that of a Laplace distribution in its location: it has |d| in it. Write a Family whose "
-                "metric(outputs) is known, as docs/howto_family.md shows, or use another distribution"
+                "that of a Laplace distribution in its location: it has |d| in it. Use another distribution; "
+                "outside of agents also a Family whose metric(outputs) is known, as docs/howto_family.md shows"
             )
         return blocks
 

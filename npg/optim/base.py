@@ -57,7 +57,18 @@ def is_due(step: int, period: int) -> bool:
 MISSING: Any = object()
 
 #: The entries of the state that have the shape of their parameter.
-_SHAPED = frozenset({"momentum_buffer", "solution", "fisher"})
+_SHAPED = frozenset({"momentum_buffer", "solution", "fisher", "diagonal_values"})
+
+
+def _shapes(state: Mapping[str, Any], p: Tensor) -> dict[str, tuple[Any, Any]]:
+    """What entries of a state tell of the shape of their parameter, and what they would for ``p``."""
+    told: dict[str, tuple[Any, Any]] = {
+        key: (tuple(state[key].shape), tuple(p.shape)) for key in _SHAPED.intersection(state) if state[key].numel()
+    }
+    axes = {key.removeprefix("weight_"): value for key, value in state.items() if key.startswith("weight_")}
+    if online := {int(axis): value.shape[-1] for axis, value in axes.items() if axis.isdecimal()}:
+        told["online factors"] = online, {axis: n for axis, n in enumerate(p.shape) if n > 1}
+    return told
 
 
 def check(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -118,11 +129,11 @@ class ExactResume(Optimizer):
             params = chain.from_iterable(group["params"] for group in self.param_groups)
             loaded.extend((p, hooked["state"].get(i, {})) for i, p in zip(saved, params, strict=False))
             for p, state in loaded:
-                for key in _SHAPED.intersection(state):
-                    if (shape := state[key].shape) != p.shape:
+                for key, (saved_shape, shape) in _shapes(state, p).items():
+                    if saved_shape != shape:
                         raise ValueError(
-                            f"the {key} that was saved has the shape {tuple(shape)}, and its parameter {tuple(p.shape)}"
-                            ": load the state of an optimizer of the same model"
+                            f"the {key} that was saved has the shape {saved_shape}, and its parameter {shape}: load "
+                            "the state of an optimizer of the same model"
                         )
 
         def restore(_: Optimizer) -> None:

@@ -18,7 +18,7 @@ from npg.fisher import Fisher, Kind
 from npg.linearize import Linearization
 from npg.model import Buffers
 from npg.optim.base import MISSING, ModelOptimizer, decay_matrices, flat, split
-from npg.parallel import mean_
+from npg.parallel import mean_, mean_of_shares
 
 __all__ = ["DiagonalNGD"]
 
@@ -55,8 +55,8 @@ class DiagonalNGD(ModelOptimizer):
         generator: the source of signs and sampled labels, by default torch's global one, which a checkpoint has to
             hold anyway.
         process_group: average gradient, diagonal and loss over these processes, each of which holds the same
-            parameters, which is looked at before the first step, and an equal share of the mini-batch, which is not. A
-            model in DistributedDataParallel brings its own.
+            parameters, which is looked at before the first step, and an equal share of the mini-batch. A model in
+            DistributedDataParallel brings its own.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -105,7 +105,7 @@ class DiagonalNGD(ModelOptimizer):
 
         Where that, the gradient, the diagonal, or what the step would make of momentum and parameters is not finite,
         the step is refused: parameters, running average and momentum stay as they were, and NaN is returned. The host
-        waits to know with ``damping_metric="online"`` alone.
+        waits to know with ``damping_metric="online"`` or several processes.
 
         Args:
             inputs: a tensor, or a tuple of the model's positional arguments (a named tuple is one).
@@ -138,7 +138,7 @@ class DiagonalNGD(ModelOptimizer):
         value, slope = value_and_slope(
             lambda outputs: self._log_likelihood(outputs, targets).mean(), linearization, "the log-likelihood"
         )
-        loss = mean_(-value, self.process_group)
+        loss = mean_of_shares(-value, fisher.events, self.process_group)
         slope = mean_(linearization.pull_back(slope), self.process_group)
         factors = self._online_factors()
         root = None if factors is None else factors.preconditioner.inverse_root()

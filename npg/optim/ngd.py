@@ -105,8 +105,8 @@ class NGD(ModelOptimizer):
             gain that ``damping_control`` compares with is that of the linear model.
         damping_control: adapts λ after each step, which then costs one more forward pass.
         process_group: average over these processes, each of which holds the same parameters, which is looked at
-            before the first step, and an equal share of the mini-batch, which is not. A model in
-            DistributedDataParallel brings its own.
+            before the first step, and an equal share of the mini-batch. A model in DistributedDataParallel brings its
+            own.
 
     Raises:
         ValueError: if an option is out of its range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import re
 import warnings
 import zipfile
@@ -107,8 +108,10 @@ class Checkpoints:
     def write(self, number: int, state: Mapping[str, Any], keep: int = 0) -> Path:
         """Write tensors and plain values, whole or not at all, and remove all but the newest `keep`; 0 keeps all."""
         path = self.path(number)
+        content = io.BytesIO()  # PyTorch's own writer does not tell that a disk is full
+        torch.save({"format": FORMAT, **state}, content)
         with replacing(path) as partial:
-            torch.save({"format": FORMAT, **state}, partial)
+            partial.write_bytes(content.getbuffer())
         for stale in self.all()[:-keep] if keep else []:
             stale.unlink()
         return path

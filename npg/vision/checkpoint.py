@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from npg.parallel import World
 from npg.runs.checkpoints import CheckpointError, Checkpoints
 from npg.vision.config import Config
+from npg.vision.data import ImageData
 from npg.vision.models import model_from_name
 
 if TYPE_CHECKING:
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_classes",
+    "check_data",
     "checkpoints_in",
     "config_of",
     "find_checkpoint",
+    "labels_of",
     "load_checkpoint",
     "load_matching",
     "load_model",
@@ -102,6 +107,27 @@ def config_of(path: Path, state: Mapping[str, Any]) -> Config:
         return Config(**state["config"])
 
 
+def labels_of(data: ImageData) -> dict[str, tuple[int, int]]:
+    """How many images there are to train and to test on, and a checksum of their labels in order."""
+    parts = {"train": data.train_labels, "test": data.test_labels}
+    return {name: (len(x), zlib.crc32(np.asarray(x, dtype=np.int64).tobytes())) for name, x in parts.items()}
+
+
+def check_data(state: Mapping[str, Any], labels: Mapping[str, tuple[int, int]]) -> None:
+    """Check that a run goes on with the images that it began with: others would move what is held out among them.
+
+    Raises:
+        CheckpointError: there are other ones; those of before know of none.
+    """
+    for part, (n, checksum) in state.get("labels", labels).items():
+        if (n, checksum) != tuple(labels[part]):
+            other = f"{labels[part][0]:,} images" if n != labels[part][0] else "other labels, or in another order"
+            raise CheckpointError(
+                f"the checkpoint was trained with {n:,} images in the part {part!r}, and the data have {other}: give "
+                "--data as it was, or start a new run"
+            )
+
+
 def check_classes(state: Mapping[str, Any], classes: Sequence[str]) -> None:
     """Check that a checkpoint is of images with these classes, in this order; those of before know of none.
 
@@ -171,6 +197,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     return {
         "config": trainer.config.to_dict(),
         "classes": list(trainer.classes),
+        "labels": trainer.labels,
         "world_size": world.size,
         "epoch": trainer.epoch,
         "seconds": trainer.seconds,
@@ -190,6 +217,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         CheckpointError: the state does not fit the model, the optimizer or the data.
     """
     check_classes(state, trainer.classes)
+    check_data(state, trainer.labels)
     own = state["processes"][trainer.world.rank]
     optimizer = own["optimizer"] or state["processes"][0]["optimizer"]
     try:

@@ -34,7 +34,7 @@ class RunFolder(folder.RunFolder):
     Args:
         path: the folder; it is made here.
         config: the run's configuration.
-        checkpoint: the checkpoint that is gone on from. Its run's rows are kept up to its epoch.
+        checkpoint: the checkpoint that is gone on from, whose rows are kept.
         epoch: the checkpoint's.
 
     Raises:
@@ -57,11 +57,15 @@ class RunFolder(folder.RunFolder):
                 f"the run has trained to {whole[-1]}. To continue here from epoch {epoch} would lose that: give "
                 "--run-dir NEW, and it continues in a folder of its own"
             )
+        state = {} if checkpoint is None else load_checkpoint(checkpoint)
         earlier = [] if past is None else read_rows(past / "metrics.csv")
-        self.rows: list[dict[str, Any]] = [row for row in earlier if int(row["epoch"]) <= epoch]
-        """The rows written so far; those of a resumed run's past are strings."""
+        self.rows: list[dict[str, Any]] = [row for row in state.get("rows", earlier) if int(row["epoch"]) <= epoch]
+        """The rows written so far; older checkpoints have none, and those of their runs are strings."""
         for damaged in later:
             damaged.unlink()
+        if checkpoint is not None and path.resolve() != past:  # from now on it can go on here, whatever ends it
+            self.write_checkpoint(epoch, {**state, "config": config.to_dict()})
+            write_rows(path / "metrics.csv", self.rows)
         self.begin(config.to_dict(), command())
         (path / "versions.txt").write_text(_versions(), encoding="utf-8")
         self._tensorboard = SummaryWriter(str(path), purge_step=epoch + 1)
@@ -78,8 +82,8 @@ class RunFolder(folder.RunFolder):
         self._tensorboard.flush()
 
     def write_checkpoint(self, epoch: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, whole or not at all, and drop those that are too old to keep."""
-        return self._saved.write(epoch, state, self._keep)
+        """Write a checkpoint with the rows so far, whole or not at all, and drop those that are too old to keep."""
+        return self._saved.write(epoch, {**state, "rows": self.rows}, self._keep)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

@@ -24,7 +24,7 @@ from npg.parallel import World
 from npg.runs.jobs import SAY
 from npg.runs.signals import StopRequest
 from npg.step import StepReport
-from npg.vision.checkpoint import load_matching, restore, state_of
+from npg.vision.checkpoint import labels_of, load_matching, restore, state_of
 from npg.vision.config import Config
 from npg.vision.data import ImageData, Labelled
 from npg.vision.evaluation import evaluate, hits
@@ -109,7 +109,7 @@ class Trainer:
         model: nn.Module | None = None,
     ) -> None:
         state = None if checkpoint is None else load_matching(checkpoint, config, world)
-        self.config, self.world, self.classes = config, world, data.classes
+        self.config, self.world, self.classes, self.labels = config, world, data.classes, labels_of(data)
         device = world.device
         if config.sync_bn and device.type != "cuda":
             raise ValueError("sync_bn must be off on a CPU: PyTorch synchronises BatchNorm on CUDA only")

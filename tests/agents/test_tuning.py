@@ -17,10 +17,12 @@ import yaml
 
 import agents
 from agents import tuning
+from agents.cli.tune_agent import main
 from agents.config import ALGORITHMS, RunConfig, resolve
 from agents.runs import RunFolder
 from agents.search_space import value_or, widened
 from agents.tuning import Tuning, TuningConfig, load_space, preset_of
+from npg.runs.folder import FolderInUse
 from npg.runs.presets import read_yaml
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tune_agent.py"
@@ -394,6 +396,45 @@ def test_an_interrupt_of_the_lock_is_an_interrupt(tmp_path, monkeypatch):
 
 
 @needs_optuna
+def test_another_process_is_kept_out_of_a_search_that_runs(tmp_path, monkeypatch):
+    train, refused = tuning._train, []
+
+    def busy(*args):
+        with pytest.raises(FolderInUse, match="is in use: another process"):
+            Tuning.open(tmp_path / "s").run()
+        refused.append(args)
+        return train(*args)
+
+    search = begun(tmp_path / "s", trials=1)
+    monkeypatch.setattr(tuning, "_train", busy)
+    search.run()
+    assert len(refused) == 1
+    assert [t.state.name for t in search.study().trials] == ["COMPLETE"]
+    Tuning.open(tmp_path / "s").run()  # the folder is free again
+
+
+@needs_optuna
+def test_a_search_that_was_killed_at_its_start_begins_with_the_preset(tmp_path):
+    search = begun(tmp_path / "s", trials=1)
+    (tmp_path / "s" / "study.log").unlink(missing_ok=True)
+    Tuning.open(tmp_path / "s").run()
+    (trial,) = search.study().trials
+    assert trial.user_attrs["preset"]
+    assert trial.params["target_kl"] == resolve("trpo", "CartPole-v1").hyperparameters["target_kl"]
+
+
+def test_ctrl_c_during_the_start_has_the_status_of_one(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuning, "create", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["trpo", "CartPole-v1", "--run-dir", str(tmp_path / "s")])
+    assert ended.value.code == 130
+    assert "ended before it began" in capsys.readouterr().err
+
+
+@needs_optuna
 @pytest.mark.slow
 def test_the_command_stops_on_a_signal_and_goes_on(tmp_path):
     path = tmp_path / "s"
@@ -439,6 +480,8 @@ def test_every_setting_of_the_search_spaces_exists(algo):
         ("trpo: {gamma: {choices: []}}", "search space of gamma"),
         ("trpo: {gamma: {choices: [1], low: 0}}", "either choices"),
         ("trpo: {gamma: {lo: 0.9, high: 1.0}}", "unknown word 'lo'.*low"),
+        ("trpo: {n_steps: {low: 64, high: 1024, step: 0.5}}", "step of n_steps must be a whole number"),
+        ("trpo: {n_steps: {low: 64, high: 1024, step: -64}}", r"step of n_steps must lie in \(0, inf\), got -64"),
         ("trpo: {}", "must be a mapping of settings"),
         ("npg: {gamma: {low: 0.9, high: 1.0}}", "unknown search space 'trpo'"),
     ],

@@ -446,7 +446,7 @@ def test_a_curvature_that_differentiation_does_not_find_is_refused(kind):
     """A Laplace distribution has 1/b² in its location, of which |d| in its KL hides all."""
     distribution, size = KINKS[kind]
     outputs = torch.randn(5, size, dtype=torch.float32 if "float32" in kind else torch.float64)
-    with pytest.raises(ValueError, match=r"does not find the curvature .* Write a Family whose metric\(outputs\)"):
+    with pytest.raises(ValueError, match=r"does not find the curvature .* a Family whose metric\(outputs\)"):
         families.from_torch(distribution).metric(outputs)
 
 

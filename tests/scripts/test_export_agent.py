@@ -1,10 +1,13 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from agents.cli.export_agent import main
 from agents.evaluation import make_env
 from agents.export import load_exported
-from agents.runs import load_agent
+from agents.runs import RunFolder, load_agent
 
 
 @pytest.mark.parametrize("model", ["best", "last", "checkpoint"])
@@ -32,6 +35,22 @@ def test_the_file_lies_beside_its_model(trained):
     raw = np.zeros((64, 3), np.float32)
     assert len(np.unique(load_exported(path)(raw))) > 1
     path.unlink()
+
+
+@pytest.mark.parametrize("model", ["best", "last"])
+def test_a_damaged_last_agent_is_not_exported_and_does_not_hide_the_best(trained, model, tmp_path, capsys):
+    run = RunFolder(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    content = bytearray(run.last.model.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    run.last.model.write_bytes(content)
+    arguments = [str(run.path), "--model", model, "--format", "torchscript"]
+    if model == "last":
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"{run.last.model} is truncated or damaged" in capsys.readouterr().err
+    else:
+        assert main(arguments) == 0
+        assert f": {run.path / 'best_model.pt'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,17 @@ def work(folder: Path) -> None:
                 trained[f"{name} refuses"] = "nothing"
             except ValueError as error:
                 trained[f"{name} refuses"] = str(error)
+        for name in ("diagonal-ngd", "ngd", "kfac"):
+            model = make_model()
+            optimizer = make_optimizer(name, model, process_group=world.group)
+            before = nn.utils.parameters_to_vector(model.parameters())
+            unequal = slice(0, 9) if world.is_main else slice(9, 12)
+            try:
+                optimizer.step(x[unequal], y[unequal])
+                trained[f"{name} of unequal shares"] = "nothing", 0.0
+            except ValueError as error:
+                moved = (nn.utils.parameters_to_vector(model.parameters()) - before).norm()
+                trained[f"{name} of unequal shares"] = str(error), float(moved)
         torch.save(trained, folder / f"rank{world.rank}.pt")
 
 
@@ -171,6 +182,13 @@ def test_a_weight_that_one_process_uses_outside_of_its_layer_has_no_factors_in_a
 def test_processes_that_do_not_begin_alike_are_refused(results, name):
     for message in results[f"{name} refuses"]:
         assert message.startswith("the parameters of model are not the same in all processes of process_group")
+
+
+@pytest.mark.parametrize("name", ["diagonal-ngd", "ngd", "kfac"])
+def test_unequal_shares_are_refused_by_all(results, name):
+    for n, (message, moved) in zip((9, 3), results[f"{name} of unequal shares"], strict=True):
+        assert message.startswith(f"the processes have mini-batches of different sizes, {n} here and 6 in the mean: ")
+        assert moved == 0.0
 
 
 if __name__ == "__main__":

@@ -392,6 +392,33 @@ def test_a_state_of_another_shape_is_refused_before_it_is_loaded(data):
     assert not other.state
 
 
+@pytest.mark.parametrize(
+    ("options", "name"), [({"solver": "diagonal"}, "diagonal_values"), ({"damping_metric": "online"}, "online factors")]
+)
+def test_a_curvature_of_another_shape_is_refused_before_it_is_loaded(options, name):
+    optimizer, other = (NGD(nn.Linear(6, n), families.Gaussian(), lr=0.1, damping=0.1, **options) for n in (1, 8))
+    for _ in range(3):
+        optimizer.step(torch.randn(4, 6), torch.randn(4, 1))
+    with pytest.raises(ValueError, match=rf"^the {name} that was saved has the shape .*, and its parameter .*8"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("cls", [OnlineNGD, KLShampoo])
+def test_factors_of_another_rank_are_not_broadcast(cls):
+    p = nn.Parameter(torch.randn(6, 4))
+    optimizer = cls([p], lr=0.1)
+    p.grad = torch.randn(6, 4)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    name = next(key for key, value in saved["state"][0].items() if value.ndim == 2 and key != "momentum_buffer")
+    saved["state"][0][name] = saved["state"][0][name][:1]
+    other = cls([p], lr=0.1)
+    other.load_state_dict(saved)
+    with pytest.raises(ValueError, match=f"{name} in the state has the shape .* and must have"):
+        other.step()
+
+
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     "adam": lambda model: torch.optim.Adam(model.parameters()),

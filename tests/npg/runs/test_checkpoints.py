@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,18 @@ def test_another_is_offered_for_a_damaged_one(tmp_path: Path) -> None:
     newest.unlink()
     assert checkpoints.instead_of(newest).endswith(f"--resume {second}")
     assert Checkpoints(tmp_path / "none", "a", "b").instead_of(newest) == ""
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import errno, resource, torch; from pathlib import Path; from npg.runs.checkpoints import Checkpoints\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"try: Checkpoints(Path({str(tmp_path)!r}), 'epoch_', '.pt').write(1, {{'x': torch.zeros(100_000)}})\n"
+        "except OSError as error: print(errno.errorcode[error.errno])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "EFBIG"), ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:

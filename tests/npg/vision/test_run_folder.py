@@ -1,5 +1,7 @@
 import csv
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from npg.vision.checkpoint import find_checkpoint, load_checkpoint
 from npg.vision.config import Config
 from npg.vision.run_folder import RunFolder
 
@@ -64,9 +67,27 @@ def test_going_on_in_the_same_folder_loses_no_checkpoint(run_dir: Path) -> None:
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["epoch_0002.pt"]
 
 
+def test_the_rows_of_the_past_are_in_the_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+    filled(run_dir)
+    newest = run_dir / "checkpoints" / "epoch_0003.pt"
+    elsewhere = Path(shutil.copy(newest, tmp_path / "mine.pt"))
+    (run_dir / "metrics.csv").unlink()
+    for path, checkpoint in ((run_dir, newest), (tmp_path / "new", elsewhere)):
+        folder = RunFolder(path, CONFIG, checkpoint, 3)
+        folder.write_epoch({"epoch": 4, "train_loss": 7.0})
+        folder.close()
+        assert [float(row["train_loss"]) for row in rows(path)] == [1.0, 0.5, 1 / 3, 7.0]
+
+
 def test_going_on_elsewhere_leaves_the_old_run_alone(run_dir: Path, tmp_path: Path) -> None:
     filled(run_dir)
-    folder = RunFolder(tmp_path / "new", CONFIG, run_dir / "checkpoints" / "epoch_0002.pt", 2)
+    longer = dataclasses.replace(CONFIG, epochs=CONFIG.epochs + 1)
+    folder = RunFolder(tmp_path / "new", longer, run_dir / "checkpoints" / "epoch_0002.pt", 2)
+    # before the first epoch is over, there is all to go on from here
+    found = find_checkpoint(tmp_path / "new")
+    state = load_checkpoint(found)
+    assert (found.name, state["epoch"], state["config"]) == ("epoch_0002.pt", 2, longer.to_dict())
+    assert [float(row["train_loss"]) for row in rows(tmp_path / "new")] == [1.0, 0.5]
     folder.write_epoch({"epoch": 3, "train_loss": 7.0})
     folder.close()
     assert [float(row["train_loss"]) for row in rows(tmp_path / "new")] == [1.0, 0.5, 7.0]

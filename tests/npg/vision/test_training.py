@@ -353,6 +353,15 @@ def test_checkpoints_of_another_run_are_refused(make_images: MakeImages, run_dir
     torch.save(state | {"model": {"features.0.weight": torch.ones(1)}}, other)
     with pytest.raises(CheckpointError, match="does not fit wrn-10-1"):
         resume(config(), checkpoint=other)
+    other.unlink()
+    fewer, shuffled = make_images(train=42), make_images()
+    shuffled.train_labels[:2] = shuffled.train_labels[[1, 0]]
+    for images, match in (
+        (fewer, "with 48 images in the part 'train', and the data have 42"),
+        (shuffled, "other labels"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            Trainer(config(epochs=4), images, run_dir, ALONE, checkpoint=newest)
     assert len(metrics(run_dir)) == 3
 
 

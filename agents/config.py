@@ -53,7 +53,7 @@ PRESET_KEYS = ("timesteps", "n_envs", "normalize", "policy", "env_kwargs")
 EXACT_RESUME = {
     "auto": "",
     "state": "a killed run resumes exactly: its checkpoints hold the state of the environments",
-    "restart": "a killed run resumes exactly, since each checkpoint begins new episodes in all environments",
+    "restart": "a killed run resumes exactly: each checkpoint begins new episodes",
     "off": "a killed run resumes with new episodes, and not exactly",
 }
 """The values of `RunConfig.exact_resume`, and what each means."""

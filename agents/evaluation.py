@@ -27,7 +27,7 @@ from agents.config import RunConfig
 from agents.masks import as_taken
 from agents.runs import SavedAgent, load_agent
 from envs import make_vec_env
-from envs.checks import unusable
+from envs.checks import check_values
 from envs.velocity import ROBOTS
 from envs.watchdog import Watchdog, raising_exits
 
@@ -140,17 +140,14 @@ class _Finite(VecEnvWrapper):
     def step_wait(self) -> VecEnvStepReturn:
         self.steps += 1
         observations, rewards, dones, infos = self.venv.step_wait()
-        self._check({"reward": rewards})
-        self._check(observations)
+        self._check(observations, rewards)
         return observations, rewards, dones, infos
 
-    def _check(self, values: Any) -> None:
-        for name, rows in values.items() if isinstance(values, dict) else [("observation", values)]:
-            if found := unusable(rows):
-                raise FloatingPointError(
-                    f"{name} {found} in step {self.steps} of an evaluation: correct the environment, or wrap it; if it "
-                    "is normalised, take an earlier agent"
-                )
+    def _check(self, observations: Any, rewards: Any = None) -> None:
+        try:
+            check_values(observations, rewards, "of an evaluation", self.steps)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; if it is normalised, take an earlier agent") from None
 
 
 def _check_parameters(model: BaseAlgorithm) -> None:

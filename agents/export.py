@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +91,8 @@ def export_agent(
 def load_exported(path: Path | str, format: Format | None = None) -> Act:
     """An exported policy as a function of arrays, one (N, …) for each part of the observation, that gives actions.
 
+    The parts are given one after the other, in the order of `description`, or as one dict.
+
     Args:
         path: of the file.
         format: by default what the end of its name says.
@@ -108,15 +110,29 @@ def load_exported(path: Path | str, format: Format | None = None) -> Act:
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [i.name for i in session.get_inputs()]
-        return lambda *observations: cast(NDArray[Any], session.run(None, dict(zip(names, observations)))[0])
+
+        def run(*observations: Any) -> NDArray[Any]:
+            return cast(NDArray[Any], session.run(None, dict(zip(names, _in_order(path, observations))))[0])
+
+        return run
     with _quietly(), path.open("rb") as file:
         module: Any = torch.jit.load(file) if format == "torchscript" else torch.export.load(file).module()
 
-    def act(*observations: NDArray[Any]) -> NDArray[Any]:
+    def act(*observations: Any) -> NDArray[Any]:
         with torch.no_grad():
-            return module(*(torch.as_tensor(x) for x in observations)).numpy()
+            return module(*(torch.as_tensor(x) for x in _in_order(path, observations))).numpy()
 
     return act
+
+
+def _in_order(path: Path, observations: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The parts of an observation as the file takes them, out of a dict too."""
+    if len(observations) == 1 and isinstance(observations[0], Mapping):
+        names = list(description(path)["inputs"])
+        if (given := observations[0]).keys() != set(names):
+            raise ValueError(f"the observation must have the parts {names}, got {list(given)}")
+        return tuple(given[name] for name in names)
+    return observations
 
 
 def description(path: Path | str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def option(
     Args:
         default: its default; without one it has to be given.
         doc: what it means, for the docstring; without it the docstring leaves it out.
-        check: raises an error that names both for an ill-fitting (name, value): see `agents.checks`.
+        check: raises an error that names both for an ill-fitting (name, value): see `npg.checks`.
         after: the option behind which it stands in the signature; by default it stands last.
         keyword: whether it can be given by name only.
         annotation: its type for the signature, where the attribute has another one.

@@ -1,7 +1,7 @@
 """One update of an agent, from top to bottom: advantages, surrogate, the actor's step, the critic's, the log.
 
 What an algorithm adds is one method, ``actor_step(batch)``: how the policy moves (`agents.trpo`, `agents.npg`,
-`agents.mdpo`). The step itself is `npg.natural_step`, the same that trains classifiers.
+`agents.mdpo`, `agents.cpo`). The step itself is `npg.natural_step`, the same that trains classifiers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from envs.seeding import environment_seeds
 from envs.vec_env import ArrayVecEnv, Transition
 from envs.velocity import LIMITS, PLANAR, checked_limit
+from npg.runs.jobs import threads_for
 
 __all__ = [
     "DIFFERENCES",
@@ -161,7 +161,7 @@ class EnvPoolVecEnv(ArrayVecEnv):
             config["max_episode_steps"] = self._time_limit + 1
 
         self.task = task
-        self.config = config | {"num_envs": num_envs, "num_threads": n_threads or min(num_envs, _processors())}
+        self.config = config | {"num_envs": num_envs, "num_threads": n_threads or min(num_envs, threads_for(1))}
         self._pool: Any = None
         self._indices = np.arange(num_envs, dtype=np.int32)
         self._row = {key: i for i, key in enumerate(pool_spec._state_keys)}
@@ -332,9 +332,3 @@ def _gymnasium_spec(env_id: str, pool_config: Any, config: dict[str, Any]) -> gy
     spec.max_episode_steps = pool_config.max_episode_steps or None  # 0 is no limit there
     spec.kwargs = spec.kwargs | {key: value for key, value in config.items() if key != "max_episode_steps"}
     return spec
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

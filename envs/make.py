@@ -429,6 +429,8 @@ def _absent(env_id: str, game: Game | None, backend: str) -> Exception:
     message = f"env_id={env_id!r} is not known."
     if nearest:
         message += f" Did you mean {', '.join(nearest)}?"
+    if ":" not in env_id:
+        message += f" One of your own is registered when its module is imported: 'my_module:{env_id}'."
     if envpool is None:
         message += f" It may be in a package that is not installed: {get_envpool}"
         message += "." if ale_games() else f", {get_ale}."

@@ -129,10 +129,6 @@ def _put(owner: Any, name: str, value: Any) -> None:
         np.shape(value),
         np.asarray(value).dtype,
     ):
-        present[...] = value  # likewise
+        present[...] = value  # likewise; a float32 would not hold the bits of a float64
     else:
         setattr(owner, name, value)
-
-
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    return (a.shape, a.dtype) == (b.shape, b.dtype)  # a float32 would not hold the bits of a float64

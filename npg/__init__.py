@@ -3,7 +3,7 @@
 from npg import families
 from npg.curvature.kronecker import KroneckerFisher
 from npg.fisher import Fisher
-from npg.solvers import Solution, Status, conjugate_gradient, dense_solve, solve
+from npg.solvers import Solution, Status, conjugate_gradient, dense_solve
 from npg.step import StepReport, natural_step
 from npg.trust_region import LevenbergMarquardt, TrustRegion
 
@@ -19,5 +19,4 @@ __all__ = [
     "dense_solve",
     "families",
     "natural_step",
-    "solve",
 ]

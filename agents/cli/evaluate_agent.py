@@ -16,8 +16,8 @@ from npg.checks import whole
 from npg.runs.command_line import Parser
 
 DESCRIPTION = """\
-Let the agent of a run play whole episodes, with the run's own frozen statistics of
-observations, and write every return and length to a JSON file in the run folder."""
+Let the agent of a run play whole episodes, with the run's own frozen statistics
+of observations, and write every return and length to a JSON file in its folder."""
 
 
 def make_parser() -> Parser:

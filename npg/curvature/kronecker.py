@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -193,22 +193,6 @@ class KroneckerFisher(Curvature[Fisher]):
                         stacklevel=3,
                     )
         self.parameters, self.blocks = parameters, blocks
-
-    @classmethod
-    def of(cls, parameters: Parameters, blocks: Mapping[Key, Block | Multiple]) -> Self:
-        """F̂ with the given ``blocks``.
-
-        Raises:
-            ValueError: unless they hold each parameter once.
-        """
-        held = sorted(index for key in blocks for index in key)
-        if held != list(range(len(parameters.tensors))):
-            raise ValueError(
-                f"blocks must hold each of {len(parameters.tensors)} parameters once, got those of indices {held}"
-            )
-        self = cls(previous=blocks)
-        self.parameters = parameters
-        return self
 
     def state_dict(self) -> State:
         """The factors and their eigenvectors of each layer, and the multiple of every other parameter."""

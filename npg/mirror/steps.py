@@ -32,7 +32,7 @@ def mirror_step(potential: Potential, theta: Tensor, gradient: Tensor, alpha: fl
     Raises:
         ValueError: if ``theta`` is outside the domain, or the step leaves the range of ∇G, where no minimiser exists.
     """
-    _check_alpha(alpha)
+    number("alpha", alpha, 0, above=True)
     _check_gradient(theta, gradient)
     mu = potential.gradient(theta) - 2 * alpha * gradient
     return _to_primal(potential, mu, alpha)
@@ -80,7 +80,7 @@ def dual_natural_step(potential: Potential, f: Function, theta: Tensor, alpha: f
     Raises:
         ValueError: as `mirror_step`; also if the metric is singular to working precision.
     """
-    _check_alpha(alpha)
+    number("alpha", alpha, 0, above=True)
     mu = potential.gradient(theta).detach().clone()
 
     def primal(parameters: dict[str, Tensor]) -> Tensor:
@@ -138,7 +138,7 @@ def proximal_step(
         ValueError: if ``theta`` is outside the domain or not a vector.
         RuntimeError: if Newton's method does not converge.
     """
-    _check_alpha(alpha)
+    number("alpha", alpha, 0, above=True)
     _check_vector(theta)
     start = potential.gradient(theta).detach()
     slope = torch.func.grad(f)
@@ -257,10 +257,6 @@ def _to_primal(potential: Potential, mu: Tensor, alpha: float) -> Tensor:
         raise ValueError(
             f"alpha={alpha:g} leads out of the range of the gradient: {error}; take a smaller alpha"
         ) from error
-
-
-def _check_alpha(alpha: float) -> None:
-    number("alpha", alpha, 0, above=True)
 
 
 def _check_gradient(theta: Tensor, gradient: Tensor) -> None:

@@ -101,7 +101,8 @@ class GradientOptimizer(ExactResume):
         dense_gradients(p for group in self.param_groups for p in group["params"])
         self._settle()
         parts = [_GroupStep(group, self._active(i, group)) for i, group in enumerate(self.param_groups)]
-        if plans := [plan for part in parts for plan in part.plans]:
+        plans = [plan for part in parts for plan in part.plans]
+        if plans and not self._only_makes_its_state(plans):
             with undone_on_error(partial(_put_back, plans)):
                 finite = torch.stack([part.propose().to(plans[0].device) for part in parts if part.plans]).all()
             known = finite.device.type == "cpu"
@@ -111,6 +112,12 @@ class GradientOptimizer(ExactResume):
             if known:
                 self._settle()
         return loss
+
+    def _only_makes_its_state(self, plans: list[Plan]) -> bool:
+        """Whether this is the step of zeros by which `torch.distributed.checkpoint` has a state made."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        fresh = not any(rates) and not any(plan.count for plan in plans)
+        return fresh and not any(bool(p.grad.any()) for plan in plans for p in plan.params if p.grad is not None)
 
     def _settle(self) -> None:
         """Take back the counts of the last step if it was refused."""

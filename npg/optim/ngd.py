@@ -147,7 +147,7 @@ class NGD(ModelOptimizer):
         number("damping", damping, 0)
         number("momentum", momentum, 0, 1, below=True)
         number("weight_decay", weight_decay, 0)
-        self._check_kl(max_kl)
+        positive_or_none("max_kl", max_kl)
         self._check_radius(max_kl, momentum, weight_decay)
         whole("max_iterations", max_iterations, 1)
         number("rtol", rtol, 0)
@@ -204,15 +204,11 @@ class NGD(ModelOptimizer):
 
     @max_kl.setter
     def max_kl(self, radius: float | None) -> None:
-        self._check_kl(radius)
+        positive_or_none("max_kl", radius)
         if radius is None or self.trust_region is None:
             self.trust_region = None if radius is None else TrustRegion(radius)
         else:
             self.trust_region = replace(self.trust_region, radius=radius)
-
-    @staticmethod
-    def _check_kl(radius: float | None) -> None:
-        positive_or_none("max_kl", radius)
 
     @staticmethod
     def _check_radius(region: object, momentum: float, weight_decay: float) -> None:

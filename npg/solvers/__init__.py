@@ -4,7 +4,6 @@ A solver is a function ``solver(A, b, *, x0=None, damping=0.0, …) → Solution
 ``functools.partial(conjugate_gradient, max_iterations=20)``. ``A`` is anything with ``A @ v``.
 """
 
-from npg.solvers.by_name import solve
 from npg.solvers.cg import conjugate_gradient
 from npg.solvers.dense import dense_solve
 from npg.solvers.metric import solve_in_metric
@@ -19,6 +18,5 @@ __all__ = [
     "dense_solve",
     "norm",
     "not_finite",
-    "solve",
     "solve_in_metric",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from functools import cache
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecTransposeImage
 from stable_baselines3.common.vec_env import VecNormalize as TheirVecNormalize
 
-from agents import MDPO, NPG, TRPO
+from agents import MDPO, NPG, TRPO, export
 from agents.export import DeployedPolicy, ExportError, description, export_agent, load_exported
 from envs import VecNormalize, make_vec_env
 from npg import acceleration
@@ -330,6 +331,29 @@ def test_a_policy_of_ones_own_acts_by_what_it_does(tmp_path):
     raw, arrays = drawn(OBSERVATIONS["box"])
     act = load_exported(export_agent(agent, tmp_path / "p.pt2", "torch-export"))
     agree(act(*arrays), agent.predict(agent.get_env().normalize_obs(raw), deterministic=True)[0])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_observation_of_several_parts_may_be_a_dict(format, tmp_path):
+    agent = trained(bare("dict"), "dict")
+    raw, arrays = drawn(OBSERVATIONS["dict"])
+    act = load_exported(export_agent(agent, tmp_path / f"p{export.FORMATS[format]}", format))
+    agree(act(dict(reversed(raw.items()))), act(*arrays))
+    name = next(iter(raw))
+    with pytest.raises(ValueError, match=r"the observation must have the parts \["):
+        act({name: raw[name]})
+
+
+def test_an_error_of_the_file_system_is_no_fault_of_the_policy(tmp_path, monkeypatch):
+    agent = trained(bare("box"))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(export._WRITERS, "torchscript", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        export_agent(agent, tmp_path / "p.pt", "torchscript")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", ["torchscript", "torch-export"])

@@ -483,7 +483,10 @@ def test_the_evaluations_and_callbacks_of_stable_baselines3_serve():
 def test_environments_in_processes_of_their_own():
     env = SubprocVecEnv([Strict, Strict], start_method="fork")
     try:
-        agent(env, n_steps=8, batch_size=8).learn(16)
+        model = agent(env, n_steps=8, batch_size=8)
+        before = [p.detach().clone() for p in model.policy.parameters()]
+        model.learn(16)
+        assert not all(map(torch.equal, before, model.policy.parameters()))
     finally:
         env.close()
 

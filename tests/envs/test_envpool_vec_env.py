@@ -361,7 +361,9 @@ def test_environments_and_unseeded_runs_differ():
 
 
 def test_large_seeds_are_accepted():
-    make_vec_env("CartPole-v1", 3, seed=2**32 - 1).reset()
+    first, again, other = (make_vec_env("CartPole-v1", 3, seed=2**32 - n).reset() for n in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
 
 
 # -------------------------------------------------------------------------------------------------------- misuse

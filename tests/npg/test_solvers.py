@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npg import solvers
-from npg.solvers import Solution, Status, cg, conjugate_gradient, dense_solve, solve, solve_in_metric
+from npg.solvers import Solution, Status, cg, conjugate_gradient, dense_solve, solve_in_metric
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -655,16 +655,6 @@ def test_in_a_metric_there_is_no_start_and_what_is_not_finite_is_said(spd):
     solution = solve_in_metric(A, b * nan, root=lambda v: v, damping=0.1)
     assert solution.status is Status.NON_FINITE
     assert solution.x.isnan().all()
-
-
-def test_solve_names_its_methods(spd):
-    A, b = spd(10, 10.0), randn(10)
-    x = torch.linalg.solve(A, b)
-    for method in ("cg", "cholesky", "eigh"):
-        torch.testing.assert_close(solve(A, b, method=method).x, x, rtol=1e-5, atol=1e-6)
-    assert solve(A, b, method="cg", max_iterations=2).iterations == 2
-    with pytest.raises(ValueError, match="method must be 'cg', 'cholesky' or 'eigh', got 'lu'"):
-        solve(A, b, method="lu")
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

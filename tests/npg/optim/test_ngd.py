@@ -410,7 +410,9 @@ def test_kfac_goes_on_when_parameters_are_frozen_and_thawed():
         loss = functional.cross_entropy(model(x), y)
         g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, trained)])
         fisher = Fisher(model, x, families.Categorical())
-        step = KroneckerFisher.of(fisher.parameters, blocks).inverse(0.1)(g)
+        curvature = KroneckerFisher(previous=blocks)
+        curvature.parameters = fisher.parameters
+        step = curvature.inverse(0.1)(g)
         optimizer.step(x, y)
         after = nn.utils.parameters_to_vector(trained).detach()
         torch.testing.assert_close(after, before - 0.01 * step, rtol=0, atol=1e-12)

@@ -252,6 +252,17 @@ def test_a_state_that_is_made_ahead_changes_no_step(name, data):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_checkpoint_before_the_first_step_changes_no_step(name, data):
+    model, twin = network(nn.LayerNorm(4)), network(nn.LayerNorm(4))
+    optimizer, asked = EVERY[name](model), EVERY[name](twin)
+    assert get_optimizer_state_dict(twin, asked)["state"]
+    for each, one in ((model, optimizer), (twin, asked)):
+        torch.manual_seed(0)
+        go(each, one, 3, *data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_steps_without_a_mini_batch_are_refused(name, data):
     x, y = data

@@ -43,6 +43,7 @@ from agents.update import ActorReport, Batch, restored_on_error, surrogate, upda
 from npg.checks import flag, kind, number, one_of, whole
 from npg.families import Geometry
 from npg.parallel import size
+from npg.runs.presets import check_names
 
 __all__ = ["Metric", "NaturalPolicyAlgorithm", "Preconditioner"]
 
@@ -369,6 +370,14 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         return [*super()._excluded_save_params(), "process_group", "networks", "_told"]
 
     @classmethod
+    def _policy_named(cls, name: str) -> type[BasePolicy]:
+        check_names("policy", [name], cls.policy_aliases)
+        return cls.policy_aliases[name]
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        return self._policy_named(policy_name)
+
+    @classmethod
     def load(
         cls,
         path: Any,
@@ -411,6 +420,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         kwargs |= {name: cls.checked(name, value) for name, value in kwargs.items() if name in cls.options}
         given = {name: value for name, value in (custom_objects or {}).items() if name in data}
         given |= {name: cls.checked(name, value) for name, value in given.items() if name in cls.options}
+        if isinstance(given.get("policy_class"), str):
+            given["policy_class"] = cls._policy_named(given["policy_class"])
         wanted = kwargs.pop("policy_kwargs", None)
         plain = saved_attributes(path, data, given={*given, *kwargs}, unpickle=unpickle)
         plain |= {name: kwargs[name] for name in kwargs.keys() & data.keys()}

@@ -862,6 +862,17 @@ def test_features_that_are_shared_may_be_trained_by_the_critic_later():
     assert [*late.networks.critic_parameters] == [*early.networks.critic_parameters] != before
 
 
+def test_a_policy_by_its_name_is_known_or_the_nearest_are_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown policy 'MlpLSTMPolicy': did you mean MlpLstmPolicy"):
+        small(policy="MlpLSTMPolicy")
+    model = small()
+    model.save(tmp_path / "m")
+    loaded = TRPO.load(tmp_path / "m", custom_objects={"policy_class": "MlpPolicy"})
+    assert type(loaded.policy) is type(model.policy)
+    with pytest.raises(ValueError, match="unknown policy 'Mlpolicy': did you mean MlpPolicy"):
+        TRPO.load(tmp_path / "m", custom_objects={"policy_class": "Mlpolicy"})
+
+
 @pytest.mark.parametrize(
     ("option", "value", "remedy"),
     [

@@ -126,7 +126,7 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     else:
         checkpoint = source = find_checkpoint(resume)
         saved = config_of(source, load_checkpoint(source))
-        if resume.is_dir():  # what may change was asked for last when the run last began
+        if (resume / "config.yaml").is_file():  # what may change was asked for last when the run last began
             asked = read_yaml(resume / "config.yaml")
             saved = dataclasses.replace(saved, **{key: asked[key] for key in CHANGEABLE if key in asked})
     for name, given in (("model", model), ("optimizer", optimizer)):

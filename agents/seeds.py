@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from agents.results import Result, progress, read_curve, read_result
 from agents.runs import RunFolder
 from agents.statistics import bootstrap_interval, interquartile_mean
 from npg.runs.files import replacing, write_rows
-from npg.runs.folder import begun_only, refuse_existing
+from npg.runs.folder import refuse_existing
 from npg.runs.jobs import End, Job, run_jobs, threads_for
 from npg.runs.presets import check_names, read_yaml
 
@@ -76,7 +77,7 @@ def run_command(
 
     Args:
         script: train_agent.py.
-        run_dir: the run's folder.
+        run_dir: the run's folder. What a run left that has not saved an agent yet is removed.
         begin: the arguments of a run that begins, algorithm and environment first.
         changes: options that also a run that goes on takes.
         timesteps: of the whole run, where `changes` has more than its beginning.
@@ -84,8 +85,11 @@ def run_command(
     if is_finished(run_dir, timesteps):
         return None
     command = [sys.executable, str(script)]
-    if (run_dir / "config.yaml").is_file() and not begun_only(run_dir):
-        return [*command, *begin[:2], "--resume", str(run_dir), *changes, "--no-progress"]
+    if (run_dir / "config.yaml").is_file():
+        folder = RunFolder(run_dir)
+        if folder.last.model.is_file() or folder.agents.all():
+            return [*command, *begin[:2], "--resume", str(run_dir), *changes, "--no-progress"]
+        shutil.rmtree(run_dir, ignore_errors=True)
     return [*command, *begin, *changes, "--run-dir", str(run_dir), "--no-progress"]
 
 

@@ -196,6 +196,7 @@ class Tuning:
 
         Raises:
             FileNotFoundError: if there is none.
+            FolderInUse: if another process searches there.
             ImportError: if Optuna is not installed.
             ValueError: if a file is damaged or of another algorithm or environment.
         """
@@ -206,7 +207,8 @@ class Tuning:
         check_named(path, (config.algo, config.env), algo, env)
         if trials is not None:
             config = replace(config, trials=trials)
-        folder.RunFolder(path).begin(asdict(config), command)
+        with _alone_in(path) as own:
+            own.begin(asdict(config), command)
         return cls(path)
 
     def study(self) -> Study:
@@ -267,13 +269,9 @@ class Tuning:
             ValueError: if the preset itself, which is the first trial, is refused.
         """
         require(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "at least 1")
-        own = folder.RunFolder(self.path)
-        own.lock()
-        try:
+        with _alone_in(self.path):
             self._enqueue_due()
             self._run(jobs)
-        finally:
-            own.unlock()
 
     def _run(self, jobs: int) -> None:
         remaining = self.config.trials - len(self.finished)
@@ -481,6 +479,17 @@ def _work(path: Path, tickets: Any) -> None:
                 return
             tickets.value -= 1
         tuning.trial()
+
+
+@contextmanager
+def _alone_in(path: Path) -> Iterator[folder.RunFolder]:
+    """Keep other processes out of the folder."""
+    own = folder.RunFolder(path)
+    own.lock()
+    try:
+        yield own
+    finally:
+        own.unlock()
 
 
 @contextmanager

@@ -151,7 +151,7 @@ class Linearization:
         self._maps: Maps | None = None
         self._other_outputs = False  # whether a second forward pass was seen to give them
         self._seen: tuple[Tensor, Tensor] | None = None  # (u, Jᵀu) of the first pull back, see _reference
-        self._batched: dict[tuple[str, bool], bool] = {}  # whether torch.vmap is right, by direction
+        self._row_by_row: set[str] = set()  # the directions in which torch.vmap is not right
 
     @property
     def precision(self) -> float:
@@ -361,19 +361,17 @@ class Linearization:
     def _block(self, direction: str, plain: _Map, single: _Map, block: Tensor) -> Sequence[Tensor]:
         """``single`` of each row of ``block``, stacked: by ``plain`` at once where `torch.vmap` is right.
 
-        It is not for each operation (PyTorch 2.13: the backward of `torch.cdist`), so that the first block in each
-        direction is compared with ``single`` of a sum of its rows.
+        It is not for each operation (PyTorch 2.13: the backward of `torch.cdist`), so that every block is compared with
+        ``single`` of a sum of its rows.
         """
-        way = direction, self._maps is None
-        if len(block) > 1 and self._batched.get(way, True):
+        if len(block) > 1 and direction not in self._row_by_row:
             try:
                 results = torch.vmap(plain)(block)
-                if way not in self._batched:
-                    self._batched[way] = sums_agree(results, block, single, self.precision)
-                if self._batched[way]:
+                if sums_agree(results, block, single, self.precision):
                     return results
             except Exception:  # a backward in NumPy, layers of mixed types under autocast
-                self._batched[way] = False
+                pass
+            self._row_by_row.add(direction)
         return [torch.stack(results) for results in zip(*map(single, block))]
 
     # ------------------------------------------------------------------------------------ how the push forward is had

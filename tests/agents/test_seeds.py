@@ -58,7 +58,10 @@ def test_a_run_begins_goes_on_and_is_finished(tmp_path: Path) -> None:
     fresh = ["train_agent.py", *begin, "--device=cpu", "--run-dir", str(path), "--no-progress"]
     assert command() == fresh
     folder = RunFolder.create(path, CONFIG, "")
-    assert command() == fresh  # it has no agent to go on from
+    (path / "wandb").mkdir()
+    assert command() == fresh
+    assert not path.exists()  # it had no agent to go on from
+    folder = RunFolder.create(path, CONFIG, "")
     going_on = ["train_agent.py", *begin[:2], "--resume", str(path), "--device=cpu", "--no-progress"]
     folder.checkpoint(256).model.touch()
     assert command() == going_on  # it lost its last agent, and has others

@@ -400,8 +400,9 @@ def test_another_process_is_kept_out_of_a_search_that_runs(tmp_path, monkeypatch
     train, refused = tuning._train, []
 
     def busy(*args):
-        with pytest.raises(FolderInUse, match="is in use: another process"):
-            Tuning.open(tmp_path / "s").run()
+        for command in (lambda: Tuning.open(tmp_path / "s", trials=9), Tuning(tmp_path / "s").run):
+            with pytest.raises(FolderInUse, match="is in use: another process"):
+                command()
         refused.append(args)
         return train(*args)
 
@@ -410,7 +411,9 @@ def test_another_process_is_kept_out_of_a_search_that_runs(tmp_path, monkeypatch
     search.run()
     assert len(refused) == 1
     assert [t.state.name for t in search.study().trials] == ["COMPLETE"]
-    Tuning.open(tmp_path / "s").run()  # the folder is free again
+    again = Tuning.open(tmp_path / "s")  # the folder is free again
+    again.run()
+    assert again.config.trials == 1
 
 
 @needs_optuna

@@ -121,6 +121,29 @@ class Prototypes(nn.Module):
         return torch.cdist(x, self.centres)
 
 
+class Beside(nn.Module):
+    """Prototypes whose distances are the last outputs, and small ones."""
+
+    def __init__(self, width, scale):
+        super().__init__()
+        self.first, self.head, self.scale = nn.Linear(5, 3), nn.Linear(5, width), scale
+        self.prototypes = Prototypes()
+
+    def forward(self, x):
+        return torch.cat([self.head(x), self.scale * self.prototypes(self.first(x))], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("width", "scale"), [(70, 1.0), (2, 1e-5)])
+def test_a_small_part_and_a_late_block_are_looked_at_too(width, scale, dtype, jacobian):
+    model, x = Beside(width, scale).to(dtype), torch.randn(6, 5, dtype=dtype)
+    parameters = list(model.parameters())
+    found = Fisher(model, x, families.Gaussian()).diagonal().split([p.numel() for p in parameters])
+    expected = jacobian(model(x), parameters).square().sum(0) / len(x)
+    for a, b in zip(found, expected.split([p.numel() for p in parameters]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.max()))
+
+
 class WrongInBatches(torch.autograd.Function):
     """x², whose rule for `torch.vmap` of the backward pass forgets a factor."""
 

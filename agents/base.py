@@ -43,7 +43,6 @@ from agents.update import ActorReport, Batch, restored_on_error, surrogate, upda
 from npg.checks import flag, kind, number, one_of, whole
 from npg.families import Geometry
 from npg.parallel import size
-from npg.runs.presets import check_names
 
 __all__ = ["Metric", "NaturalPolicyAlgorithm", "Preconditioner"]
 
@@ -371,6 +370,8 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
 
     @classmethod
     def _policy_named(cls, name: str) -> type[BasePolicy]:
+        from npg.runs.presets import check_names  # which brings YAML along
+
         check_names("policy", [name], cls.policy_aliases)
         return cls.policy_aliases[name]
 

@@ -269,11 +269,11 @@ def test_a_module_of_a_critic_that_was_replaced_is_trained(name):
 
 
 def test_the_cost_critic_draws_what_no_other_run_or_update_draws(monkeypatch):
-    seeds, seed_all = [], torch.manual_seed
+    seeds, separate = [], cpo.separate_randomness
     for seed in range(3):
         model = small(CPO, costly(), cost_limit=3.0, seed=seed)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_all(seed))[1])
+            patch.setattr(cpo, "separate_randomness", lambda *given: (seeds.append(given[1]), separate(*given))[1])
             model.learn(3 * 160)
     assert len(seeds) == 9
     assert len({*range(6), *seeds}) == 15

@@ -138,7 +138,7 @@ def test_a_checkpoint_outside_of_a_run_needs_a_folder(
     assert f"{kept} is not in a run folder: give --run-dir NEW" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["best.pt"]
     assert status(["--resume", str(kept), "--epochs", "2", "--run-dir", str(tmp_path / "new")]) == 0
-    assert [row["epoch"] for row in rows(tmp_path / "new")] == ["2"]
+    assert [row["epoch"] for row in rows(tmp_path / "new")] == ["1", "2"]  # the checkpoint has its rows
 
 
 def test_a_run_that_stop_above_ended_stays_ended(folder: Path, tmp_path: Path) -> None:

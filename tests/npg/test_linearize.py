@@ -144,31 +144,12 @@ def test_a_small_part_and_a_late_block_are_looked_at_too(width, scale, dtype, ja
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.max()))
 
 
-class WrongInBatches(torch.autograd.Function):
-    """x², whose rule for `torch.vmap` of the backward pass forgets a factor."""
-
-    @staticmethod
-    def forward(x):
-        return x**2
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, u):
-        return WrongSlope.apply(u, *ctx.saved_tensors)
-
-    @staticmethod
-    def jvp(ctx, t):
-        return 2 * t * ctx.saved_tensors[0]
-
-
 class WrongSlope(torch.autograd.Function):
+    """3x²u, whose rule for `torch.vmap` forgets a factor."""
+
     @staticmethod
     def forward(u, x):
-        return 2 * u * x
+        return 3 * x**2 * u
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -176,15 +157,27 @@ class WrongSlope(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, u, x):
-        return u * x, 0
+        return x**2 * u, 0
 
 
-class Squares(nn.Linear):
+class WrongInBatches(WrongForwardRule):
+    """x³ with a right jvp."""
+
+    @staticmethod
+    def backward(ctx, u):
+        return WrongSlope.apply(u, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, v):
+        return 1.5 * WrongForwardRule.jvp(ctx, v)
+
+
+class Cubes(nn.Linear):
     def forward(self, x):
         return WrongInBatches.apply(super().forward(x))
 
 
-@pytest.mark.parametrize(("make", "warns"), [(Prototypes, True), (partial(Squares, 3, 4), False)])
+@pytest.mark.parametrize(("make", "warns"), [(Prototypes, True), (partial(Cubes, 3, 4), False)])
 def test_an_operation_that_is_batched_wrongly_is_taken_row_by_row(make, warns, check):
     check(nn.Sequential(nn.Linear(5, 3), make(), nn.Linear(4, 2)), torch.randn(6, 5), warns=warns)
 

@@ -115,9 +115,9 @@ class GradientOptimizer(ExactResume):
 
     def _only_makes_its_state(self, plans: list[Plan]) -> bool:
         """Whether this is the step of zeros by which `torch.distributed.checkpoint` has a state made."""
-        rates = [float(group["lr"]) for group in self.param_groups]
-        fresh = not any(rates) and not any(plan.count for plan in plans)
-        return fresh and not any(bool(p.grad.any()) for plan in plans for p in plan.params if p.grad is not None)
+        if any(plan.count for plan in plans) or any(float(group["lr"]) for group in self.param_groups):
+            return False  # the rate, which may be a tensor, is not read from the device but before the first step
+        return not any(bool(p.grad.any()) for plan in plans for p in plan.params if p.grad is not None)
 
     def _settle(self) -> None:
         """Take back the counts of the last step if it was refused."""

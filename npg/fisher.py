@@ -28,7 +28,7 @@ from npg.families.base import OutOfDomainError, check_outputs
 from npg.geometry import FisherRao, Metric, geometry_of
 from npg.linearize import Linearization
 from npg.model import Model, unwrapped
-from npg.parallel import mean_
+from npg.parallel import mean_, mean_of_shares
 from npg.parameters import check_beside
 
 __all__ = ["Fisher", "Kind"]
@@ -104,6 +104,8 @@ class Fisher:
         self.linearization = linearization or Linearization(model, inputs, parameters)
         self.parameters = self.linearization.parameters
         self.process_group = process_group
+        # What brings a linearisation has the shares compared, with its objective.
+        self._shares_compared = process_group is None or linearization is not None
         outputs = self.linearization.outputs
         check_outputs(outputs, inputs)
         self.events = outputs.numel() // outputs.shape[-1]
@@ -164,26 +166,41 @@ class Fisher:
     def __repr__(self) -> str:
         return f"Fisher({self.parameters.numel} parameters, {self.events} events, {self.geometry!r})"
 
+    def compare_shares(self) -> None:
+        """Look once whether all processes have equal shares of the events; every product does, before it is a mean.
+
+        Raises:
+            ValueError: in all processes alike, if they have not.
+        """
+        if not self._shares_compared:
+            mean_of_shares(self.outputs.new_zeros(()), self.events, self.process_group)
+            self._shares_compared = True
+
+    def _mean_(self, tensor: Tensor) -> Tensor:
+        self.compare_shares()
+        return mean_(tensor, self.process_group)
+
     def __matmul__(self, v: Tensor) -> Tensor:
         """F v; (P,) → (P,), or (P, K) → (P, K).
 
         Raises:
             TypeError: if ``v`` is no tensor.
-            ValueError: if ``v`` is not real, or does not have P rows.
+            ValueError: if ``v`` is not real, or does not have P rows; in several processes, if they do not have equal
+                shares of the events.
             RuntimeError: if the parameters have changed since construction.
         """
         self.parameters.check(v)
         if v.ndim == 2 and v.shape[1] == 0:
             return torch.zeros_like(v, dtype=self.dtype)
         u = self._metric(self.linearization.push_forward(v.to(self.dtype)))
-        return mean_(self.linearization.pull_back(u).div_(self.events), self.process_group)
+        return self._mean_(self.linearization.pull_back(u).div_(self.events))
 
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵀFv for (P,) → (), or columnwise for (P, K) → (K,), at the cost of a push forward alone."""
         self.parameters.check(v)
         u = self.linearization.push_forward(v.to(self.dtype))
         products = (u * self._metric(u)).flatten(v.ndim - 1).sum(-1, dtype=torch.float64)
-        return mean_(products / self.events, self.process_group).to(self.dtype)
+        return self._mean_(products / self.events).to(self.dtype)
 
     # ------------------------------------------------------------------------------------------ for small models
 
@@ -222,11 +239,12 @@ class Fisher:
         Raises:
             ValueError: if the products with F are not those of a symmetric matrix.
         """
+        self.compare_shares()
         if self._few_rows:
             total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             for rows in self._factor_rows():
                 total.addmm_(rows.T, rows)
-            return mean_(total, self.process_group)
+            return self._mean_(total)
         matrix = torch.cat(list(self._columns()), 1)
         skew, largest = (matrix - matrix.T).abs().amax(), matrix.abs().amax()
         if bool(skew > max(self.linearization.precision, torch.finfo(self.dtype).eps) ** 0.5 * largest):
@@ -254,12 +272,13 @@ class Fisher:
         def rooted(rows: Tensor) -> Tensor:
             return rows if root is None else torch.stack([root(row) for row in rows])
 
+        self.compare_shares()
         if probes is None:
             total = torch.zeros(self.parameters.numel, dtype=self.dtype, device=self.device)
             if self._few_rows or root is not None:
                 for rows in self._factor_rows():
                     total += rooted(rows).square().sum(0)
-                return mean_(total, self.process_group)
+                return self._mean_(total)
             for start, columns in zip(range(0, self.parameters.numel, _CHUNK), self._columns()):
                 index = torch.arange(columns.shape[1], device=self.device)
                 total[start : start + len(index)] = columns[start + index, index]
@@ -268,7 +287,7 @@ class Fisher:
         for u in self.factor_vectors(probes, generator):
             row = self.linearization.pull_back(u)
             total += rooted(row.unsqueeze(0)).squeeze(0).square()
-        return mean_(total.div_(self.events), self.process_group)
+        return self._mean_(total.div_(self.events))
 
     def factor_vectors(self, probes: int | None = 1, generator: Generator | None = None) -> Iterator[Tensor]:
         """Vectors u of outputs, (…, D), whose Σ uuᵀ is the metric of all events in expectation: N F = E[Σ (Jᵀu)(Jᵀu)ᵀ].

@@ -324,6 +324,7 @@ def _moments(
     earlier batches: one reduction has these, and says which others there are, if any. A layer whose weight is used
     outside of it in one process is then ``without`` factors in all.
     """
+    fisher.compare_shares()
     parameters, group, leaves = fisher.parameters, fisher.process_group, fisher.linearization.leaves
     outputs, layers, calls = record_layers(fisher.linearization, without)
     means = torch.zeros(len(leaves), dtype=fisher.dtype, device=outputs.device)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from math import inf
 from threading import Event, Thread
 from time import monotonic, sleep
@@ -239,6 +240,10 @@ def _meet() -> tuple[Any, int, int, bool]:
     return dist.PrefixStore(name, store), rank, world_size, again == "True"  # type: ignore[attr-defined]
 
 
+#: Numbers the worlds of this process. Each has a part of the store for itself, without what the last one left there.
+_worlds = count()
+
+
 def restarted() -> bool:
     """Whether ``torchrun`` has started these processes again, on this or another machine; it waits for all of them."""
     return _launched() and _meet()[3]
@@ -287,6 +292,7 @@ def open_world(device: str | None = None) -> Iterator[World]:
         yield World(chosen)
         return
     store, rank, world_size, _ = _meet()
+    store = dist.PrefixStore(f"world {next(_worlds)}", store)  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
     ended = Event()
     watch = Thread(target=_watch, args=(store, rank, world_size, ended), daemon=True)

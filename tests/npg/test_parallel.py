@@ -172,6 +172,8 @@ def work(folder: Path) -> None:
                 value = torch.tensor([1.0, bad if who in (world.rank, None) else 3.0])
                 verdicts[bad, who] = equal([value, torch.ones(2)], world.group)
         found["equal"] = torch.tensor(list(verdicts.values()))
+    with open_world("cpu") as world:  # as often as one likes
+        found["another world"] = mean_(torch.tensor([float(world.rank)]), world.group)
         torch.save(found, folder / f"rank{world.rank}.pt")
 
 
@@ -189,7 +191,7 @@ def alone(double) -> dict[str, object]:
 
 def test_two_processes_equal_one(ranks, alone):
     both = ranks[0]
-    assert set(both) == {*alone, "unequal shares", "mean", "moments", "average", "size", "equal"}
+    assert set(both) == {*alone, "unequal shares", "mean", "moments", "average", "size", "equal", "another world"}
     for name, expected in alone.items():
         torch.testing.assert_close(
             both[name], expected, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
@@ -219,6 +221,10 @@ def test_mean(ranks):
     assert ranks[0]["mean"].tolist() == [0.5, 5.0]
     assert ranks[0]["average"].tolist() == [0.5] * 6 + [2.0]
     assert int(ranks[0]["size"]) == 2
+
+
+def test_one_world_after_another(ranks):
+    assert [rank["another world"].item() for rank in ranks] == [0.5, 0.5]
 
 
 def test_equality_is_of_finite_numbers(ranks):

@@ -102,7 +102,7 @@ class Linearization:
                 "model, without .parameters()"
             )
         self.model = model
-        self._inputs = _as_tuple(inputs)
+        self._inputs = pytree.tree_map(_counted, _as_tuple(inputs))
         if parameters is not None:
             check_dtypes(parameters)
         if isinstance(model, nn.Module):
@@ -521,6 +521,18 @@ _ELEMENTS = 2**24  # of the largest J that is formed row by row
 def _as_tuple(inputs: Any) -> tuple[Any, ...]:
     """The model's arguments; a named tuple, such as a packed sequence, is one of them."""
     return inputs if isinstance(inputs, tuple) and not hasattr(inputs, "_fields") else (inputs,)
+
+
+def _counted(x: Any) -> Any:
+    """A copy of a tensor whose changes PyTorch does not count: in NumPy's memory, or another process's, or inference's.
+
+    An environment that writes each observation into the same array would change what was linearised.
+    """
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return x
+    if x.is_inference() or not x.untyped_storage().resizable():
+        return x.detach().clone().requires_grad_(x.requires_grad)
+    return x
 
 
 def _at_least_float(outputs: Any) -> Tensor:

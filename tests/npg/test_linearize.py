@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -904,6 +905,30 @@ def test_inputs_and_frozen_parameters_changed_in_place_are_refused(which):
         (x if which == "inputs" else model[2].weight).mul_(2)
     with pytest.raises(RuntimeError, match="inputs or frozen parameters have changed"):
         linearization.push_forward(torch.randn(18))
+
+
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+@pytest.mark.parametrize("after", ["the construction", "the first products"])
+def test_what_pytorch_does_not_see_change_is_copied(after, acceleration_, assert_close):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    array, v, u = np.random.default_rng(0).normal(size=(50, 3)), torch.randn(26), torch.randn(50, 2)
+    in_numpy = torch.from_numpy(array)
+    with torch.inference_mode():
+        in_inference = torch.tensor(array)
+    expected = Linearization(model, torch.tensor(array))
+    push, pull = expected.push_forward(v), expected.pull_back(u)
+    with acceleration.mode(acceleration_):
+        two = [Linearization(model, x) for x in (in_numpy, in_inference)]
+        if after == "the first products":
+            for linearization in two:
+                linearization.push_forward(v)
+        array *= 2
+        with torch.inference_mode():
+            in_inference.mul_(2)
+        for linearization in two:
+            assert_close(linearization.push_forward(v), push)
+            assert_close(linearization.pull_back(u), pull)
+            assert_close(linearization.forward(), expected.outputs)
 
 
 @pytest.mark.filterwarnings("ignore:no forward mode for")

@@ -20,12 +20,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from math import inf, isfinite, nan, sqrt
+from math import inf, isfinite, isnan, nan, sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from interleaved import write_csv
+from interleaved import update_csv
 
 from npg.runs.files import read_rows
 from npg.runs.presets import read_yaml
@@ -114,7 +114,7 @@ def next_rate(accuracies: Mapping[float, float], factor: float = FACTOR) -> floa
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Try four learning rates for each optimizer, and write all of them to a CSV file."""
+    """Try four learning rates for each optimizer, and write them to a CSV file, where others stay."""
     rows = []
     for optimizer in options.optimizers:
         centre = CENTRES[optimizer]
@@ -146,20 +146,20 @@ def tune(options: argparse.Namespace) -> None:
         best = max(accuracies, key=lambda rate: accuracies[rate] if isfinite(accuracies[rate]) else -inf)
         next(row for row in rows if row["optimizer"] == optimizer and row["lr"] == best)["chosen"] = "yes"
         print(f"{optimizer:<14}" + "  ".join(f"{r:g}: {a:.2f}" for r, a in sorted(accuracies.items())), flush=True)
-        write_csv(options.results / "cifar_small_tuning.csv", rows)
+        update_csv(options.results / "cifar_small_tuning.csv", rows, "optimizer")
 
 
 # --- the table
 
 
 def table(options: argparse.Namespace) -> None:
-    """Train every optimizer on every seed; write a CSV file of all runs, and print the medians."""
+    """Train every optimizer on every seed; write the runs to a CSV file, and print the medians."""
     for seed in SEEDS:
         for optimizer in options.optimizers:
             run_dir = options.runs / "table" / f"{optimizer}_seed{seed}"
             train(run_dir, optimizer, [*data_argument(options), "--seed", str(seed)])
     rows = [row(options.runs / "table" / f"{o}_seed{s}", o, s) for o in options.optimizers for s in SEEDS]
-    write_csv(options.results / "cifar_small.csv", rows)
+    update_csv(options.results / "cifar_small.csv", rows, "optimizer")
     print_table(rows)
 
 
@@ -191,8 +191,8 @@ def row(run_dir: Path, optimizer: str, seed: int) -> dict[str, Any]:
         **{name: "" if x is None else round(x, 2) for name, x in reached.items()},
         "best_validation_top1": round(result["best_top1"], 2),
         "epochs_run": len(curve),
-        "seconds_per_epoch": round(result["train_seconds"] / len(curve), 2),
-        "memory_peak_mb": round(max(float(point["memory_peak_bytes"]) for point in curve) / 1e6),
+        "seconds_per_epoch": round(result["train_seconds"] / len(curve), 2) if curve else "",
+        "memory_peak_mb": round(max(float(point["memory_peak_bytes"]) for point in curve) / 1e6) if curve else "",
     }
 
 
@@ -214,8 +214,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(rows: list[dict[str, Any]], column: str, width: int, digits: int = 0) -> str:
-    middle = median(inf if row[column] == "" else float(row[column]) for row in rows)
-    return f"{'–':>{width}}" if middle == inf else f"{middle:>{width}.{digits}f}"
+    """The median; what a run does not have is worse than all numbers, and NaN is no number."""
+    numbers = [float(row[column] or "nan") for row in rows]
+    worst = -inf if column.startswith("best") else inf
+    middle = median(worst if isnan(number) else number for number in numbers)
+    return f"{'–':>{width}}" if middle == worst else f"{middle:>{width}.{digits}f}"
 
 
 def data_argument(options: argparse.Namespace) -> list[str]:

@@ -72,7 +72,9 @@ def counting() -> Iterator[Counter]:
 def measure_update(name: str, task: str, world: World) -> dict[str, Any]:
     """What one update of an agent sends, after 2,048 steps of 8 environments; collecting is not counted."""
     algorithm, options = UPDATES[name]
-    model = algorithm("MlpPolicy", make_vec_env(task, 8 // world.size, seed=0), n_steps=256, device="cpu", **options)
+    model = algorithm(
+        "MlpPolicy", make_vec_env(task, 8 // world.size, seed=0), n_steps=256, seed=0, device="cpu", **options
+    )
     model.join(world.group)
     sent: list[Counter] = []
     update = model.train
@@ -143,6 +145,8 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out or Path(f"docs/results/communication{'_agents' if options.agents else ''}.csv")
     with open_world("cpu") as world:
+        if world.size == 1:
+            parser.error("one process sends nothing: start it by torchrun --standalone --nproc_per_node=2")
         if options.agents:
             rows = [measure_update(name, options.task, world) for name in UPDATES]
         else:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from interleaved import machine, write_csv
+from interleaved import at_least, machine, write_csv
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
@@ -76,11 +76,14 @@ def score(agent: TRPO, observations: Tensor, returns: Tensor) -> float:
         return float(explained_variance(agent.policy.predict_values(observations).flatten().numpy(), returns.numpy()))
 
 
+FIRST = 5  #: so many rollouts show where all began, and are not counted
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--before", type=int, default=40_000, help="steps of training before the first rollout")
-    parser.add_argument("--rollouts", type=int, default=60)
+    parser.add_argument("--rollouts", type=at_least(FIRST + 1), default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
@@ -115,8 +118,8 @@ def main() -> None:
             {
                 "env": options.env,
                 "critic": name,
-                "explained_variance_next": f"{np.mean(unseen[5:]):.4f}",  # the first ones show where all began
-                "explained_variance_fitted": f"{np.mean(seen[5:]):.4f}",
+                "explained_variance_next": f"{np.mean(unseen[FIRST:]):.4f}",
+                "explained_variance_fitted": f"{np.mean(seen[FIRST:]):.4f}",
                 "cpu_ms_median": f"{1e3 * np.median(seconds):.2f}",
                 "rollouts": options.rollouts,
                 "seed": options.seed,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import machine, measure, write_csv
+from interleaved import at_least, machine, measure, update_csv
 
 from envs import make_vec_env
 from envs.envpool_vec_env import EnvPoolVecEnv, import_envpool
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("environments", nargs="*", default=ENVIRONMENTS, help=f"default: {' '.join(ENVIRONMENTS)}")
     parser.add_argument("--n-envs", type=int, nargs="+", default=[16, 32], help="default: 16 32")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4], help="EnvPool's threads; default: 1 2 4")
-    parser.add_argument("--steps", type=int, default=2048, help="steps of one turn; default: 2048")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each variant; default: 10")
+    parser.add_argument("--steps", type=at_least(1), default=2048, help="steps of one turn; default: 2048")
+    parser.add_argument("--rounds", type=at_least(1), default=10, help="turns of each variant; default: 10")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file; default: docs/results/environments.csv")
     arguments = parser.parse_args()
 
@@ -96,7 +96,7 @@ def main() -> None:
                     f"{row['steps_per_second']:10,}",
                     flush=True,
                 )
-            write_csv(arguments.output, rows)
+            update_csv(arguments.output, rows, "environment", "n_envs", "machine")
 
 
 if __name__ == "__main__":

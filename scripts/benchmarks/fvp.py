@@ -20,7 +20,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from interleaved import machine, make_parser, measure, ratio, synchronize, write_csv
+from interleaved import machine, make_parser, measure, ratio, synchronize, with_number, write_csv
 from torch import nn
 from torch.func import functional_call, jvp
 
@@ -33,16 +33,17 @@ def mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(17, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 6))
 
 
-def problems(names: list[str], device: torch.device) -> dict[str, tuple[nn.Module, torch.Tensor, families.Family]]:
+def problems(
+    of: list[tuple[str, int]], device: torch.device
+) -> dict[str, tuple[nn.Module, torch.Tensor, families.Family]]:
     made: dict[str, tuple[nn.Module, torch.Tensor, families.Family]] = {}
-    for name in names:
-        model_name, batch = name.rsplit("@", 1)
+    for model_name, batch in of:
         if model_name.startswith("mlp-"):
             model: nn.Module = mlp(int(model_name.removeprefix("mlp-")))
-            x, family = torch.randn(int(batch), 17), families.Gaussian()
+            x, family = torch.randn(batch, 17), families.Gaussian()
         else:
-            model, x, family = model_from_name(model_name), torch.randn(int(batch), 3, 32, 32), families.Categorical()
-        made[name] = model.to(device), x.to(device), family
+            model, x, family = model_from_name(model_name), torch.randn(batch, 3, 32, 32), families.Categorical()
+        made[f"{model_name}@{batch}"] = model.to(device), x.to(device), family
     return made
 
 
@@ -127,7 +128,8 @@ def main() -> None:
     parser.add_argument(
         "problems",
         nargs="*",
-        default=["mlp-64@2048", "mlp-64@8192", "densenet-19@128", "wrn-16-1@128"],
+        type=with_number("@", 1),
+        default=[("mlp-64", 2048), ("mlp-64", 8192), ("densenet-19", 128), ("wrn-16-1", 128)],
         help="MODEL@BATCH",
     )
     parser.add_argument("--device", default="cpu")

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from interleaved import machine, write_csv
-from masks import Curve
+from interleaved import at_least, machine, write_csv
+from masks import EVERY, Curve
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
@@ -72,8 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", default="0-4", help="such as 0-2 or 0,3 (default 0-4)")
-    parser.add_argument("--timesteps", type=int, default=preset["timesteps"])
-    parser.add_argument("--episodes", type=int, default=100, help="of the evaluation at the end (default 100)")
+    parser.add_argument("--timesteps", type=at_least(EVERY), default=preset["timesteps"])
+    parser.add_argument("--episodes", type=at_least(1), default=100, help="of the evaluation at the end (default 100)")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -91,8 +91,9 @@ def main() -> None:
             returns: Any = evaluate_policy(model, env, options.episodes, return_episode_rewards=True, warn=False)[0]
             env.close()
             about = {"machine": machine(), "way": way, "seed": seed}
-            rows += [{**about, "steps": s, "return_mean": r, "evaluated": "", "least": ""} for s, r in curve.points]
-            rows[-1] |= {"evaluated": round(float(np.mean(returns)), 4), "least": float(np.min(returns))}
+            own = [{**about, "steps": s, "return_mean": r, "evaluated": "", "least": ""} for s, r in curve.points]
+            own[-1] |= {"evaluated": round(float(np.mean(returns)), 4), "least": float(np.min(returns))}
+            rows += own
             print(f"{way:14s} seed {seed}: return {rows[-1]['return_mean']}, of the mode {rows[-1]['evaluated']}")
             if options.csv is not None:
                 write_csv(options.csv, rows)

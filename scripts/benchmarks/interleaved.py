@@ -16,11 +16,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from npg.runs.files import read_rows
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from ``low`` on."""
+
+    def whole(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= low):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {low}")
+        return int(text)
+
+    return whole
+
+
+def with_number(separator: str, low: int) -> Callable[[str], tuple[str, int]]:
+    """The type of an option that is a name and a whole number from ``low`` on, such as ``mlp-64@2048``."""
+
+    def parts(text: str) -> tuple[str, int]:
+        name, _, number = text.rpartition(separator)
+        if not name:
+            raise argparse.ArgumentTypeError(f"{text!r} has no number: write {text}{separator}{max(low, 2048)}")
+        return name, at_least(low)(number.replace("_", ""))
+
+    return parts
+
 
 def make_parser(description: str | None, rounds: int, threads: int = 2) -> argparse.ArgumentParser:
     """A parser with ``--rounds``, ``--threads`` and ``--csv``, which measurements in turns have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each [%(default)s]")
+    parser.add_argument("--rounds", type=at_least(1), default=rounds, help="turns of each [%(default)s]")
     parser.add_argument("--threads", type=int, default=threads, help="CPU threads of PyTorch [%(default)s]")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     return parser
@@ -128,3 +153,18 @@ def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def update_csv(path: Path | None, rows: Sequence[Mapping[str, Any]], *keys: str) -> None:
+    """Write the rows in the place of those that a file has with the same ``keys``; its others stay, before them.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
+    if path is None:
+        return
+    former = read_rows(path)
+    if former and list(former[0]) != list(rows[0]):
+        raise ValueError(f"{path} has the columns {', '.join(former[0])}, not {', '.join(rows[0])}: write elsewhere")
+    new = {tuple(str(row[key]) for key in keys) for row in rows}
+    write_csv(path, [*(row for row in former if tuple(row[key] for key in keys) not in new), *rows])

@@ -18,7 +18,7 @@ from time import perf_counter, process_time
 
 import numpy as np
 import torch
-from interleaved import machine, make_parser, measure, ratio, write_csv
+from interleaved import at_least, machine, make_parser, measure, ratio, with_number, write_csv
 from torch import Tensor
 
 from npg.curvature.two_sided import _iterate
@@ -67,14 +67,15 @@ def iterations_of_newton(s: Tensor) -> int:
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=5, threads=1)
-    parser.add_argument("--sizes", nargs="+", default=["8x64", "5x144", "4x288", "3x576"], metavar="NxD")
+    sizes = [("8", 64), ("5", 144), ("4", 288), ("3", 576)]
+    parser.add_argument("--sizes", nargs="+", type=with_number("x", 1), default=sizes, metavar="NxD")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is not idle")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = []
-    for size in options.sizes:
-        count, dim = (int(x) for x in size.split("x"))
+    for number, dim in options.sizes:
+        count, size = at_least(1)(number), f"{number}x{dim}"
         past, now = factors(count, dim)
         shift = 1e-3 * now.diagonal(dim1=1, dim2=2).mean(-1)
         s, basis = damped(now), torch.linalg.eigh(past)[1].flip(-1)

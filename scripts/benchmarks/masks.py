@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from interleaved import machine, write_csv
+from interleaved import at_least, machine, write_csv
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
@@ -86,8 +86,11 @@ def maskable_ppo(env: VecEnv, seed: int) -> Any:
 ALGORITHMS = {"trpo": trpo, "contrib-maskable-ppo": maskable_ppo}
 
 
+EVERY = 2048
+
+
 class Curve(BaseCallback):
-    """Steps and mean return, every 2048 steps."""
+    """Steps and mean return, after every so many steps; both algorithms have a rollout that ends there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class Curve(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         episodes = self.model.ep_info_buffer or []
-        if episodes and self.num_timesteps % 2048 == 0:
+        if episodes and self.num_timesteps % EVERY == 0:
             self.points.append((self.num_timesteps, round(float(safe_mean([e["r"] for e in episodes])), 4)))
 
 
@@ -108,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--algos", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--seeds", default="0-2", help="such as 0-2 or 0,3 (default 0-2)")
-    parser.add_argument("--timesteps", type=int, default=100_000)
+    parser.add_argument("--timesteps", type=at_least(EVERY), default=100_000)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -122,7 +125,7 @@ def main() -> None:
                 env.close()
                 about = {"machine": machine(), "task": task, "algo": algo, "seed": seed}
                 rows += [{**about, "steps": steps, "return_mean": mean} for steps, mean in curve.points]
-                print(f"{task:14s} {algo:22s} seed {seed}: return {rows[-1]['return_mean']}", flush=True)
+                print(f"{task:14s} {algo:22s} seed {seed}: return {curve.points[-1][1]}", flush=True)
                 if options.csv is not None:
                     write_csv(options.csv, rows)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import machine, write_csv
+from interleaved import machine, with_number, write_csv
 
 from npg.runs.files import read_rows
 
@@ -89,7 +89,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="ENV_ID:STEPS")
+    add("tasks", nargs="+", type=with_number(":", 200), metavar="ENV_ID:STEPS")
     add("--every", type=float, default=2.0, metavar="SECONDS", help="[%(default)s]")
     add("--csv", type=Path, help="write the rows here, and the picture beside it")
     options = parser.parse_args(arguments)
@@ -97,10 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("processes are looked at by /proc, which this system does not have: run it on Linux")
     rows: list[dict[str, Any]] = []
     print(f"{'task':<20}{'steps':>12}{'seconds':>9}{'memory, MB':>12}{'files':>7}{'grown by':>18}")
-    for name in options.tasks:
-        task, _, steps = name.rpartition(":")
+    for task, steps in options.tasks:
         with tempfile.TemporaryDirectory() as folder:
-            of = watch(task, int(steps), options.every, Path(folder))
+            of = watch(task, steps, options.every, Path(folder))
         rows += [{**row, "machine": machine()} for row in of]
         last, more = of[-1], f"{growth(of, 'memory_mb'):+.1f} MB {growth(of, 'files'):+.0f}"
         print(

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from interleaved import at_least
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import sync_envs_normalization
 
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--timesteps", type=int, help="by default those of our preset")
     parser.add_argument("--their-timesteps", type=int, help="of RecurrentPPO, where they are to differ")
-    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--episodes", type=at_least(1), default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path, required=True, help="a table, to which rows are appended")
     options = parser.parse_args(arguments)

@@ -30,7 +30,7 @@ import matplotlib.backends.backend_agg  # noqa: F401 - here and below what the f
 import numpy as np
 import torch._dynamo
 import torch.utils.tensorboard
-from interleaved import machine, write_csv
+from interleaved import machine, update_csv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -291,11 +291,13 @@ def main() -> int:
     add("--keep", action="store_true", help="keep the folders")
     add("--csv", type=Path, help="write the rows here")
     args = parser.parse_args()
+    if unknown := [case for case in args.case if case not in CASES]:
+        parser.error(f"case {unknown[0]!r} is unknown: there are {', '.join(CASES)}")
     torch.set_num_threads(1)
     rows = []
     for case in args.case:
         rows.append(kills(case, args.events, args.moments, args.seed, args.keep))
-        write_csv(args.csv, rows)
+        update_csv(args.csv, rows, "case")
     return int(any(row["exact"] < row["events"] + row["moments"] for row in rows))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import matplotlib.pyplot as plt
-from returns import markdown, write_tables
+from returns import markdown, told, write_tables
 from style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, WIDTH, save
 
 from npg.runs.files import read_rows
@@ -201,7 +201,8 @@ def table(curves: list[Curve], beside: Sequence[Curve] = ()) -> str:
     return markdown(head, lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@told
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", metavar="RUN", type=Path, nargs="+", help="a run folder, or a CSV of curves")
     parser.add_argument("--out", type=Path, default=Path("cifar_curves.png"), metavar="FILE", help="[%(default)s]")
@@ -212,14 +213,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--smoothing", type=float, default=0.6, metavar="W", help="weight of the past in the average [%(default)s]"
     )
     options = parser.parse_args(arguments)
-    try:
-        if not 0.0 <= options.smoothing < 1.0:
-            raise ValueError(f"--smoothing must be in [0, 1); got {options.smoothing}")
-        curves = [curve for source in options.sources for curve in read(source)]
-        beside = read(options.beside) if options.beside else []
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0.0 <= options.smoothing < 1.0:
+        raise ValueError(f"--smoothing must be in [0, 1); got {options.smoothing}")
+    if options.out.suffix != ".png":
+        raise ValueError(f"--out must be the name of a picture that ends with .png, got {options.out}")
+    curves = [curve for source in options.sources for curve in read(source)]
+    beside = read(options.beside) if options.beside else []
+    measured: dict[tuple[str, str], str] = {}
+    for curve in curves:
+        if measured.setdefault((curve.model, curve.optimizer), curve.measured_on) != curve.measured_on:
+            raise ValueError(
+                f"runs of {curve.model} with {curve.optimizer} were measured on test and on validation images, which "
+                "have no mean: give those of one kind"
+            )
     draw(curves, options.out, options.dataset, options.smoothing, beside)
     print(options.out)
     if options.table:

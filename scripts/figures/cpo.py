@@ -16,11 +16,24 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from returns import ROOT, TASKS, TUNING, Row, markdown, newest, number, options_of, returns, seeds, write_tables
+from returns import (
+    ROOT,
+    TASKS,
+    TUNING,
+    Row,
+    markdown,
+    number,
+    options_of,
+    read_points,
+    read_runs,
+    returns,
+    seeds,
+    told,
+    write_tables,
+)
 from style import BLUE, GREY, VERMILION, WIDTH, save
 
 from agents.config import resolve
-from npg.runs.files import read_rows
 from npg.runs.presets import read_yaml
 
 #: The tasks, each with the one that has no limit.
@@ -28,8 +41,9 @@ FREE: dict[str, str] = {task: entry["free"] for task, entry in read_yaml(TASKS)[
 
 
 def of(task: str, rows: Sequence[Row]) -> list[Row]:
-    """The preset's rows of a task, by seed and step."""
-    mine = [row for row in rows if (row["task"], row["algo"], row["config"]) == (task, "cpo", "preset")]
+    """The preset's rows of a task with the preset's steps, by seed and step."""
+    run = (task, "cpo", "preset", str(resolve("cpo", task).timesteps))
+    mine = [row for row in rows if (row["task"], row["algo"], row["config"], row["timesteps"]) == run]
     return sorted(mine, key=lambda row: (int(row["seed"]), int(row.get("step", 0))))
 
 
@@ -40,6 +54,8 @@ def limit(task: str) -> float:
 def draw(points: list[Row], path: Path) -> None:
     """Two panels for each task: return, and cost with its limit; a line for each seed."""
     drawn = [task for task in FREE if of(task, points)]
+    if not drawn:
+        raise ValueError("there is no evaluation of a run of CPO's presets: scripts/benchmarks/returns.py writes them")
     columns = min(3, len(drawn))
     lines = -(-len(drawn) // columns)
     figure, axes = plt.subplots(
@@ -95,25 +111,21 @@ def table(rows: list[Row], free: list[Row]) -> str:
     return markdown(head, lines)
 
 
+@told
 def main(arguments: Sequence[str] | None = None) -> int:
     parser, free_csv = options_of(__doc__, "cpo.csv"), ROOT / "docs" / "results" / "returns.csv"
     parser.add_argument("--free", type=Path, default=free_csv, metavar="FILE", help="TRPO's returns")
     options = parser.parse_args(arguments)
-    rows = [row for row in newest(read_rows(options.csv)) if int(row["seed"]) < TUNING]
-    if not rows:
-        print(f"error: {options.csv} has no row: scripts/benchmarks/returns.py writes it", file=sys.stderr)
-        return 2
-    free = [row for row in newest(read_rows(options.free)) if int(row["seed"]) < TUNING]
+    rows = [row for row in read_runs(options.csv, "return_mean", "cost_mean") if int(row["seed"]) < TUNING]
+    free = [row for row in read_runs(options.free, "return_mean") if int(row["seed"]) < TUNING]
     if options.table:
         write_tables(options.table, {"cpo": lambda: table(rows, free)})
         print(options.table)
     if options.out:
         kept = {(row["task"], row["seed"], row["commit"]) for row in rows}
-        every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
-        draw(
-            [point for point in every if (point["task"], point["seed"], point["commit"]) in kept],
-            options.out / "cpo.png",
-        )
+        every = read_points(options.csv, "cost")
+        points = [point for point in every if (point["task"], point["seed"], point["commit"]) in kept]
+        draw(points, options.out / "cpo.png")
         print(options.out / "cpo.png")
     if not (options.out or options.table):
         print(table(rows, free))

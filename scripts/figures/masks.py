@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from returns import markdown, number, options_of, write_tables
+from returns import markdown, number, options_of, read, told, write_tables
 from style import BLUE, VERMILION, panels, save
-
-from npg.runs.files import read_rows
 
 #: The levels of a task, half of the way and near what either has at the end.
 LEVELS = {"arms": (5.0, 9.0), "connect-four": (0.5, 0.8)}
@@ -30,7 +28,7 @@ Curve: TypeAlias = list[tuple[int, float]]
 def curves(path: Path) -> dict[tuple[str, str], dict[str, Curve]]:
     """(task, algorithm) → seed → (steps, return)."""
     found: dict[tuple[str, str], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
-    for row in read_rows(path):
+    for row in read(path, "scripts/benchmarks/masks.py", "task", "algo", "seed", "steps", "return_mean"):
         found[row["task"], row["algo"]][row["seed"]].append((int(row["steps"]), float(row["return_mean"])))
     return found
 
@@ -72,13 +70,13 @@ def draw(found: dict[tuple[str, str], dict[str, Curve]], path: Path) -> None:
     save(figure, path)
 
 
+@told
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(__doc__, "masks.csv").parse_args(arguments)
     found = curves(options.csv)
     if missing := [pair for pair in ((t, a) for t in LEVELS for a in ALGORITHMS) if not found[pair]]:
-        remedy = "scripts/benchmarks/masks.py writes it"
-        print(f"error: {options.csv} has no row of {' and '.join(missing[0])}: {remedy}", file=sys.stderr)
-        return 2
+        of = " and ".join(missing[0])
+        raise ValueError(f"{options.csv} has no row of {of}: scripts/benchmarks/masks.py writes it")
     if options.table:
         write_tables(options.table, {"masks": lambda: table(found)})
         print(options.table)

@@ -7,7 +7,8 @@ Pictures: ``returns_steps.png`` and ``returns_seconds.png``, evaluations over en
 seconds of training, interquartile mean of the seeds with its 95 % bootstrap interval; ``returns_bars.png``, the final
 policies beside what shall be reached and what is published; ``returns_profiles.png``, the fraction of all runs whose
 final return is at least so much, where 0 is a random policy's and 1 is what shall be reached; ``returns_peers.png``,
-every single run of the tasks that another implementation has too.
+every single run of the tasks that another implementation has too. A run that has ended keeps its return until the
+slowest of its seeds has; over seconds there is no run whose seconds are not known.
 
 Of runs with the same configuration, algorithm, task, seed and number of steps the last row counts. The pictures and
 the first two tables have the preset's runs of the seeds below 100, with as many steps as returns.yaml or the preset
@@ -21,6 +22,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,47 @@ NAMES = {
 TUNING = 100  # seeds from here on chose settings, and are not reported
 PEERS = ("contrib-trpo", "trpo")  # the same algorithm, of sb3-contrib and here
 Row = dict[str, str]
+
+
+def told(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """A command that says what is wrong with its files in one line, and ends with the status 2."""
+
+    @wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run
+
+
+def read(path: Path, writer: str, *columns: str) -> list[Row]:
+    """The rows of a table that the script ``writer`` writes.
+
+    Raises:
+        ValueError: if there are none, or if they lack one of the ``columns``.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} has no row: {writer} writes it")
+    if lacking := [name for name in columns if name not in rows[0]]:
+        raise ValueError(f"{path} has no column {', '.join(lacking)}: give a table that {writer} writes")
+    return rows
+
+
+def read_runs(path: Path, *columns: str) -> list[Row]:
+    """The last row of each run in a table of scripts/benchmarks/returns.py, which has these columns too."""
+    names = ("config", "algo", "task", "seed", "timesteps", "commit")
+    return newest(read(path, "scripts/benchmarks/returns.py", *names, *columns))
+
+
+def read_points(path: Path, *columns: str) -> list[Row]:
+    """The evaluations on the way, in the file of curves beside the table of runs at ``path``."""
+    names = ("config", "algo", "task", "seed", "timesteps", "commit", "step", "return")
+    curves = path.with_name(f"{path.stem}_curves.csv")
+    return newest(read(curves, "scripts/benchmarks/returns.py", *names, *columns), "commit", "step")
 
 
 def tasks() -> dict[str, dict[str, Any]]:
@@ -127,9 +170,8 @@ def draw_curves(points: list[Row], x: str, label: str, path: Path) -> None:
             curves = [curve for curve in curves if np.isfinite(curve[0]).all()]  # seconds may be unknown
             if not curves:
                 continue
-            at, values = common_steps(curves)
-            if not len(at):
-                continue
+            last = max(steps[-1] for steps, _ in curves)
+            at, values = common_steps([(np.append(x, last), np.append(y, y[-1])) for x, y in curves])
             name, colour = named(algo)
             (lines[name],) = axis.plot(at, interquartile_mean(values), color=colour, lw=1.8)
             if len(curves) > 1:
@@ -210,17 +252,19 @@ def scores(rows: list[Row], algo: str) -> list[np.ndarray]:
 
 def draw_profiles(rows: list[Row], path: Path) -> None:
     """For each algorithm the fraction of runs, over all tasks that it has, above each score."""
-    thresholds = np.linspace(0, 1.2, 121)
     figure, axis = plt.subplots(figsize=(WIDTH, 4.2))
     for algo in algos_in(rows):
         if not (tasks_of := scores(rows, algo)):
             continue
         name, colour = named(algo)
         runs = np.concatenate(tasks_of)
-        low, high = bootstrap_interval(tasks_of, lambda x: performance_profile(x, thresholds), resamples=2000)
-        label = f"{name}: {len(tasks_of)} tasks, {len(runs)} runs"
-        axis.step(thresholds, performance_profile(runs, thresholds), color=colour, where="post", label=label)
-        axis.fill_between(thresholds, low, high, color=colour, alpha=0.2, lw=0, step="post")
+        # It steps down behind each score that a run has: P(score ≥ x) is that of the next one.
+        thresholds = np.unique([0.0, *runs[(runs > 0) & (runs < 1.2)], 1.2])
+        profile = partial(performance_profile, thresholds=thresholds)
+        low, high = bootstrap_interval(tasks_of, profile, resamples=2000)
+        label = f"{name}: {len(tasks_of)} task{'s' if len(tasks_of) != 1 else ''}, {len(runs)} runs"
+        axis.step(thresholds, profile(runs), color=colour, where="pre", label=label)
+        axis.fill_between(thresholds, low, high, color=colour, alpha=0.2, lw=0, step="pre")
     axis.set_xlabel("final return (0: a random policy, 1: what shall be reached)")
     axis.set_ylabel("fraction of runs with at least so much")
     axis.set_xlim(0, 1.2)
@@ -376,16 +420,20 @@ def write_tables(page: Path, tables: Mapping[str, Callable[[], str]]) -> None:
     """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
     Raises:
-        ValueError: if the page names a table that there is not.
+        ValueError: if the page has no table, one that there is not, or one that does not end.
     """
 
     def fill(match: re.Match[str]) -> str:
+        if "<!-- table: " in match[2]:
+            raise ValueError(f"{page}: the table {match[1]!r} does not end: write <!-- end --> behind it")
         if match[1] not in tables:
             raise ValueError(f"{page} names the table {match[1]!r}; there are: {', '.join(tables)}")
         return f"<!-- table: {match[1]} -->\n\n{tables[match[1]]()}\n\n<!-- end -->"
 
     text = page.read_text(encoding="utf-8")
-    filled = re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    filled, count = re.subn(r"<!-- table: (\w+) -->(.*?)<!-- end -->", fill, text, flags=re.DOTALL)
+    if count != text.count("<!-- table: ") or not count:
+        raise ValueError(f"{page} has no table that ends: write <!-- table: {next(iter(tables))} --> <!-- end -->")
     with replacing(page) as partial:
         partial.write_text(filled, encoding="utf-8")
 
@@ -400,36 +448,37 @@ def options_of(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+@told
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(__doc__, "returns.csv").parse_args(arguments)
-    rows = newest(read_rows(options.csv))
-    if not rows:
-        print(f"error: {options.csv} has no row: scripts/benchmarks/returns.py writes it", file=sys.stderr)
-        return 2
+    rows = read_runs(options.csv, "return_mean", "cpu_seconds", "first_step_at_target", "lowest_after_target")
     shown = reported(rows)
-    kept = {(row["algo"], row["task"], row["seed"], row["commit"]) for row in shown}
-    every = newest(read_rows(options.csv.with_name(f"{options.csv.stem}_curves.csv")), "commit", "step")
-    points = [p for p in reported(every) if (p["algo"], p["task"], p["seed"], p["commit"]) in kept]
+
+    @cache
+    def points() -> list[Row]:
+        kept = {(row["algo"], row["task"], row["seed"], row["commit"]) for row in shown}
+        every = reported(read_points(options.csv, "cpu_seconds"))
+        return [p for p in every if (p["algo"], p["task"], p["seed"], p["commit"]) in kept]
+
     if options.table:
         tables = {
             "returns": lambda: table_returns(shown),
             "algorithms": lambda: table_algorithms(shown),
-            "seconds": lambda: table_seconds(shown, points),
+            "seconds": lambda: table_seconds(shown, points()),
             "stability": lambda: table_stability(rows),
             "configurations": lambda: table_configurations(rows),
         }
         write_tables(options.table, tables)
         print(options.table)
     if options.out:
-        if not shown or not points:
-            print(f"error: {options.csv} has no run of a preset with the reported steps", file=sys.stderr)
-            return 2
-        draw_curves(points, "step", "environment steps", options.out / "returns_steps.png")
-        draw_curves(points, "cpu_seconds", "processor seconds of training", options.out / "returns_seconds.png")
+        if not points():
+            raise ValueError(f"{options.csv} has no run of a preset with the reported steps")
+        draw_curves(points(), "step", "environment steps", options.out / "returns_steps.png")
+        draw_curves(points(), "cpu_seconds", "processor seconds of training", options.out / "returns_seconds.png")
         draw_bars(shown, options.out / "returns_bars.png")
         draw_profiles(shown, options.out / "returns_profiles.png")
-        if peers_tasks(points):
-            draw_peers(points, options.out / "returns_peers.png")
+        if peers_tasks(points()):
+            draw_peers(points(), options.out / "returns_peers.png")
         print(options.out)
     if not (options.out or options.table):
         print(table_returns(shown))

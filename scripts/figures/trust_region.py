@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.updates < 1:
+        parser.error(f"--updates must be at least 1, got {options.updates}")
     curves = {f"{name}\n{TASK}": agent(name, options.updates, options.seed) for name in AGENTS}
     if options.cifar is not None:
         curves[f"NGD\n{options.dataset}"] = classifier(options.cifar, options.updates, options.seed)

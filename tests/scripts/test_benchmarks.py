@@ -46,7 +46,7 @@ RUNS = {
         "way",
         {"hybrid", "flat", "contrib-flat"},
     ),
-    "critics": ("--env InvertedPendulum-v5 --before 2048 --rollouts 1", "--csv", "env", {"InvertedPendulum-v5"}),
+    "critics": ("--env InvertedPendulum-v5 --before 2048 --rollouts 6", "--csv", "env", {"InvertedPendulum-v5"}),
     "end_to_end": (
         "CartPole-v1 --seconds 0.01 --rounds 1 --threads 1",
         "--csv",

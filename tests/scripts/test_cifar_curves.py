@@ -51,6 +51,23 @@ def test_curves_of_others_are_thin_in_the_panels_of_their_kind(script: ModuleTyp
     assert [list(line.get_xdata()) for line in right.lines] == [[10.0, 20.0]] * 2
 
 
+def test_runs_that_have_no_mean_and_pictures_of_no_kind_are_refused(script: ModuleType, tmp_path, capsys) -> None:
+    folders = []
+    for name in ("test", "validation"):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "config.yaml").write_text(f"model: wrn-16-1\noptimizer: sgd\neval_on: {name}\n")
+        (folders[-1] / "metrics.csv").write_text(f"epoch,seconds,{name}_top1\n1,10,50\n")
+    out = tmp_path / "curves.png"
+    assert script.main([*map(str, folders), "--out", str(out)]) == 2
+    assert "wrn-16-1 with sgd were measured on test and on validation images" in capsys.readouterr().err
+    assert script.main([str(folders[0]), "--out", str(tmp_path / "curves")]) == 2
+    assert "must be the name of a picture that ends with .png" in capsys.readouterr().err
+    assert not out.exists()
+    assert script.main([str(folders[0]), "--out", str(out)]) == 0
+    assert out.exists()
+
+
 def test_the_longest_known_name_of_an_optimizer_ends_a_run_of_a_csv(script: ModuleType, tmp_path) -> None:
     lines = [f"densenet-19-{name}/1,valid_prec,{i},{100 + i},50" for name in ("online-ngd", "ngd") for i in range(2)]
     path = tmp_path / "curves.csv"

@@ -8,6 +8,9 @@ from types import ModuleType
 
 import pytest
 
+REST = [f"{name}_to_{level}" for name in ("epochs", "seconds") for level in (60, 70, 75)]
+REST += ["best_validation_top1", "epochs_run", "seconds_per_epoch", "memory_peak_mb"]
+
 
 @pytest.fixture(scope="module")
 def script(load) -> ModuleType:
@@ -66,6 +69,32 @@ def test_the_table_of_finished_runs(script: ModuleType, tmp_path: Path, capsys: 
     cells = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
     assert cells["sgd"] == ["0.1", "1.5", "2.6", "–", "15", "26", "–", "10.0", "300", "73.00"]
     assert cells["adagrad"][1:4] == ["1.5", "–", "–"]
+
+
+@pytest.mark.parametrize("diverged", [0, 1, 2])
+def test_a_run_that_diverged_at_once_is_the_worst_of_the_table(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], diverged: int
+) -> None:
+    for seed in script.SEEDS:
+        run = tmp_path / "runs" / "table" / f"sgd_seed{seed}"
+        finished_run(run, "sgd", [55.0, 65.0 + seed])
+        if seed == diverged:
+            (run / "diverged.txt").write_text("the loss of step 3 is not finite")
+            for name in ("summary.json", "metrics.csv"):
+                (run / name).unlink()
+    (tmp_path / "cifar_small.csv").write_text(f"optimizer,seed,lr,{','.join(REST)}\nother,0,0.1{',1' * len(REST)}\n")
+    common = ["--optimizers", "sgd", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    assert script.main(["table", *common]) == 0
+    lowest = min(65.0 + seed for seed in script.SEEDS if seed != diverged)
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == f"{lowest:.2f}"
+    with (tmp_path / "cifar_small.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["optimizer"] for row in rows] == ["other", "sgd", "sgd", "sgd"]  # what was there stays
+    assert rows[1 + diverged]["seconds_per_epoch"] == rows[1 + diverged]["epochs_to_60"] == ""
+    assert rows[1 + diverged]["best_validation_top1"] == "nan"
+    assert script.main(["table", *common]) == 0
+    with (tmp_path / "cifar_small.csv").open() as file:
+        assert list(csv.DictReader(file)) == rows
 
 
 def test_a_run_that_diverged_is_finished(script: ModuleType, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 
@@ -159,10 +160,13 @@ def test_costs_have_columns_of_their_own_and_a_picture(script: ModuleType, load,
     assert [row["cost"] for row in rows_of(tmp_path / "cpo_curves.csv")] == ["30.0", "30.0", "31.0", "31.0"]
 
     free, page = tmp_path / "free.csv", tmp_path / "page.md"
-    head = ("config", "algo", "task", "seed", "timesteps", "return_mean")
-    row = ("preset", "trpo", "Swimmer-v5", "0", "1000000", "350")
-    free.write_text("\n".join(map(",".join, (head, row, (*row[:4], "64", "1")))) + "\n")
+    head = ("config", "algo", "task", "seed", "timesteps", "commit", "return_mean")
+    row = ("preset", "trpo", "Swimmer-v5", "0", "1000000", "c", "350")
+    free.write_text("\n".join(map(",".join, (head, row, (*row[:4], "64", "c", "1")))) + "\n")
     page.write_text("<!-- table: cpo --><!-- end -->")
+    shorter = replace(case, timesteps=4000)  # a run that is not reported
+    script.record(shorter, folder, "unknown", path)
+    assert len(rows_of(path)) == 3
     figures = load("figures", "cpo")
     arguments = ["--csv", str(path), "--free", str(free), "--table", str(page), "--out", str(tmp_path)]
     assert figures.main(arguments) == 0
@@ -318,9 +322,45 @@ def test_the_tables_of_the_page(figures: ModuleType, table: Path, tmp_path: Path
     again = text
     assert figures.main(["--csv", str(table), "--table", str(page)]) == 0
     assert page.read_text() == again
-    page.write_text("<!-- table: none -->\n<!-- end -->")
-    with pytest.raises(ValueError, match="there are: returns"):
-        figures.main(["--csv", str(table), "--table", str(page)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: none -->\n<!-- end -->", "there are: returns"),
+        ("<!-- table: returns -->\nprose\n<!-- table: seconds -->\n<!-- end -->", "the table 'returns' does not end"),
+        ("<!-- table: returns --><!-- end -->\nprose\n<!-- table: seconds -->\n", "has no table that ends"),
+        ("prose", "has no table that ends"),
+    ],
+)
+def test_a_page_whose_tables_are_not_whole_stays_as_it_is(
+    figures: ModuleType, table: Path, tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert figures.main(["--csv", str(table), "--table", str(page)]) == 2
+    assert message in capsys.readouterr().err
+    assert page.read_text() == text
+
+
+def test_files_that_are_not_there_are_told(
+    load, figures: ModuleType, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(script: ModuleType, *arguments: str) -> str:
+        assert script.main(["--csv", str(table), *arguments]) == 2
+        return capsys.readouterr().err
+
+    page = tmp_path / "page.md"
+    assert "page.md" in error(figures, "--table", str(page))
+    page.write_text("<!-- table: seconds --><!-- end -->")
+    (tmp_path / "r_curves.csv").unlink()
+    for arguments in (["--table", str(page)], ["--out", str(tmp_path)]):
+        assert "r_curves.csv has no row: scripts/benchmarks/returns.py writes it" in error(figures, *arguments)
+    assert page.read_text() == "<!-- table: seconds --><!-- end -->"
+    for name in ("returns", "cpo", "masks"):
+        lacking = "has no column steps" if name == "masks" else "has no column config, algo"
+        table.write_text("task,algo,seed,return_mean\n1,2,3,4\n" if name == "masks" else "task,seed\n1,2\n")
+        assert lacking in error(load("figures", name))
 
 
 def test_the_pages_tables_are_known(figures: ModuleType, table: Path, tmp_path: Path) -> None:
@@ -340,6 +380,38 @@ def test_scores_are_between_a_random_policy_and_the_target(figures: ModuleType) 
     rows = [line("trpo", "Hopper-v5", 0, entry["random"]), line("trpo", "Hopper-v5", 1, entry["target"])]
     np.testing.assert_allclose(figures.scores(rows, "trpo"), [[0.0, 1.0]])
     assert all({"random", "target"} <= entry.keys() for entry in figures.tasks().values())
+
+
+@pytest.fixture
+def drawn(figures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """The first panel of each picture in place of its file."""
+    panels: list[Axes] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: panels.append(figure.axes[0]))
+    return panels
+
+
+def test_a_profile_is_the_fraction_of_runs_at_every_score(figures: ModuleType, drawn: list[Axes]) -> None:
+    entry = figures.tasks()["CartPole-v1"]
+    finals = [entry["random"] + score * (entry["target"] - entry["random"]) for score in (-0.1, 0.5, 1.0, 1.0, 2.0)]
+    rows = [line("trpo", "CartPole-v1", seed, value) for seed, value in enumerate(finals)]
+    figures.draw_profiles(rows, Path())
+    curve = drawn[0].lines[0]
+    assert curve.get_drawstyle() == "steps-pre"
+    x, y = curve.get_xdata(), curve.get_ydata()
+    for score, fraction in ((0.0, 0.8), (0.49, 0.8), (0.51, 0.6), (0.999, 0.6), (1.001, 0.2), (1.2, 0.2)):
+        assert y[np.searchsorted(x, score)] == fraction
+
+
+def test_a_run_that_has_ended_keeps_its_return(figures: ModuleType, drawn: list[Axes]) -> None:
+    points = []
+    for seed, seconds in ((0, 10.0), (1, 30.0)):
+        for part in (1, 2):
+            found = {"step": str(part), "cpu_seconds": str(seconds * part / 2), "return": str(100.0 * part + seed)}
+            points.append(line("trpo", "Hopper-v5", seed, 0.0) | found)
+    figures.draw_curves(points, "cpu_seconds", "seconds", Path())
+    x, y = drawn[0].lines[0].get_data()
+    assert (x[0], x[-1]) == (15.0, 30.0)  # seed 0 had ended after ten
+    np.testing.assert_allclose(y, [(200.0 + 101.0) / 2, (200.0 + 201.0) / 2])
 
 
 def test_the_pictures(figures: ModuleType, table: Path, tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ __all__ = [
     "evaluation_seed",
 ]
 
-#: Vector steps between the looks that several processes take at whether one of them was told to stop.
-LOOK_EVERY = 32
+#: Vector steps between the looks that several processes take at whether one of them was told to stop, at most; and the
+#: seconds that they shall take. torchrun waits 30 seconds after a signal, and then kills.
+LOOK_EVERY, LOOK_AFTER = 32, 5.0
 
 #: The columns of evaluations.csv with the seconds of training: on the wall, and of the processor.
 CLOCKS = ("train_seconds", "train_cpu_seconds")
@@ -305,17 +306,24 @@ class ProgressBar(BaseCallback):
 class Stop(BaseCallback):
     """Ends the training at the first step after a stop was asked for.
 
-    Where one of several processes is told to stop, all do so at the same step: at the next multiple of `LOOK_EVERY`.
+    Where one of several processes is told to stop, all do so at the same step, where they look next: after `LOOK_EVERY`
+    steps, or as many as the slowest of them takes `LOOK_AFTER` seconds for.
     """
 
     def __init__(self, request: StopRequest) -> None:
         super().__init__()
         self._request, self._agreed = request, False
+        self._looked, self._next, self._since = 0, 1, time.monotonic()
 
     def _on_step(self) -> bool:
         request = self._request
         if request.world.group is None:
             return not request.requested
-        if self.n_calls % LOOK_EVERY == 0 and request.agree():
-            self._agreed = request.requested = True
+        if self.n_calls == self._next:
+            told, seconds = request.agree(time.monotonic() - self._since)
+            if told:
+                self._agreed = request.requested = True
+            of_a_step = seconds / (self.n_calls - self._looked)
+            self._looked, self._since = self.n_calls, time.monotonic()
+            self._next += max(1, min(LOOK_EVERY, int(LOOK_AFTER / max(of_a_step, 1e-9))))
         return not self._agreed

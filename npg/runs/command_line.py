@@ -32,9 +32,16 @@ def command() -> str:
 
 
 def again(*arguments: object, command: str | None = None) -> str:
-    """A command line that starts this command again, or another one, such as ``"train_agent"``, in the same way."""
+    """A command line that starts this command again, or another one, such as ``"train_agent"``, in the same way.
+
+    This one starts again in as many processes.
+    """
     path = Path(sys.argv[0])
-    if _is_script():
+    if command is None and (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+        machines = int(os.environ.get("WORLD_SIZE", here)) // here
+        where = "--standalone" if machines == 1 else f"--nnodes={machines}"
+        words = ["torchrun", where, f"--nproc_per_node={here}", path]
+    elif _is_script():
         words = ["python", path.with_name(f"{command}.py") if command else path]
     else:
         words = [f"npg-{command.replace('_', '-')}" if command else path.name.removesuffix(".exe")]

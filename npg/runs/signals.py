@@ -32,9 +32,13 @@ class StopRequest:
         self.world, self.number, self.requested = world, 0, False
         self._former: dict[int, Any] = {}
 
-    def agree(self) -> bool:
-        """Whether one of the processes was told to stop; all ask at the same step, and all hear the same."""
-        return not self.world.min_(torch.tensor(float(not self.number), device=self.world.device))
+    def agree(self, seconds: float) -> tuple[bool, float]:
+        """Whether one of the processes was told to stop, and the most of their ``seconds``.
+
+        All ask at the same step, and all hear the same.
+        """
+        least = self.world.min_(torch.tensor([float(not self.number), -seconds], device=self.world.device))
+        return not least[0], -float(least[1])
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -1,19 +1,21 @@
 """Which environments a run and its evaluations draw; runs of policies with another structure."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from agents import hybrid, masks
-from agents.callbacks import evaluation_seed
+from agents.callbacks import Stop, evaluation_seed
 from agents.config import resolve
 from agents.evaluation import evaluate_saved
 from agents.state import begin_episodes
 from agents.training import resume, start
 from envs.seeding import Purpose, environment_seeds, purpose_seed
 from npg.parallel import World
+from npg.runs.signals import StopRequest
 
 SETTINGS = {"n_steps": 16, "n_critic_updates": 1, "policy_kwargs.net_arch": [8], "normalize": True}
 OPTIONS = {"timesteps": 64, "n_envs": 4, "eval_episodes": 1, "backend": "gymnasium", "device": "cpu"}
@@ -23,6 +25,31 @@ OPTIONS |= {"exact_resume": "restart"}
 @pytest.fixture(autouse=True)
 def one_final_episode(monkeypatch):
     monkeypatch.setattr("agents.training.FINAL_EPISODES", 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "looks"),  # of a step
+    [(0.001, [1, 33, 65]), (1.3, [1, 4, 7, 10]), (0.5, [1, 10, 19]), (20.0, list(range(1, 11)))],
+)
+def test_processes_look_often_enough_to_stop_before_torchrun_kills_them(seconds, looks, monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr("agents.callbacks.time.monotonic", lambda: now[0])
+    request = StopRequest(replace(World(torch.device("cpu"), size=2), group=object()))
+
+    def agree(since):
+        asked.append(stop.n_calls)
+        # the other process is slower, and is told to stop before the last look
+        return asked == looks, 1.0001 * since
+
+    monkeypatch.setattr(request, "agree", agree)
+    stop = Stop(request)
+    stop.model = SimpleNamespace(num_timesteps=0)
+    for _ in range(99):
+        now[0] += seconds
+        if not stop.on_step():
+            break
+    assert asked == looks
+    assert request.requested
 
 
 def begin(seed, path):

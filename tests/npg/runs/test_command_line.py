@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npg.runs.command_line import Parser, command, restarted
+from npg.runs.command_line import Parser, again, command, restarted
 
 
 @pytest.fixture
@@ -116,12 +116,30 @@ def test_the_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> N
     assert shlex.split(command()) == [sys.executable, "train.py", "--set", "a=[1, 2]"]
 
 
+@pytest.mark.parametrize(
+    ("here", "all_", "started"),
+    [
+        ("1", "1", "python"),
+        ("2", "2", "torchrun --standalone --nproc_per_node=2"),
+        ("2", "6", "torchrun --nnodes=3 --nproc_per_node=2"),
+    ],
+)
+def test_a_run_goes_on_in_as_many_processes(
+    here: str, all_: str, started: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("WORLD_SIZE", all_)
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", "trpo"])
+    assert again("--resume", "my run") == f"{started} scripts/train.py --resume 'my run'"
+    assert again("run", command="evaluate_agent") == "python scripts/evaluate_agent.py run"
+
+
 def test_only_a_run_of_the_same_arguments_is_taken_for_a_restarted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, others = "python /there/train.py trpo 'My Env'\n", "python /there/train.py mdpo 'My Env'\n"
-    again: list[bool] = [True]
-    monkeypatch.setattr("npg.parallel.restarted", lambda: again[0])
+    yes: list[bool] = [True]
+    monkeypatch.setattr("npg.parallel.restarted", lambda: yes[0])
     monkeypatch.setattr(sys, "argv", ["/here/train.py", "trpo", "My Env"])
     assert not restarted(None)
     assert not restarted(tmp_path)
@@ -129,9 +147,9 @@ def test_only_a_run_of_the_same_arguments_is_taken_for_a_restarted_one(
     assert not restarted(tmp_path)  # killed before it wrote its command
     (tmp_path / "command.txt").write_text(others + ours)
     assert restarted(tmp_path)
-    again[0] = False
+    yes[0] = False
     assert not restarted(tmp_path)
-    again[0] = True
+    yes[0] = True
     (tmp_path / "command.txt").write_text(ours + others)
     assert not restarted(tmp_path)
     (tmp_path / "command.txt").write_text("")

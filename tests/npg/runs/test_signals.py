@@ -26,10 +26,10 @@ def test_the_first_is_noted_and_the_second_ends_at_once(number: int, former: obj
     stop = StopRequest(ALONE)
     with stop:
         assert not stop.requested
-        assert not stop.agree()
+        assert stop.agree(1.5) == (False, 1.5)
         signal.raise_signal(number)
         assert (stop.number, stop.requested) == (number, True)
-        assert stop.agree()
+        assert stop.agree(0.0) == (True, 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(number) is former
@@ -54,7 +54,7 @@ def test_another_thread_trains_without_signals() -> None:
     def train() -> None:
         with StopRequest(ALONE) as stop:
             assert signal.getsignal(signal.SIGINT) is before
-            requested.append(stop.agree())
+            requested.append(stop.agree(0.0)[0])
 
     thread = threading.Thread(target=train)
     thread.start()

@@ -353,10 +353,12 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         Raises:
             ValueError: if a mini-batch cannot be shared out evenly.
         """
-        if self.critic == "adam" and self.batch_size % size(process_group):
+        processes = size(process_group)
+        of_a_row = self.n_steps if isinstance(self.rollout_buffer, SequenceBuffer) else 1
+        if self.critic == "adam" and max(1, self.batch_size // of_a_row) % processes:
+            of = "" if of_a_row == 1 else f" of {of_a_row * processes}, whole sequences of {of_a_row} steps for each"
             raise ValueError(
-                f"batch_size must be a multiple of the {size(process_group)} processes that share it, "
-                f"got {self.batch_size}"
+                f"batch_size must be a multiple{of} of the {processes} processes that share it, got {self.batch_size}"
             )
         self.process_group = process_group
         if process_group is not None:

@@ -605,6 +605,19 @@ def test_what_cannot_go_with_a_memory_is_refused():
         DeployedPolicy(small())
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "fits"), [(48, 3, True), (32, 2, True), (32, 3, False), (8, 2, False)]
+)
+def test_processes_share_a_mini_batch_in_whole_sequences(batch_size, processes, fits, monkeypatch):
+    model = small(env=ragged(6), n_steps=16, batch_size=batch_size)
+    monkeypatch.setattr("agents.base.size", lambda _: processes)
+    if fits:
+        return model.join(None)
+    whole = f"of {16 * processes}, whole sequences of 16 steps for each of the {processes} processes"
+    with pytest.raises(ValueError, match=f"batch_size must be a multiple {whole} that share it, got {batch_size}"):
+        model.join(None)
+
+
 def test_a_policy_of_sb3_contrib_is_refused_with_the_one_to_take():
     contrib = pytest.importorskip("sb3_contrib.ppo_recurrent")
     with pytest.raises(ValueError, match="such as 'MlpLstmPolicy'"):

@@ -82,6 +82,8 @@ def draw(points: list[Row], path: Path) -> None:
             va="bottom",
             fontsize=8,
             color=GREY,
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )
         pair[1].set_ylim(bottom=0)
         pair[0].set_title(task.removeprefix("npg/"), fontsize=11)

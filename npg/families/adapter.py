@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,20 @@ from npg.randomness import separate_randomness
 __all__ = ["from_torch"]
 
 T = TypeVar("T")
+
+
+@contextmanager
+def _arguments_checked() -> Iterator[None]:
+    """Where distributions look at their arguments, and so refuse what they are not defined at.
+
+    The first use of `torch.compile`, and ``python -O``, switch that off for the whole process.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class _TorchFamily(Family):
@@ -51,10 +66,12 @@ class _TorchFamily(Family):
             )
         return p
 
+    @_arguments_checked()
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._make(outputs)
         return check_events(p.log_prob(targets), outputs, targets, event=p.event_shape)
 
+    @_arguments_checked()
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         # a registered KL is a difference of terms that may be many times larger than it
         return in_double(self._kl, old, new).to(old.dtype)
@@ -71,9 +88,11 @@ class _TorchFamily(Family):
                 "torch.distributions.kl.register_kl, whose Hessian is the metric"
             ) from error
 
+    @_arguments_checked()
     def entropy(self, outputs: Tensor) -> Tensor:
         return self._make(outputs).entropy()
 
+    @_arguments_checked()
     def sample(self, outputs: Tensor, generator: Generator | None = None) -> Tensor:
         p = self._make(outputs.detach())
         draws = self._draw(p, outputs, generator)
@@ -97,6 +116,7 @@ class _TorchFamily(Family):
         with separate_randomness(outputs.device, seed):
             return p.sample()
 
+    @_arguments_checked()
     def _blocks(self, outputs: Tensor) -> Tensor:
         """M(η) = ∇²_new KL(η ‖ new) at new = η, as dense blocks (…, D, D)."""
         return self._here(lambda o: in_double(self._hessian, o), outputs.detach()).to(outputs.dtype)

@@ -1,6 +1,7 @@
 """Every family against torch.distributions, against its textbook metric, and against the theorems."""
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from npg import Fisher, families
+from npg.families.base import OutOfDomainError
 from npg.optim import NGD, DiagonalNGD
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -450,11 +452,17 @@ def test_a_curvature_that_differentiation_does_not_find_is_refused(kind):
         families.from_torch(distribution).metric(outputs)
 
 
+def slope_of_clamp(value: float) -> float:
+    """PyTorch's: on the edge itself 1, since 2.14 0."""
+    x = torch.tensor(value, requires_grad=True)
+    return float(torch.autograd.grad(x.clamp(0, 1), x)[0])
+
+
 @pytest.mark.parametrize("event", [0.0, 1e-5, 1e-3, 0.3, 30.0])
 @pytest.mark.parametrize(
     ("distribution", "metric"),
     [
-        (lambda o: D.Normal(o[..., 0].clamp(0, 1), 1.0), lambda o: float(0 <= o <= 1)),
+        (lambda o: D.Normal(o[..., 0].clamp(0, 1), 1.0), lambda o: slope_of_clamp(o) ** 2),
         (lambda o: D.Normal(o[..., 0].relu(), 0.1), lambda o: 100.0 * (o > 0)),
         (lambda o: D.Normal(o[..., 0] ** 3, 1.0), lambda o: 9 * o**4),
         (lambda o: D.Normal(functional.hardshrink(o[..., 0]), 1.0), lambda o: float(o > 0.5)),
@@ -734,6 +742,36 @@ def test_outputs_out_of_the_domain_have_an_error_of_their_own(name):
     distribution, value = BEYOND[name]
     with pytest.raises(families.OutOfDomainError, match="is not defined at these outputs"):
         families.from_torch(distribution).metric(torch.full((3, 4), value))
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Distributions that do not look at their arguments, as after the first use of `torch.compile`."""
+    before = D.Distribution._validate_args
+    D.Distribution.set_default_validate_args(False)
+    yield
+    assert D.Distribution._validate_args is False  # as it was found
+    D.Distribution.set_default_validate_args(before)
+
+
+def test_the_domain_is_looked_at_where_distributions_look_at_nothing(unchecked):
+    family = families.from_torch(lambda o: D.Independent(D.Beta(1 + o[..., :2], 2 - o[..., 2:]), 1))
+    inside, outside = torch.zeros(3, 4), torch.full((3, 4), 50.0)
+    for use in (
+        lambda o: family.log_likelihood(o, torch.full((3, 2), 0.5)),
+        lambda o: family.kl(inside, o),
+        lambda o: family.kl(o, inside),
+        family.entropy,
+        family.sample,
+        family.metric,
+        family.metric_factor,
+        lambda o: family.score(o, torch.full((3, 2), 0.5)),
+    ):
+        use(inside)
+        with pytest.raises(OutOfDomainError, match="not defined at these outputs"):
+            use(outside)
+    with pytest.raises(ValueError, match="within the support"):
+        family.log_likelihood(inside, torch.full((3, 2), 1.5))
 
 
 def test_a_mistake_in_the_map_is_not_taken_for_outputs_out_of_the_domain():

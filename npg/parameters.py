@@ -127,7 +127,7 @@ class Parameters:
         return [part if part.dtype == p.dtype else part.to(p.dtype) for part, p in zip(parts, self.tensors)]
 
     def check(self, vector: Tensor) -> None:
-        """Raise TypeError for what is no tensor, and ValueError unless ``vector`` is real and has P rows."""
+        """Raise TypeError for what is no tensor, and ValueError unless ``vector`` is real, here, and has P rows."""
         if not isinstance(vector, Tensor):
             several = isinstance(vector, (list, tuple))
             remedy = "torch.nn.utils.parameters_to_vector(…)" if several else "torch.as_tensor(…)"
@@ -143,6 +143,11 @@ class Parameters:
             raise ValueError(
                 f"vector must have shape ({self.numel},) or ({self.numel}, K), one row per trainable parameter, "
                 f"got {tuple(vector.shape)}"
+            )
+        if vector.device != self.device:
+            raise ValueError(
+                f"vector must be on {self.device}, where the parameters are, got it on {vector.device}: write "
+                "vector.to(fisher.device)"
             )
 
     @torch.no_grad()

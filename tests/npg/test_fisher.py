@@ -681,6 +681,10 @@ def test_bad_vectors_are_refused(mlp):
         with pytest.raises(ValueError, match="vector must have shape"):
             fisher.quadratic(bad)
     assert (fisher @ torch.zeros(P, 0)).shape == (P, 0)  # no column is a number of columns
+    elsewhere = torch.zeros(P, device="meta")
+    for product in (fisher.__matmul__, fisher.quadratic):
+        with pytest.raises(ValueError, match="must be on cpu, where the parameters are, got it on meta"):
+            product(elsewhere)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class RolloutBuffer(buffers.RolloutBuffer):
             yield RolloutBufferSamples(*every)
             return
         order = np.random.permutation(self.buffer_size * self.n_envs)  # noqa: NPY002  # as there, by the agent's seed
-        for some in torch.as_tensor(order).split(batch_size):
+        for some in torch.from_numpy(order).split(batch_size):
             yield RolloutBufferSamples(*(rows(part, some) for part in every))
 
 

@@ -265,7 +265,7 @@ def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.nd
     """How to store a step of which values and log-likelihoods are not known yet."""
     if isinstance(buffer, RolloutBuffer) and type(buffer) in (RolloutBuffer, DictRolloutBuffer, SequenceBuffer):
         return buffer.record
-    nothing = torch.zeros(buffer.n_envs)
+    nothing = torch.zeros(buffer.n_envs, device="cpu")
 
     def record(observations: Any, actions: np.ndarray, rewards: np.ndarray, episode_starts: np.ndarray) -> None:
         buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)

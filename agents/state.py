@@ -85,8 +85,8 @@ def _restore_generators(states: dict[str, Any]) -> None:
     """Set the generators of Python, NumPy and PyTorch to their saved states."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
-    torch.set_rng_state(torch.as_tensor(states["torch"]))
-    cuda = [torch.as_tensor(state) for state in states["cuda"]]
+    torch.set_rng_state(torch.as_tensor(states["torch"], device="cpu"))
+    cuda = [torch.as_tensor(state, device="cpu") for state in states["cuda"]]
     if len(cuda) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(cuda)
 

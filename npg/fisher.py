@@ -213,19 +213,19 @@ class Fisher:
                 flat = scores.reshape(self.events, -1)
                 for index in torch.arange(self.events, device=outputs.device).split(_CHUNK):
                     u = flat.new_zeros(len(index), *flat.shape)
-                    u[torch.arange(len(index)), index] = flat[index] * per_sample
+                    u[torch.arange(len(index), device=u.device), index] = flat[index] * per_sample
                     yield self.linearization.pull_back(u.reshape(len(index), *outputs.shape)).T
         else:
             factor = self.geometry.factor(outputs)
             for index in torch.arange(outputs.numel(), device=outputs.device).split(_CHUNK):
                 units = outputs.new_zeros(len(index), outputs.numel())
-                units[torch.arange(len(index)), index] = self.events**-0.5
+                units[torch.arange(len(index), device=units.device), index] = self.events**-0.5
                 yield self.linearization.pull_back(factor(units.reshape(len(index), *outputs.shape))).T
 
     def _columns(self) -> Iterator[Tensor]:
         for index in torch.arange(self.parameters.numel, device=self.device).split(_CHUNK):
             units = torch.zeros(self.parameters.numel, len(index), dtype=self.dtype, device=self.device)
-            units[index, torch.arange(len(index))] = 1.0
+            units[index, torch.arange(len(index), device=units.device)] = 1.0
             yield self @ units
 
     @property

@@ -177,7 +177,7 @@ def _keep_freed_memory() -> None:
     To have the pages of a temporary anew takes longer than to compute it. glibc sets its threshold by the largest block
     that was freed so far; where memory is managed in another way, this one changes nothing.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------------------- cutting

@@ -124,7 +124,7 @@ def check_average(decay: float, probes: int | None = None) -> None:
 
 def count(updates: Tensor | None, decay: float) -> tuple[Tensor, float]:
     """The number t of batches, with this one, and the weight of this one among 1, γ, γ², …: (1 − γ) / (1 − γᵗ)."""
-    updates = torch.ones((), dtype=torch.int64) if updates is None else updates + 1
+    updates = torch.ones((), dtype=torch.int64, device="cpu") if updates is None else updates + 1
     return updates, (1 - decay) / (1 - decay ** int(updates))
 
 

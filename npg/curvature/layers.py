@@ -165,8 +165,8 @@ def events_apart(linearization: Linearization, layers: Mapping[nn.Module, Key]) 
             norm.training = False
         outputs, calls = _call_layers(linearization, layers, same=not norms)
         outputs = outputs.unsqueeze(0) if outputs.ndim == 1 else outputs
-        exponents = torch.randint(8, outputs.shape[:1], generator=Generator().manual_seed(0))
-        scale = torch.ones(len(outputs)).ldexp(exponents).to(outputs)
+        exponents = torch.randint(8, outputs.shape[:1], generator=Generator().manual_seed(0), device="cpu")
+        scale = torch.ones(len(outputs), device="cpu").ldexp(exponents).to(outputs)
         uses = [(key, call) for key, made in calls.items() for call in made]
         if not uses:
             return set()
@@ -233,7 +233,7 @@ def events_at_once(elements: int) -> int:
 
 def input_moment(calls: list[Call], biased: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The sum of āāᵀ over all positions, and their number: A is the one by the other."""
-    total, rows = torch.zeros(()), 0
+    total, rows = torch.zeros((), device="cpu"), 0
     for call in calls:
         for x in call.inputs.split(events_at_once(call.patch_elements)):
             a = patches_of(call.module, x, biased).flatten(0, 1).to(dtype)

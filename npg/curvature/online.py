@@ -328,7 +328,7 @@ class InverseRoot:
         weights = {id(b): self._sizes[b.stack.indices[0]] for b in preconditioner.blocks}
         entries = sum(weights[i] * len(tau) for i, tau in squares.items())
         parts = [weights[i] * tau.sum() / entries for i, tau in squares.items()]
-        mean = torch.stack(parts).sum() if parts else torch.zeros(())
+        mean = torch.stack(parts).sum() if parts else torch.zeros((), device="cpu")
         for block in preconditioner.blocks:
             indices, dtype = block.stack.indices, block.stack.dtype
             axes, scale = [], torch.ones(len(indices), dtype=torch.float64, device=block.stack.device)

@@ -101,7 +101,9 @@ class TwoSidedCurvature:
     ) -> None:
         self.power, self.damping = power, damping
         for state in states:
-            if (saved := float(state.setdefault("power", torch.tensor(power, dtype=torch.float64)))) != power:
+            if (
+                saved := float(state.setdefault("power", torch.tensor(power, dtype=torch.float64, device="cpu")))
+            ) != power:
                 raise ValueError(f"power must stay {saved}, that of the factors; got {power}")
         owners: dict[Dimension, list[Owner]] = defaultdict(list)
         diagonals: dict[_Kind, list[_Diagonal]] = defaultdict(list)

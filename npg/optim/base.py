@@ -271,7 +271,7 @@ class ModelOptimizer(ExactResume):
         return max(int(self.state[p].get("step", 0)) for p in params if p in self.state) if self.state else 0
 
     def _count_to(self, steps: int, params: Iterable[Tensor]) -> None:
-        count = torch.tensor(steps)
+        count = torch.tensor(steps, device="cpu")
         for p in params:
             self.state[p]["step"] = count
 

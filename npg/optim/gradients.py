@@ -178,7 +178,9 @@ class _Outcome:
     def __init__(self, finite: Tensor, plans: list[Plan]) -> None:
         self.plans, self._finite, self._event = plans, finite, None
         if finite.is_cuda:
-            self._finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            self._finite = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(
+                finite, non_blocking=True
+            )
             self._event = torch.cuda.current_stream(finite.device).record_event()
 
     def taken(self) -> bool:

@@ -332,7 +332,7 @@ class NGD(ModelOptimizer):
         if self._curvature is not None:  # which parameters will hold a block is not known before the first step
             for name in ("key", *self._curvature.fields):
                 for p in params:
-                    self.state[p].setdefault(f"{self._curvature.name}_{name}", torch.empty(0))
+                    self.state[p].setdefault(f"{self._curvature.name}_{name}", torch.empty(0, device="cpu"))
 
 
 class KeptCurvature:
@@ -382,4 +382,6 @@ class KeptCurvature:
                 del state[name]
         for key, block in self.curvature.state_dict().items():
             fields = {self.prefix + name: value for name, value in block.items()}
-            states[key[0]].update({f"{self.prefix}key": torch.tensor([self.places[i] for i in key]), **fields})
+            states[key[0]].update(
+                {f"{self.prefix}key": torch.tensor([self.places[i] for i in key], device="cpu"), **fields}
+            )

@@ -40,8 +40,8 @@ class Normalization:
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         shape = (1, len(std), 1, 1)
-        scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        means, deviations = torch.tensor([mean, std], dtype=torch.float64, device="cpu")
+        scale, shift = 1.0 / (255.0 * deviations), -means / deviations
         self.scale = scale.reshape(shape).to(device, dtype)
         self.shift = shift.reshape(shape).to(device, dtype)
         self.memory_format = memory_format
@@ -127,9 +127,9 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of (inputs, labels) of this rank."""
         n = len(self) * self.batch_size
-        order = torch.randperm(len(self.labels), generator=self.generator)[:n]
-        offsets = torch.randint(self.choices, (2, n), generator=self.generator)
-        mirror = torch.randint(2, (n,), generator=self.generator)
+        order = torch.randperm(len(self.labels), generator=self.generator, device="cpu")[:n]
+        offsets = torch.randint(self.choices, (2, n), generator=self.generator, device="cpu")
+        mirror = torch.randint(2, (n,), generator=self.generator, device="cpu")
         drawn = torch.stack((order, *offsets, mirror)).reshape(4, len(self), self.batch_size)
         for index, top, left, mirrored in drawn[:, :, self.rows].to(self.labels.device).unbind(1):
             pixels = self._crop(index, top, left, mirrored.bool() if self.augment else None)

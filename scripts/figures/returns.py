@@ -434,8 +434,8 @@ def write_tables(page: Path, tables: Mapping[str, Callable[[], str]]) -> None:
     filled, count = re.subn(r"<!-- table: (\w+) -->(.*?)<!-- end -->", fill, text, flags=re.DOTALL)
     if count != text.count("<!-- table: ") or not count:
         raise ValueError(f"{page} has no table that ends: write <!-- table: {next(iter(tables))} --> <!-- end -->")
-    with replacing(page) as partial:
-        partial.write_text(filled, encoding="utf-8")
+    with replacing(page) as unfinished:
+        unfinished.write_text(filled, encoding="utf-8")
 
 
 def options_of(description: str | None, name: str) -> argparse.ArgumentParser:

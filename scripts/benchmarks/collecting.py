@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from interleaved import machine, make_parser, measure, ratio, write_csv
+from interleaved import environment, machine, make_parser, measure, ratio, write_csv
 from stable_baselines3.common import buffers, vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
@@ -99,7 +99,7 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=12)
-    parser.add_argument("--env", default="HalfCheetah-v5")
+    parser.add_argument("--env", type=environment, default="HalfCheetah-v5")
     parser.add_argument("--n-envs", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--steps", type=int, default=128, help="vector steps of a turn")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from interleaved import at_least, machine, write_csv
+from interleaved import at_least, environment, machine, write_csv
 from stable_baselines3.common.utils import explained_variance
 from torch import Tensor
 
@@ -81,7 +81,7 @@ FIRST = 5  #: so many rollouts show where all began, and are not counted
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="HalfCheetah-v5")
+    parser.add_argument("--env", type=environment, default="HalfCheetah-v5")
     parser.add_argument("--before", type=int, default=40_000, help="steps of training before the first rollout")
     parser.add_argument("--rollouts", type=at_least(FIRST + 1), default=60)
     parser.add_argument("--seed", type=int, default=0)

@@ -23,7 +23,7 @@ import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from interleaved import machine, make_parser, one_turn, ratio, write_csv
+from interleaved import environment, machine, make_parser, one_turn, ratio, write_csv
 from peers import trpo_settings
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.env_util import make_atari_env
@@ -189,7 +189,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=5)
-    parser.add_argument("tasks", nargs="*", default=TASKS, help=f"default: {' '.join(TASKS)}")
+    parser.add_argument("tasks", nargs="*", type=environment, default=TASKS, help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--seconds", type=float, default=4.0, help="of one turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--png", type=Path, help="draw it")

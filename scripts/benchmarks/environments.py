@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import at_least, machine, measure, update_csv
+from interleaved import at_least, environment, machine, measure, update_csv
 
 from envs import make_vec_env
 from envs.envpool_vec_env import EnvPoolVecEnv, import_envpool
@@ -77,7 +77,9 @@ def compare(env_id: str, n_envs: int, threads: list[int], steps: int, rounds: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("environments", nargs="*", default=ENVIRONMENTS, help=f"default: {' '.join(ENVIRONMENTS)}")
+    parser.add_argument(
+        "environments", nargs="*", type=environment, default=ENVIRONMENTS, help=f"default: {' '.join(ENVIRONMENTS)}"
+    )
     parser.add_argument("--n-envs", type=int, nargs="+", default=[16, 32], help="default: 16 32")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4], help="EnvPool's threads; default: 1 2 4")
     parser.add_argument("--steps", type=at_least(1), default=2048, help="steps of one turn; default: 2048")

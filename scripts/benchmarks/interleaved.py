@@ -30,6 +30,17 @@ def at_least(low: int) -> Callable[[str], int]:
     return whole
 
 
+def environment(text: str) -> str:
+    """The type of an option that is the id of an environment which can be made here."""
+    from envs import make_vec_env
+
+    try:
+        make_vec_env(text).close()
+    except (ValueError, ImportError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def with_number(separator: str, low: int) -> Callable[[str], tuple[str, int]]:
     """The type of an option that is a name and a whole number from ``low`` on, such as ``mlp-64@2048``."""
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from interleaved import machine, make_parser, measure, ratio, write_csv
+from interleaved import environment, machine, make_parser, measure, ratio, write_csv
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -86,7 +86,7 @@ def image(path: Path | None, batches: int, seed: int) -> tuple[Fisher, Tensor, f
 def main() -> None:
     parser = make_parser(__doc__, rounds=10)
     parser.add_argument("--systems", nargs="+", choices=("policy", "image"), default=["policy", "image"])
-    parser.add_argument("--env", default="HalfCheetah-v5", help="of the policy")
+    parser.add_argument("--env", type=environment, default="HalfCheetah-v5", help="of the policy")
     parser.add_argument("--before", type=int, default=200_000, help="steps of the agent's training")
     parser.add_argument("--batches", type=int, default=88, help="of the network's training")
     parser.add_argument("--data", type=Path, help="as for train_cifar.py [CIFAR-10, downloaded]")

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from interleaved import machine, make_parser, measure, ratio, write_csv
+from interleaved import environment, machine, make_parser, measure, ratio, write_csv
 from peers import trpo_settings
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
@@ -69,7 +69,7 @@ def reset_of(agent: Any, weights: dict[str, torch.Tensor], buffer: RolloutBuffer
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=10)
-    parser.add_argument("--env", default="HalfCheetah-v5")
+    parser.add_argument("--env", type=environment, default="HalfCheetah-v5")
     parser.add_argument("--before", type=int, default=100_000, help="steps of training before the rollout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--png", type=Path, help="draw it")

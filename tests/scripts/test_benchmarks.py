@@ -130,3 +130,20 @@ def test_a_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     measured = [k for k in rows[0] if any(kind in k for kind in kinds)]
     assert measured
     assert all(math.isfinite(float(row[k])) for row in rows for k in measured if row[k])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["collecting --env", "critics --env", "update --env", "preconditioning --env", "end_to_end", "environments"],
+)
+def test_an_unknown_environment_is_one_message(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sb3_contrib")
+    name, *option = command.split()
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *option, "HalfCheatah-v5"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert "env_id='HalfCheatah-v5' is not known. Did you mean HalfCheetah-v5" in capsys.readouterr().err

@@ -198,6 +198,8 @@ class Fisher:
     def quadratic(self, v: Tensor) -> Tensor:
         """vᵀFv for (P,) → (), or columnwise for (P, K) → (K,), at the cost of a push forward alone."""
         self.parameters.check(v)
+        if v.ndim == 2 and v.shape[1] == 0:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
         u = self.linearization.push_forward(v.to(self.dtype))
         products = (u * self._metric(u)).flatten(v.ndim - 1).sum(-1, dtype=torch.float64)
         return self._mean_(products / self.events).to(self.dtype)

@@ -21,7 +21,7 @@ for which no way is right is refused by name.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -45,7 +45,7 @@ from npg.acceleration import (
     same_outputs,
     sums_agree,
 )
-from npg.graph import graph_nodes
+from npg.graph import graph_nodes, leaves_of
 from npg.model import (
     Buffers,
     Model,
@@ -93,8 +93,7 @@ class Linearization:
         *,
         move_statistics: bool = False,
     ) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("torch.inference_mode() records no derivatives: linearise a model outside of it")
+        _check_mode()
         model, _ = unwrapped(model)
         if not callable(model):
             raise TypeError(
@@ -132,21 +131,27 @@ class Linearization:
         self._values = self.parameters.copy()
         mine = set(map(id, self.parameters.tensors))
         frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
-        others = [x for x in (*pytree.tree_leaves(self._inputs), *frozen) if isinstance(x, Tensor)]
+        given = [x for x in pytree.tree_leaves(self._inputs) if isinstance(x, Tensor)]
+        self._check_history(given)
+        others = [*given, *frozen]
         self._others = [x for x in others if not x.is_inference()]  # which has no version
         versions = self._present_versions()
         with torch.enable_grad(), nullcontext() if move_statistics else frozen_statistics(model):
             self._graph: Tensor | None = self.forward(self.leaves)
-        self.outputs = self._graph.detach()
-        _check_checkpoints(self._graph, model)
+        # They may lie in the memory of a parameter, or in one that the next forward pass writes to.
+        self.outputs = self._graph.detach().clone()
+        nodes = graph_nodes(self._graph)
+        _check_checkpoints(nodes, model)
+        self._lowest = _lowest(nodes, self._autocast)
         if not self._graph.requires_grad:
             raise ValueError("the outputs of model do not depend on any trainable parameter")
-        moved = self._present_versions()
-        self._versions = [*versions[: len(self.leaves)], *moved[len(self.leaves) :]]
-        if moved[len(self.leaves) :] != versions[len(self.leaves) :] and not self._repeats():  # ReLU in place does
-            raise ValueError(
+        n, moved = len(self.leaves), self._present_versions()
+        self._versions = [*versions[:n], *moved[n:]]
+        if moved[n:] != versions[n:] and not (self._repeats() and self._present_versions() == moved):
+            raise ValueError(  # ReLU in place writes too, and changes nothing
                 f"the forward pass of {_name(model)} writes to its inputs (x.sub_(…), x -= …) or frozen parameters, "
-                "which later passes read: write x = x - … in its place. These inputs have changed already"
+                "which later passes read: write x = x - … in its place, and keep what moves from pass to pass in "
+                "buffers (register_buffer). These inputs, or parameters, have changed already"
             )
         self._maps: Maps | None = None
         self._other_outputs = False  # whether a second forward pass was seen to give them
@@ -156,15 +161,16 @@ class Linearization:
     @property
     def precision(self) -> float:
         """The relative rounding error ε of one operation of the network."""
-        return precision(self.parameters, self._autocast)
+        return precision(self.parameters, self._lowest)
 
-    def forward(self, values: Sequence[Tensor] | None = None) -> Tensor:
-        """η at the given values of the parameters, by default at the present ones; (…, D)."""
+    def forward(self, values: Sequence[Tensor] | None = None, inputs: tuple[Any, ...] | None = None) -> Tensor:
+        """η at the given values of the parameters, by default at the present ones, and at its inputs; (…, D)."""
         values = self.parameters.tensors if values is None else values
+        inputs = self._inputs if inputs is None else inputs
         with layer_by_layer():
             if self._direct and values is self.parameters.tensors:
-                return _at_least_float(cast(nn.Module, self.model)(*self._inputs))
-            return _at_least_float(self._call(self.parameters.named(values)))
+                return _at_least_float(cast(nn.Module, self.model)(*inputs))
+            return _at_least_float(self._call(self.parameters.named(values), *inputs))
 
     def record(self, *, same: bool = True) -> Tensor:
         """The forward pass once more, as a graph over ``leaves``: with the same dropout, and moving nothing.
@@ -172,6 +178,7 @@ class Linearization:
         Raises:
             RuntimeError: if its outputs are not the ``same``.
         """
+        _check_mode()
         self._check()
         with torch.enable_grad(), self.as_before():
             graph = self.forward(self.leaves)
@@ -179,13 +186,22 @@ class Linearization:
             raise RuntimeError(_OTHERWISE)
         return graph
 
+    def _check_history(self, given: Sequence[Tensor]) -> None:
+        """Raise ValueError where an input is computed by the parameters: products would see that, and no trial."""
+        mine = dict(zip(map(id, self.leaves), self.parameters.names))
+        nodes = set().union(*(graph_nodes(x) for x in given if x.grad_fn is not None))
+        if found := [mine[i] for i in leaves_of(nodes) if i in mine]:
+            raise ValueError(
+                f"inputs are computed by {', '.join(sorted(found))}, which are parameters of {_name(self.model)}: give "
+                "inputs.detach(), or a model that computes them itself"
+            )
+
     @torch.no_grad()
     def _repeats(self) -> bool:
         """Whether a forward pass over copies of the inputs gives the same outputs."""
         copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._inputs)
-        with self.as_before(), layer_by_layer():
-            outputs = _at_least_float(self._call(self.parameters.named(self.leaves), *copies))
-        return same_outputs(self.outputs, outputs, self.precision)
+        with self.as_before():
+            return same_outputs(self.outputs, self.forward(self.leaves, copies), self.precision)
 
     def check_repeats(self) -> None:
         """Raise RuntimeError if a second forward pass here gives other outputs: then there is no trial of a step.
@@ -195,7 +211,7 @@ class Linearization:
         told = _told_of(self.model)
         told.checks += 1
         due = told.checks & (told.checks - 1) == 0
-        if self._other_outputs or (due and not self._repeats()):
+        if (self._other_outputs or due) and not self._repeats():
             raise RuntimeError(_OTHERWISE)
 
     @contextmanager
@@ -389,7 +405,7 @@ class Linearization:
 
     def _first_that_agrees(self) -> tuple[Maps, Tensor | None]:
         """The two maps in the first way that is right, and the graph that they read, if any."""
-        recorded = Recorded(self.parameters, self.outputs, self._by_autograd(), self._seen, self._autocast)
+        recorded = Recorded(self.parameters, self.outputs, self._by_autograd(), self._seen, self.precision)
         ways = {
             "program": self._by_program,
             "forward mode": self._by_forward_mode,
@@ -408,7 +424,11 @@ class Linearization:
             except Exception as error:  # whatever an exotic operation raises, the next way may do without it
                 reasons[way] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 continue
-            self._other_outputs = reasons.get("forward mode", "").startswith(OTHER_OUTPUTS)
+            told = [way for way, reason in reasons.items() if reason.startswith(OTHER_OUTPUTS)]
+            if told and self._repeats():  # where dropout's memory is in another order, its mask is drawn in another
+                reasons |= dict.fromkeys(told, "torch.func draws other random numbers there")
+                told = []
+            self._other_outputs = "forward mode" in told
             if reasons:
                 _say_once(self.model, way, reasons)
             return made
@@ -553,6 +573,11 @@ def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool
     )
 
 
+def _check_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode() records no derivatives: linearise a model outside of it")
+
+
 def _check_cache(model: Model) -> None:
     """Raise RuntimeError where reparametrised weights are cached: what is tried would then have the old ones."""
     cached = getattr(parametrize, "_cache_enabled", 0) and isinstance(model, nn.Module)
@@ -563,9 +588,16 @@ def _check_cache(model: Model) -> None:
         )
 
 
-def _check_checkpoints(graph: Tensor, model: Model) -> None:
+def _lowest(nodes: Iterable[Any], autocast: torch.dtype | None) -> torch.dtype | None:
+    """The type that rounds most among those that a graph computes in; None where they are float64 alone."""
+    used = {x.dtype for node in nodes for x in node._input_metadata if x.dtype.is_floating_point}
+    used |= set() if autocast is None else {autocast}
+    return max(used, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def _check_checkpoints(nodes: Iterable[Any], model: Model) -> None:
     """Raise ValueError where the graph hides parameters, whose derivatives would be zeros."""
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in graph_nodes(graph)):
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes):
         raise ValueError(
             f"{_name(model)} calls torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside "
             "from torch.autograd.grad: pass use_reentrant=False (gradient_checkpointing_enable("

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from npg.parameters import storage
+
 __all__ = [
     "Buffers",
     "Model",
@@ -39,15 +41,21 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 class Buffers:
-    """The buffers of a model, running statistics among them, as they are now."""
+    """The buffers of a model, running statistics among them, as they are now.
+
+    One that lies in a parameter's memory is none of them: it moves with the parameter.
+    """
 
     def __init__(self, model: Model) -> None:
-        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
         self._copies = [
             (module, path, name, buffer, None if buffer is None else buffer.detach().clone())
             for path, module in modules
             for name, buffer in module._buffers.items()
         ]
+        if self._copies:
+            memory = {storage(p) for p in cast(nn.Module, model).parameters()}
+            self._copies = [entry for entry in self._copies if entry[3] is None or storage(entry[3]) not in memory]
 
     def __bool__(self) -> bool:
         return bool(self._copies)
@@ -59,10 +67,17 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self, keep: Tensor | None = None) -> None:
-        """Put them back as they were, bit for bit; all but where ``keep``, (), is true."""
+        """Put them back as they were, bit for bit; all but where ``keep``, (), is true.
+
+        One that is not persistent, and was made anew in another shape, is a cache, whose size the module may have
+        written down elsewhere: it stays.
+        """
         for module, _, name, buffer, copy in self._copies:
             now = module._buffers[name]
             if buffer is now is None:
+                continue
+            cached = name in module._non_persistent_buffers_set and None not in (buffer, now)
+            if cached and cast(Tensor, buffer).shape != cast(Tensor, now).shape:
                 continue
             if keep is not None:
                 if (
@@ -112,14 +127,19 @@ def frozen_statistics(model: Model) -> Iterator[None]:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     buffers = Buffers(model)
     moved = [
-        m for m in modules if m.training and getattr(m, "track_running_stats", False) and hasattr(m, "running_mean")
+        m
+        for m in modules
+        if m.training
+        and getattr(m, "track_running_stats", False)
+        and hasattr(m, "running_mean")
+        and not isinstance(m, torch.jit.ScriptModule)  # whose switches are constants
     ]
     hidden = [(m, m.running_mean, m.running_var) for m in moved if isinstance(m, _INSTANCE_NORMS)]
-    for m in moved:
-        m.track_running_stats = False  # type: ignore[assignment]
-    for norm, *_ in hidden:
-        norm.running_mean = norm.running_var = None
     try:
+        for m in moved:
+            m.track_running_stats = False  # type: ignore[assignment]
+        for norm, *_ in hidden:
+            norm.running_mean = norm.running_var = None
         yield
     finally:
         for m in moved:
@@ -130,12 +150,14 @@ def frozen_statistics(model: Model) -> Iterator[None]:
 
 
 def unwrapped(model: Model, process_group: dist.ProcessGroup | None = None) -> tuple[Model, dist.ProcessGroup | None]:
-    """The module behind ``torch.compile`` and DistributedDataParallel, whose group is taken where none is given.
+    """The module behind ``torch.compile``, DataParallel, and DistributedDataParallel, whose group is the default.
 
-    Either may be around the other, and no forward mode passes through them.
+    Any may be around another, and no forward mode passes through them. DataParallel's other devices are not used.
     """
     while True:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, nn.DataParallel):
+            model = model.module
+        elif isinstance(model, DistributedDataParallel):
             process_group = model.process_group if process_group is None else process_group
             model = model.module
         elif (behind := getattr(model, "_orig_mod", None)) is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from npg.graph import graph_nodes, leaves_of
 
-__all__ = ["Parameters", "check_beside", "check_dtypes", "power_of_two"]
+__all__ = ["Parameters", "check_beside", "check_dtypes", "power_of_two", "storage"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,11 +33,68 @@ def check_dtypes(named: Mapping[str, Tensor]) -> None:
             raise TypeError(f"parameter {name!r} must be a tensor, got {type(p).__name__}{flat or ': convert it'}")
         if is_lazy(p):
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once on an example first")
+        if hasattr(p, "device_mesh"):  # a DTensor's
+            raise ValueError(
+                f"parameter {name!r} is sharded over processes (a DTensor, of FSDP or tensor parallelism), which no "
+                "optimizer or product here can be: keep it whole in each process, as DistributedDataParallel does"
+            )
+        if p.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made in torch.inference_mode, and has no derivatives: make the model outside "
+                "of it"
+            )
         if p.dtype not in _DTYPES or p.layout is not torch.strided:
             raise ValueError(
                 f"parameter {name!r} is a {p.dtype} tensor of layout {p.layout}: parameters that are trained must be "
                 "dense and float64, float32, bfloat16 or float16; convert it, or set requires_grad=False"
             )
+
+
+def storage(x: Tensor) -> Any:
+    """What tells the memory of a tensor from that of others."""
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+
+
+def _check_memory(named: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, with the names, where parameters share an element of memory: one's step would be lost."""
+    beside: dict[Any, list[str]] = {}
+    for name, p in named.items():
+        beside.setdefault(storage(p), []).append(name)
+    for names in beside.values():
+        tensors = [named[name] for name in names]
+        spans = sorted(map(_span, tensors))
+        apart = all(before[1] <= after[0] for before, after in pairwise(spans))
+        if apart and all(map(_apart_within, tensors)):
+            continue
+        if len({p.dtype for p in tensors}) == 1:  # columns of one matrix lie between each other, and share nothing
+            places = torch.arange(tensors[0].untyped_storage().nbytes() // tensors[0].itemsize, device="cpu")
+            taken = [places.as_strided(p.shape, p.stride(), p.storage_offset()).reshape(-1) for p in tensors]
+            if int(torch.bincount(torch.cat(taken)).amax()) <= 1:
+                continue
+        raise ValueError(
+            f"parameters {names} share memory with each other, or their own elements do, and a step in one would be "
+            "written over by the next: make one parameter of them. A layer is tied by self.b.weight = self.a.weight, "
+            "or with the transpose by F.linear(x, self.a.weight.t()) in the forward pass; an expanded parameter is "
+            "expanded there too"
+        )
+
+
+def _span(p: Tensor) -> tuple[int, int]:
+    """The bytes of the storage that a tensor reaches over, as a range."""
+    first = int(p.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride())) + 1 if p.numel() else first
+    return first * p.itemsize, last * p.itemsize
+
+
+def _apart_within(p: Tensor) -> bool:
+    """Whether each of its axes steps over all that the finer ones reach: then no two elements are at one place."""
+    reached = 0
+    for stride, size in sorted(zip(p.stride(), p.shape)):
+        if size > 1:
+            if stride <= reached:
+                return False
+            reached += (size - 1) * stride
+    return True
 
 
 def power_of_two(largest: Tensor) -> Tensor:
@@ -81,7 +140,8 @@ class Parameters:
     Raises:
         ValueError: if nothing is trainable, if parameters lie on several devices, or if one of them cannot be part of
             the vector: one that is not a dense real floating-point tensor, or whose shape is not known yet, and an
-            embedding with ``max_norm``, or with gradients that are sparse or scaled by frequency.
+            embedding with ``max_norm``, or with gradients that are sparse or scaled by frequency. Neither may
+            parameters share memory.
     """
 
     def __init__(self, source: nn.Module | Mapping[str, Tensor], only: Mapping[str, Tensor] | None = None) -> None:
@@ -91,6 +151,7 @@ class Parameters:
             _check_embeddings(source, only.values())
             source = only
         check_dtypes(source)
+        _check_memory(source)
         named = dict(source)
         if not named:
             raise ValueError("model has no trainable parameter: set requires_grad on at least one")

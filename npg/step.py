@@ -173,6 +173,7 @@ def natural_step(
             That is looked at in the 1st, 2nd, 4th, … step of a model.
     """
     _check(objective, trust_region, learning_rate, damping, constraint)
+    learning_rate = None if learning_rate is None else float(learning_rate)
     model, process_group = unwrapped(model, process_group)
     geometry = geometry_of(family if metric is None else metric)
     buffers = Buffers(model)

@@ -27,7 +27,7 @@ class Recorded:
         outputs: η, (…, D).
         pull: u ↦ Jᵀu by autograd, as a list of tensors.
         seen: a cotangent and its Jᵀu, (P,), where there are any: the gradient of a step is there already.
-        autocast: the dtype that the forward pass ran in, if not in that of its tensors.
+        epsilon: the relative rounding error of one operation of the network.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Recorded:
         outputs: Tensor,
         pull: Callable[[Tensor], Sequence[Tensor]],
         seen: tuple[Tensor, Tensor] | None,
-        autocast: torch.dtype | None,
+        epsilon: float,
     ) -> None:
         self._parameters, self._outputs, self._pull = parameters, outputs, pull
-        self._epsilon = precision(parameters, autocast)
+        self._epsilon = epsilon
         if seen is not None:
             least, largest = torch.stack(torch.aminmax(seen[0].abs())).tolist()
             if not 0 < least <= largest < inf:  # zeros would leave something unchecked
@@ -220,11 +220,10 @@ def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     )
 
 
-def precision(p: Parameters, autocast: torch.dtype | None) -> float:
-    """The relative rounding error ε of one operation."""
-    if autocast is not None:
-        return torch.finfo(autocast).eps
-    epsilon = max(torch.finfo(t.dtype).eps for t in p.tensors)
+def precision(p: Parameters, lowest: torch.dtype | None) -> float:
+    """The relative rounding error ε of one operation, in the types of the parameters and the ``lowest`` on the way."""
+    types = {t.dtype for t in p.tensors} | ({lowest} if lowest is not None else set())
+    epsilon = max(torch.finfo(dtype).eps for dtype in types)
     return epsilon if p.device.type == "cpu" or p.dtype is torch.float64 else max(epsilon, 2.0**-10)  # TF32
 
 

@@ -40,7 +40,13 @@ def check_outputs(outputs: Tensor, inputs: Any = None) -> None:
     """Raise ValueError for outputs without an axis of events, (N,): N events of one component or one of N.
 
     A function without inputs, ``inputs=()``, has no mini-batch: its outputs are one event, with or without an axis.
+    Neither may an event have no components.
     """
+    if outputs.shape[-1] == 0:
+        raise ValueError(
+            f"the model returns outputs of shape {tuple(outputs.shape)}: their last axis, an event's components, is "
+            "empty. Return at least one"
+        )
     if outputs.ndim < 2 and not (isinstance(inputs, tuple) and not inputs):
         n = outputs.numel()
         raise ValueError(

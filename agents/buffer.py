@@ -72,17 +72,19 @@ class RolloutBuffer(buffers.RolloutBuffer):
     It holds the same arrays as Stable-Baselines3's, with the same meaning.
     """
 
-    def record(
-        self, observations: Any, actions: NDArray[Any], rewards: NDArray[Any], episode_starts: NDArray[Any]
-    ) -> None:
-        """Store one step of every environment."""
+    def observe(self, observations: Any, episode_starts: NDArray[Any]) -> None:
+        """Store what every environment shows before the next step."""
         step, stored = self.pos, self.observations
         parts = ((stored[k], observations[k]) for k in stored) if isinstance(stored, dict) else [(stored, observations)]
         for array, values in parts:
             array[step] = np.reshape(values, array.shape[1:])
+        self.episode_starts[step] = episode_starts
+
+    def record(self, actions: NDArray[Any], rewards: NDArray[Any]) -> None:
+        """Store that step of every environment."""
+        step = self.pos
         self.actions[step] = actions.reshape(self.n_envs, self.action_dim)
         self.rewards[step] = rewards
-        self.episode_starts[step] = episode_starts
         self.pos = step + 1
         self.full = self.pos == self.buffer_size
 

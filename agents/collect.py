@@ -24,6 +24,7 @@ from agents import sequences
 from agents.buffer import DictRolloutBuffer, RolloutBuffer, rows, stacked
 from agents.networks import Networks
 from agents.sequences import SequenceBuffer
+from envs.checks import check_last, copied, is_episode
 from npg.model import undone_on_error
 from npg.parallel import mean_, size
 
@@ -58,12 +59,12 @@ class Collector(OnPolicyAlgorithm):
     _told: Mapping[int, Any] = MappingProxyType({})
 
     def _without_old_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> list[dict[str, Any]]:
-        """The infos of a step without episodes of before: an environment may give the same dictionary in every step."""
+        """The infos of a step without what is no episode, or one of before: some tell of one in every step."""
         told, fresh = dict(self._told), []
         for i, (info, done) in enumerate(zip(infos, dones)):
-            if episode := info.get("episode"):
-                told[i] = tuple(episode.get(key) for key in ("r", "l", "t"))
-                if not done and told[i] == self._told.get(i):
+            if (episode := info.get("episode")) is not None:
+                told[i] = tuple(episode.get(key) for key in ("r", "l", "t")) if is_episode(episode) else None
+                if told[i] is None or (not done and told[i] == self._told.get(i)):
                     info = {key: value for key, value in info.items() if key != "episode"}
             fresh.append(info)
         self._told = told
@@ -99,7 +100,7 @@ class Collector(OnPolicyAlgorithm):
         self.networks.follow()
         stepped = env.num_envs * size(self.process_group)
         shape = (env.num_envs, *(self.action_space.shape or ()))
-        record = _recorder(rollout_buffer)
+        observe, record = _recorder(rollout_buffer)
         act = self._acting(obs_as_tensor(self._last_obs, self.device), evaluate_later=type(rollout_buffer) in _STORES)
         truncated: list[_Cut] = []
         outputs: list[Tensor] = []  # of the steps that are to be evaluated, the first ones
@@ -114,6 +115,11 @@ class Collector(OnPolicyAlgorithm):
                 sampled, *said = act(obs_tensor)
                 if len(said) == 2:
                     values, log_probs = said
+                # An environment may write what comes next into the arrays that it gave.
+                if len(said) == 1:
+                    observe(self._last_obs, self._last_episode_starts)
+                else:
+                    before = copied(self._last_obs), copied(self._last_episode_starts)
                 actions = sampled.cpu().numpy().reshape(shape)
                 clipped_actions = self._within_bounds(actions)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -127,12 +133,10 @@ class Collector(OnPolicyAlgorithm):
                 if told or dones.any():  # a continuing task tells of episodes without being done
                     self._update_info_buffer(infos, dones)
                     cut = cut_off(infos, dones, n_steps)
-                observations: Any = self._last_obs
-                starts = self._last_episode_starts
                 if len(said) == 1:
                     outputs += said
                     truncated += cut
-                    record(observations, actions, rewards, starts)
+                    record(actions, rewards)
                 else:
                     if cut:  # in numbers that hold a value: an environment's own may be whole ones
                         rewards = np.array(rewards, dtype=np.result_type(rewards, np.float32))
@@ -140,6 +144,7 @@ class Collector(OnPolicyAlgorithm):
                         with torch.no_grad():
                             final_value = self.policy.predict_values(self.policy.obs_to_tensor(final)[0])
                         rewards[index] += self.gamma * float(final_value)
+                    observations, starts = before
                     rollout_buffer.add(
                         observations, actions.reshape(env.num_envs, -1), rewards, starts, values, log_probs
                     )
@@ -261,22 +266,35 @@ class Collector(OnPolicyAlgorithm):
         return list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
 
 
-def _recorder(buffer: buffers.RolloutBuffer) -> Callable[[Any, np.ndarray, np.ndarray, np.ndarray], None]:
-    """How to store a step of which values and log-likelihoods are not known yet."""
+def _recorder(
+    buffer: buffers.RolloutBuffer,
+) -> tuple[Callable[[Any, np.ndarray], None], Callable[[np.ndarray, np.ndarray], None]]:
+    """How to store a step of which values and log-likelihoods are not known yet: what is seen, and what follows."""
     if isinstance(buffer, RolloutBuffer) and type(buffer) in (RolloutBuffer, DictRolloutBuffer, SequenceBuffer):
-        return buffer.record
+        return buffer.observe, buffer.record
+    seen: list[Any] = []
     nothing = torch.zeros(buffer.n_envs, device="cpu")
 
-    def record(observations: Any, actions: np.ndarray, rewards: np.ndarray, episode_starts: np.ndarray) -> None:
-        buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, episode_starts, nothing, nothing)
+    def observe(*observed: Any) -> None:
+        seen[:] = map(copied, observed)
 
-    return record
+    def record(actions: np.ndarray, rewards: np.ndarray) -> None:
+        observations, starts = seen
+        buffer.add(observations, actions.reshape(buffer.n_envs, -1), rewards, starts, nothing, nothing)
+
+    return observe, record
 
 
 def cut_off(infos: list[dict[str, Any]], dones: np.ndarray, step: int) -> list[_Cut]:
-    """The environments whose episode was cut off by its time limit in this step."""
-    return [
-        (step, index, infos[index]["terminal_observation"])
-        for index in np.flatnonzero(dones).tolist()
-        if infos[index].get("TimeLimit.truncated", False) and infos[index].get("terminal_observation") is not None
-    ]
+    """The environments whose episode was cut off by its time limit in this step, with copies of what was seen last.
+
+    Raises:
+        FloatingPointError: for a last observation that is not finite, or absurdly large.
+    """
+    cut: list[_Cut] = []
+    for index in np.flatnonzero(dones).tolist():
+        info = infos[index]
+        if info.get("TimeLimit.truncated", False) and (last := info.get("terminal_observation")) is not None:
+            check_last(last, index, "of the rollout", step)
+            cut.append((step, index, copied(last)))
+    return cut

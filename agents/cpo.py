@@ -292,10 +292,8 @@ class CPO(TrustRegionAlgorithm):
         if isinstance(critic, NaturalCritic):
             self.cost_critic_damping = critic.damping
         if self.n_critic_updates and not isfinite(loss):
-            raise FloatingPointError(
-                f"the cost critic's loss is not finite in update {self.n_updates + 1}: the costs are too large, or "
-                "learning_rate is"
-            )
+            found = self.find_not_finite() or "the costs are too large, or learning_rate is"
+            raise FloatingPointError(f"the cost critic's loss is not finite in update {self.n_updates + 1}: {found}")
         average_(policy.buffers(), self.process_group)
         if not equal(policy.parameters(), self.process_group):
             raise RuntimeError(f"the processes have different cost critics after update {self.n_updates + 1}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
@@ -285,6 +286,7 @@ class TakesStructures(OnPolicyAlgorithm):
         """The policy, for the masks and the actions that the environments have, and the environments as it takes them.
 
         Raises:
+            TypeError: for a vector environment of Gymnasium.
             ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
                 from 0 along one axis, or a Box of whole numbers or without bounds. If observations, or a part of a Dict
                 of them, do not count so, have no axis, or are no arrays.
@@ -292,6 +294,12 @@ class TakesStructures(OnPolicyAlgorithm):
         if env is None:
             return policy, None
         made: Any = maybe_make_env(env, verbose)
+        if isinstance(made, VectorEnv):
+            raise TypeError(
+                f"env is a vector environment of Gymnasium ({type(made.unwrapped).__name__}), where Stable-Baselines3 "
+                "has its VecEnv: take envs.make_vec_env(env_id, n_envs), which uses the vector form of a task that has "
+                "one"
+            )
         check_arrays(made.observation_space, "the environments")
         venv = self._wrap_env(made, verbose)
         if _counts_otherwise(venv.action_space):

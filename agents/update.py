@@ -93,12 +93,12 @@ def update(agent: NaturalPolicyAlgorithm) -> None:
         if networks.critic_parameters:
             with training_mode(policy, but=fixed):
                 loss = critic.fit(rollout.observations, rollout.returns)
+        if networks.critic_parameters and agent.n_critic_updates and not isfinite(loss):
+            found = agent.find_not_finite() or "rewards or observations are not finite, or learning_rate is too large"
+            raise FloatingPointError(f"the critic's loss is not finite in update {agent.n_updates + 1}: {found}")
         others = agent.learn_more(rollout.observations)
     if isinstance(critic, NaturalCritic):
         agent.critic_damping = critic.damping
-    if networks.critic_parameters and agent.n_critic_updates and not isfinite(loss):
-        found = agent.find_not_finite() or "rewards or observations are not finite, or learning_rate is too large"
-        raise FloatingPointError(f"the critic's loss is not finite in update {agent.n_updates + 1}: {found}")
     critic_seconds = perf_counter() - started
 
     # 3. Several processes stay one.

@@ -21,7 +21,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
-from envs.checks import check_arrays
+from envs.checks import check_arrays, copied, is_episode
 from envs.envpool_vec_env import (
     DIFFERENCES,
     SAME_AS_GYMNASIUM,
@@ -32,6 +32,7 @@ from envs.envpool_vec_env import (
 )
 from envs.episodes import EpisodeWriter
 from envs.seeding import independently_seeded
+from envs.state import is_known
 from envs.vec_env import Float32Observations, GymnasiumVecEnv, VectorEnvAdapter, float32_space
 from envs.velocity import ROBOTS
 
@@ -216,7 +217,7 @@ class _Single:
             env = _EndsSeen(_is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs)), monitor)
         if float32_space(env.observation_space) is not env.observation_space:
             env = Float32Observations(env)
-        return env
+        return env if is_known(env) else _AsVecEnvs(env)
 
 
 class _FirstAnswers(gym.Wrapper[Any, Any, Any, Any]):
@@ -253,6 +254,23 @@ class _FirstAnswers(gym.Wrapper[Any, Any, Any, Any]):
             raise TypeError(f"{name}.step() must return a number as reward, got {reward!r}.")
         self.step = self.env.step  # type: ignore[method-assign]
         return answer
+
+
+class _AsVecEnvs(gym.Wrapper[Any, Any, Any, Any]):
+    """What Stable-Baselines3's VecEnvs take for granted of a step.
+
+    They keep the last observation of an episode while they reset, which may write the first one of the next into the
+    same array. And ``info["episode"]`` is Monitor's: anything else of that name goes. Environments that are known do
+    neither.
+    """
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            observation = copied(observation)
+        if "episode" in info and not is_episode(info["episode"]):
+            info = {key: value for key, value in info.items() if key != "episode"}
+        return observation, reward, terminated, truncated, info
 
 
 def _kinds(answer: Any) -> str:

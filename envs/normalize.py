@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common import vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from envs.checks import check_values
+from envs.checks import check_last, check_values
 from envs.masks import ACTION_MASK
 
 __all__ = ["VecNormalize", "check_ranges"]
@@ -106,7 +106,10 @@ class VecNormalize(vec_env.VecNormalize):
         if dones.any():
             for i in np.flatnonzero(dones).tolist():
                 if "terminal_observation" in infos[i]:
-                    infos[i]["terminal_observation"] = self.normalize_obs(infos[i]["terminal_observation"])
+                    last = infos[i]["terminal_observation"]
+                    if self.training:
+                        check_last(last, i, "under VecNormalize", self.steps)
+                    infos[i]["terminal_observation"] = self.normalize_obs(last)
             self.returns[dones] = 0
         return observations, rewards.astype(np.float32), dones, infos
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from stable_baselines3.common.monitor import Monitor
@@ -21,7 +22,7 @@ from envs.vec_env import Float32Observations, GymnasiumVecEnv, VectorEnvAdapter
 from envs.velocity import VelocityCost
 from npg.runs.plain import is_plain
 
-__all__ = ["has_state", "restore_state", "state_of"]
+__all__ = ["has_state", "is_known", "restore_state", "state_of"]
 
 #: What changes in the wrappers that are known, by their exact types; not of those with a function, which may remember.
 _WRAPPERS: dict[type, tuple[str, ...]] = {
@@ -49,9 +50,12 @@ def has_state(venv: VecEnv) -> bool:
     if type(venv) is VectorEnvAdapter:
         inner = venv.vector_env
         return isinstance(inner, NativeVectorEnv) and type(inner).__module__ in _OURS
-    return type(venv) is GymnasiumVecEnv and all(
-        type(layer) in _WRAPPERS or _is_known(layer) for env in venv.envs for layer in _layers(env)
-    )
+    return type(venv) is GymnasiumVecEnv and all(map(is_known, venv.envs))
+
+
+def is_known(env: gym.Env[Any, Any]) -> bool:
+    """Whether an environment is of this package or Gymnasium's, in wrappers that are known."""
+    return all(type(layer) in _WRAPPERS or _is_whole(layer) for layer in _layers(env))
 
 
 def state_of(venv: VecEnv) -> Any:
@@ -88,7 +92,7 @@ def _layers(env: Any) -> Iterator[Any]:
         env = env.env
 
 
-def _is_known(env: Any) -> bool:
+def _is_whole(env: Any) -> bool:
     """Whether this is an environment whose attributes are all there is to it."""
     module, spec = type(env).__module__, getattr(env, "spec", None)
     wrapped = spec is not None and spec.additional_wrappers

@@ -18,6 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from envs.batch import NativeVectorEnv
+from envs.checks import check_exact
 from envs.hybrid import is_hybrid
 from envs.seeding import IndependentSeeds
 
@@ -30,26 +31,37 @@ class GymnasiumVecEnv(IndependentSeeds, DummyVecEnv):
     """Gymnasium's environments, one after the other.
 
     Raises:
-        ValueError: from `reset` and `step`, if an observation, or a part of a Dict, has another shape than its space:
-            NumPy would stretch it.
+        ValueError: from `reset` and `step`, if an observation, or a part of a Dict, has another shape than its space,
+            to which NumPy would stretch it, or values that a space of whole numbers does not hold.
     """
 
     @cached_property
-    def _shapes(self) -> list[tuple[str | None, tuple[int, ...]]]:
-        """Of observations that are arrays, by their names in a Dict; the only one has no name."""
+    def _arrays(self) -> list[tuple[str | None, tuple[int, ...] | None, np.dtype[Any] | None]]:
+        """Shapes of observations that are arrays, and types of what is whole: by name, if they have names."""
         space: Any = self.observation_space
         parts = space.spaces if isinstance(space, spaces.Dict) else {None: space}
-        arrays = spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete
-        return [(name, part.shape) for name, part in parts.items() if isinstance(part, arrays)]
+        arrays = spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete
+        return [
+            (
+                name,
+                None if isinstance(part, spaces.Discrete) else part.shape,
+                part.dtype if part.dtype.kind in "iub" else None,
+            )
+            for name, part in parts.items()
+            if isinstance(part, arrays)
+        ]
 
     def _save_obs(self, env_idx: int, obs: Any) -> None:
-        for name, shape in self._shapes:
-            if (given := np.shape(obs if name is None else obs[name])) != shape:
-                part = "" if name is None else f" {name!r}"
+        for name, shape, whole in self._arrays:
+            given = obs if name is None else obs[name]
+            part = "" if name is None else f" {name!r}"
+            if shape is not None and np.shape(given) != shape:
                 raise ValueError(
-                    f"environment {env_idx} gave an observation{part} of shape {given}, and its space has {shape}: "
-                    "correct its observation_space, or what it returns"
+                    f"environment {env_idx} gave an observation{part} of shape {np.shape(given)}, and its space has "
+                    f"{shape}: correct its observation_space, or what it returns"
                 )
+            if whole is not None:
+                check_exact(given, whole, f"the observation{part} of environment {env_idx}")
         super()._save_obs(env_idx, obs)
 
 
@@ -308,12 +320,14 @@ class VectorEnvAdapter(ArrayVecEnv):
 
     def _cast(self, observations: Any) -> Observations:
         # A copy: the vector environment may reuse its memory in the next step, and a rollout keeps what it was given.
-        if isinstance(self.observation_space, spaces.Dict):
-            return {
-                key: np.array(observations[key], dtype=part.dtype)
-                for key, part in self.observation_space.spaces.items()
-            }
-        return np.array(observations, dtype=self.observation_space.dtype)
+        space: Any = self.observation_space
+        if isinstance(space, spaces.Dict):
+            return {key: self._cast_to(part, observations[key], f" {key!r}") for key, part in space.spaces.items()}
+        return self._cast_to(space, observations, "")
+
+    def _cast_to(self, space: Any, values: Any, name: str) -> NDArray[Any]:
+        check_exact(values, space.dtype, f"an observation{name} of {type(self.vector_env.unwrapped).__name__}")
+        return np.array(values, dtype=space.dtype)
 
     def close(self) -> None:
         """Close the vector environment."""

@@ -163,10 +163,12 @@ def fixed_statistics_of_the_actor(networks: Networks, observations: Any, *, movi
         The modules that have them, which belong in evaluation mode while the critic is fitted.
     """
     fixed = [] if moving else _buffers_of_the_actor(networks, observations)
-    yield [module for module, *_ in fixed]
-    for module, name, buffer, before in fixed:
-        overwrite(buffer, before)
-        setattr(module, name, buffer)
+    try:
+        yield [module for module, *_ in fixed]
+    finally:
+        for module, name, buffer, before in fixed:
+            overwrite(buffer, before)
+            setattr(module, name, buffer)
 
 
 @contextmanager

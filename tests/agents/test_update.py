@@ -179,6 +179,26 @@ def test_statistics_of_the_critic_alone_move_and_shared_ones_if_told_to(critic):
     assert moved(policy_kwargs={"share_features_extractor": False}) == {"vf_features_extractor"}
 
 
+@pytest.mark.parametrize("extractor", [Normalized, Counting])
+def test_they_are_put_back_after_an_error_too(extractor):
+    model = filled(policy_kwargs={"features_extractor_class": extractor})
+    observations = next(model.rollout_buffer.get(batch_size=None)).observations
+    before = {name: b.clone() for name, b in model.policy.named_buffers()}
+
+    def broken_off() -> None:
+        with critics.fixed_statistics_of_the_actor(model.networks, observations, moving=False) as fixed:
+            for module in fixed:
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    if buffer.is_floating_point():
+                        setattr(module, name, buffer + 1)
+            assert any(not torch.equal(b, before[name]) for name, b in model.policy.named_buffers())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken_off()
+    assert all(torch.equal(b, before[name]) for name, b in model.policy.named_buffers())
+
+
 # ------------------------------------------------------------------------------------------------- whole, or not at all
 
 

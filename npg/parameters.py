@@ -62,9 +62,9 @@ def _check_memory(named: Mapping[str, Tensor]) -> None:
         beside.setdefault(storage(p), []).append(name)
     for names in beside.values():
         tensors = [named[name] for name in names]
-        spans = sorted(map(_span, tensors))
+        spans = sorted(map(_span, tensors)) if len(tensors) > 1 else []
         apart = all(before[1] <= after[0] for before, after in pairwise(spans))
-        if apart and all(map(_apart_within, tensors)):
+        if apart and all(p.is_contiguous() or _apart_within(p) for p in tensors):
             continue
         if len({p.dtype for p in tensors}) == 1:  # columns of one matrix lie between each other, and share nothing
             places = torch.arange(tensors[0].untyped_storage().nbytes() // tensors[0].itemsize, device="cpu")

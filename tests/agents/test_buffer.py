@@ -33,7 +33,8 @@ def both(case: str) -> list[buffers.RolloutBuffer]:
             actions = np.stack([action_space.sample() for _ in range(ENVS)])
             step = (observations, actions, rng.normal(size=ENVS).astype(np.float32), rng.random(ENVS) < 0.2)
             if isinstance(buffer, RolloutBuffer):
-                buffer.record(*step)
+                buffer.observe(observations, step[3])
+                buffer.record(*step[1:3])
             else:
                 buffer.add(*step, nothing, nothing)
         buffer.values[:] = rng.normal(size=(STEPS, ENVS))

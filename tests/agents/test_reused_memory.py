@@ -48,7 +48,8 @@ def test_the_last_observation_is_that_of_the_episode_that_ended(
     several: bool, dtype: Any, vec_env_cls: type[VecEnv] | None
 ) -> None:
     env_kwargs = {"reuse": True, "several": several, "dtype": dtype}
-    env = make_vec_env(Walk, 2, seed=0, env_kwargs=env_kwargs, vec_env_cls=vec_env_cls)
+    processes = {} if vec_env_cls is None else {"vec_env_cls": vec_env_cls, "vec_env_kwargs": {"start_method": "fork"}}
+    env = make_vec_env(Walk, 2, seed=0, env_kwargs=env_kwargs, **processes)
     env.reset()
     for _ in range(5):
         observations, _, dones, infos = env.step(np.zeros(2, int))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from math import nan
 from time import perf_counter
@@ -24,7 +25,7 @@ from agents import sequences
 from agents.buffer import DictRolloutBuffer, RolloutBuffer, rows, stacked
 from agents.networks import Networks
 from agents.sequences import SequenceBuffer
-from envs.checks import check_last, copied, is_episode
+from envs.checks import check_last, is_episode
 from npg.model import undone_on_error
 from npg.parallel import mean_, size
 
@@ -119,7 +120,7 @@ class Collector(OnPolicyAlgorithm):
                 if len(said) == 1:
                     observe(self._last_obs, self._last_episode_starts)
                 else:
-                    before = copied(self._last_obs), copied(self._last_episode_starts)
+                    before: Any = deepcopy((self._last_obs, self._last_episode_starts))
                 actions = sampled.cpu().numpy().reshape(shape)
                 clipped_actions = self._within_bounds(actions)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -276,7 +277,7 @@ def _recorder(
     nothing = torch.zeros(buffer.n_envs, device="cpu")
 
     def observe(*observed: Any) -> None:
-        seen[:] = map(copied, observed)
+        seen[:] = map(deepcopy, observed)
 
     def record(actions: np.ndarray, rewards: np.ndarray) -> None:
         observations, starts = seen
@@ -296,5 +297,5 @@ def cut_off(infos: list[dict[str, Any]], dones: np.ndarray, step: int) -> list[_
         info = infos[index]
         if info.get("TimeLimit.truncated", False) and (last := info.get("terminal_observation")) is not None:
             check_last(last, index, "of the rollout", step)
-            cut.append((step, index, copied(last)))
+            cut.append((step, index, deepcopy(last)))
     return cut

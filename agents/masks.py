@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
-from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
@@ -29,6 +30,7 @@ from agents.hybrid import HybridActorCriticCnnPolicy, HybridActorCriticPolicy, H
 from agents.recurrent import RecurrentPolicy
 from envs.checks import LARGEST, check_arrays
 from envs.hybrid import HybridActions, is_hybrid, leaves
+from envs.make import as_vec_envs_take
 from envs.masks import ACTION_MASK, ActionMasks, check_mask_space, check_masks, gives_masks, mask_sizes
 
 __all__ = [
@@ -281,6 +283,12 @@ class TakesStructures(OnPolicyAlgorithm):
 
     policy_class: type[Any]
     deployed_policy: Any
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As Stable-Baselines3 does; an environment that may reuse its memory in a wrapper that copies what is kept."""
+        env = as_vec_envs_take(env) if isinstance(env, gym.Env) else env
+        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _matched(self, policy: Any, env: GymEnv | str | None, verbose: int) -> tuple[Any, Any]:
         """The policy, for the masks and the actions that the environments have, and the environments as it takes them.

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-__all__ = ["LARGEST", "check_arrays", "check_exact", "check_last", "check_values", "copied", "is_episode", "unusable"]
+__all__ = ["LARGEST", "check_arrays", "check_exact", "check_last", "check_values", "is_episode", "unusable"]
 
 LARGEST = 1e18
 """What an observation or a reward has to stay below: the square of more would leave float32."""
@@ -84,15 +84,6 @@ def check_exact(values: Any, dtype: np.dtype[Any], what: str) -> None:
             f"{what} holds {given[changed].flat[0]}, and its space has the type {dtype}, which would make it "
             f"{kept[changed].flat[0]}: correct the observation space, or what is returned"
         )
-
-
-def copied(observation: Any) -> Any:
-    """An observation in memory of its own: arrays, and dicts and tuples of them."""
-    if isinstance(observation, Mapping):
-        return {key: copied(part) for key, part in observation.items()}
-    if isinstance(observation, tuple):
-        return tuple(map(copied, observation))
-    return observation.copy() if isinstance(observation, np.ndarray) else observation
 
 
 def is_episode(value: Any) -> bool:

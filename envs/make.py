@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from envs.atari import EnvPoolAtariVecEnv, Game, ale_games, envpool_games, gymnasium_atari
-from envs.checks import check_arrays, copied, is_episode
+from envs.checks import check_arrays, is_episode
 from envs.envpool_vec_env import (
     DIFFERENCES,
     SAME_AS_GYMNASIUM,
@@ -36,7 +37,7 @@ from envs.state import is_known
 from envs.vec_env import Float32Observations, GymnasiumVecEnv, VectorEnvAdapter, float32_space
 from envs.velocity import ROBOTS
 
-__all__ = ["UnknownEnvironment", "make_vec_env"]
+__all__ = ["UnknownEnvironment", "as_vec_envs_take", "make_vec_env"]
 
 BACKENDS = ("auto", "envpool", "gymnasium")
 
@@ -212,12 +213,13 @@ class _Single:
         check_arrays(env.observation_space, f"environments of {type(env.unwrapped).__name__}")
         if type(env.unwrapped).__module__.partition(".")[0] not in ("envs", "gymnasium"):
             env = _FirstAnswers(env)
-        env = monitor = Monitor(env)
+        env = monitor = Monitor(as_vec_envs_take(env))
         if (wrap := self.python.wrapper_class) is not None:
             env = _EndsSeen(_is_env("wrapper_class", wrap(env, **self.python.wrapper_kwargs)), monitor)
+            env = as_vec_envs_take(env)
         if float32_space(env.observation_space) is not env.observation_space:
             env = Float32Observations(env)
-        return env if is_known(env) else _AsVecEnvs(env)
+        return env
 
 
 class _FirstAnswers(gym.Wrapper[Any, Any, Any, Any]):
@@ -256,18 +258,20 @@ class _FirstAnswers(gym.Wrapper[Any, Any, Any, Any]):
         return answer
 
 
-class _AsVecEnvs(gym.Wrapper[Any, Any, Any, Any]):
-    """What Stable-Baselines3's VecEnvs take for granted of a step.
+def as_vec_envs_take(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """An environment whose steps are as Stable-Baselines3's VecEnvs take for granted; one that is known is so itself.
 
     They keep the last observation of an episode while they reset, which may write the first one of the next into the
-    same array. And ``info["episode"]`` is Monitor's: anything else of that name goes. Environments that are known do
-    neither.
+    same array. And ``info["episode"]`` is Monitor's: anything else of that name goes.
     """
+    return env if is_known(env) else _AsVecEnvs(env)
 
+
+class _AsVecEnvs(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> Any:
         observation, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
-            observation = copied(observation)
+            observation = deepcopy(observation)
         if "episode" in info and not is_episode(info["episode"]):
             info = {key: value for key, value in info.items() if key != "episode"}
         return observation, reward, terminated, truncated, info

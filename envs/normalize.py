@@ -107,7 +107,7 @@ class VecNormalize(vec_env.VecNormalize):
             for i in np.flatnonzero(dones).tolist():
                 if "terminal_observation" in infos[i]:
                     last = infos[i]["terminal_observation"]
-                    if self.training:
+                    if self.training and infos[i].get("TimeLimit.truncated"):  # whose value is asked for
                         check_last(last, i, "under VecNormalize", self.steps)
                     infos[i]["terminal_observation"] = self.normalize_obs(last)
             self.returns[dones] = 0

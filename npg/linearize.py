@@ -58,7 +58,7 @@ from npg.model import (
     unwrapped,
     without_autocast,
 )
-from npg.parameters import Parameters, check_dtypes, power_of_two
+from npg.parameters import Memory, Parameters, check_dtypes, power_of_two
 from npg.randomness import random_state, replayed_randomness
 
 __all__ = ["Linearization"]
@@ -131,6 +131,7 @@ class Linearization:
         self._values = self.parameters.copy()
         mine = set(map(id, self.parameters.tensors))
         frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
+        self._inputs = self._apart_from_parameters(self._inputs)
         given = [x for x in pytree.tree_leaves(self._inputs) if isinstance(x, Tensor)]
         self._check_history(given)
         others = [*given, *frozen]
@@ -185,6 +186,17 @@ class Linearization:
         if same and not same_outputs(self.outputs, graph.detach(), self.precision):
             raise RuntimeError(_OTHERWISE)
         return graph
+
+    def _apart_from_parameters(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Inputs that lie in the memory of parameters, as ``w.detach()`` does, copied: a trial would move them too."""
+        memory, own = Memory(self.parameters.tensors), set(map(id, self.leaves))
+
+        def apart(x: Any) -> Any:
+            if not isinstance(x, Tensor) or id(x) in own or x.requires_grad or not memory.meets(x):
+                return x
+            return x.clone()
+
+        return pytree.tree_map(apart, inputs)
 
     def _check_history(self, given: Sequence[Tensor]) -> None:
         """Raise ValueError where an input is computed by the parameters: products would see that, and no trial."""

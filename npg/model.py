@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from npg.parameters import storage
+from npg.parameters import Memory
 
 __all__ = [
     "Buffers",
@@ -37,6 +37,7 @@ class FunctionalModel(Protocol):
 
 
 Model = nn.Module | FunctionalModel
+_MODES = ("training", "track_running_stats")
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -54,8 +55,13 @@ class Buffers:
             for name, buffer in module._buffers.items()
         ]
         if self._copies:
-            memory = {storage(p) for p in cast(nn.Module, model).parameters()}
-            self._copies = [entry for entry in self._copies if entry[3] is None or storage(entry[3]) not in memory]
+            memory = Memory(cast(nn.Module, model).parameters())
+            self._copies = [entry for entry in self._copies if entry[3] is None or not memory.meets(entry[3])]
+        self._beside = {
+            module: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float)) and k not in _MODES}
+            for module, *_ in self._copies
+            if not type(module).__module__.startswith("torch.nn.")
+        }
 
     def __bool__(self) -> bool:
         return bool(self._copies)
@@ -69,15 +75,13 @@ class Buffers:
     def restore(self, keep: Tensor | None = None) -> None:
         """Put them back as they were, bit for bit; all but where ``keep``, (), is true.
 
-        One that is not persistent, and was made anew in another shape, is a cache, whose size the module may have
-        written down elsewhere: it stays.
+        With them go the numbers beside them in modules of one's own: the length of a cache may be among them.
         """
+        for module, numbers in self._beside.items() if keep is None else ():
+            vars(module).update(numbers)
         for module, _, name, buffer, copy in self._copies:
             now = module._buffers[name]
             if buffer is now is None:
-                continue
-            cached = name in module._non_persistent_buffers_set and None not in (buffer, now)
-            if cached and cast(Tensor, buffer).shape != cast(Tensor, now).shape:
                 continue
             if keep is not None:
                 if (
@@ -89,6 +93,8 @@ class Buffers:
                     copy = torch.where(keep, now, copy)
                 elif keep:  # what is sparse, new, or of another shape has no where(): the host looks
                     continue
+                else:
+                    vars(module).update(self._beside.get(module, {}))
             module._buffers[name] = buffer
             if buffer is not None:
                 overwrite(buffer, cast(Tensor, copy))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from npg.graph import graph_nodes, leaves_of
 
-__all__ = ["Parameters", "check_beside", "check_dtypes", "power_of_two", "storage"]
+__all__ = ["Memory", "Parameters", "check_beside", "check_dtypes", "power_of_two"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,26 +50,56 @@ def check_dtypes(named: Mapping[str, Tensor]) -> None:
             )
 
 
-def storage(x: Tensor) -> Any:
-    """What tells the memory of a tensor from that of others."""
-    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+def _place(x: Tensor) -> tuple[int, int] | None:
+    """The addresses that its elements reach over; None of what has no memory that could be looked at."""
+    try:
+        first = x.data_ptr()
+    except (RuntimeError, ValueError, NotImplementedError):  # sparse, lazy, or a stand-in of torch.func
+        return None
+    if not (first and x.numel()):
+        return None
+    return first, first + (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1) * x.itemsize
+
+
+class Memory:
+    """Where tensors lie.
+
+    Args:
+        tensors: of one device.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        places = sorted(place for x in tensors if (place := _place(x)) is not None)
+        self._starts = [start for start, _ in places]
+        self._ends = list(accumulate((end for _, end in places), max))
+
+    def meets(self, x: Tensor) -> bool:
+        """Whether a tensor reaches over a part of it."""
+        if (place := _place(x)) is None:
+            return False
+        before = bisect_left(self._starts, place[1])
+        return before > 0 and self._ends[before - 1] > place[0]
 
 
 def _check_memory(named: Mapping[str, Tensor]) -> None:
     """Raise ValueError, with the names, where parameters share an element of memory: one's step would be lost."""
-    beside: dict[Any, list[str]] = {}
-    for name, p in named.items():
-        beside.setdefault(storage(p), []).append(name)
-    for names in beside.values():
+    places = sorted((*place, name) for name, p in named.items() if (place := _place(p)) is not None)
+    groups: list[tuple[int, list[str]]] = []  # of those that reach over each other: where they end, and their names
+    for start, end, name in places:
+        if groups and start < groups[-1][0]:
+            groups[-1] = max(end, groups[-1][0]), [*groups[-1][1], name]
+        else:
+            groups.append((end, [name]))
+    for end, names in groups:
+        names.sort(key=list(named).index)
         tensors = [named[name] for name in names]
-        spans = sorted(map(_span, tensors)) if len(tensors) > 1 else []
-        apart = all(before[1] <= after[0] for before, after in pairwise(spans))
-        if apart and all(p.is_contiguous() or _apart_within(p) for p in tensors):
+        if len(names) == 1 and (tensors[0].is_contiguous() or _apart_within(tensors[0])):
             continue
+        first, size = min(p.data_ptr() for p in tensors), tensors[0].itemsize
         if len({p.dtype for p in tensors}) == 1:  # columns of one matrix lie between each other, and share nothing
-            places = torch.arange(tensors[0].untyped_storage().nbytes() // tensors[0].itemsize, device="cpu")
-            taken = [places.as_strided(p.shape, p.stride(), p.storage_offset()).reshape(-1) for p in tensors]
-            if int(torch.bincount(torch.cat(taken)).amax()) <= 1:
+            elements = torch.arange((end - first) // size, device="cpu")
+            taken = [elements.as_strided(p.shape, p.stride(), (p.data_ptr() - first) // size) for p in tensors]
+            if int(torch.bincount(torch.cat([part.reshape(-1) for part in taken])).amax()) <= 1:
                 continue
         raise ValueError(
             f"parameters {names} share memory with each other, or their own elements do, and a step in one would be "
@@ -77,13 +107,6 @@ def _check_memory(named: Mapping[str, Tensor]) -> None:
             "or with the transpose by F.linear(x, self.a.weight.t()) in the forward pass; an expanded parameter is "
             "expanded there too"
         )
-
-
-def _span(p: Tensor) -> tuple[int, int]:
-    """The bytes of the storage that a tensor reaches over, as a range."""
-    first = int(p.storage_offset())
-    last = first + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride())) + 1 if p.numel() else first
-    return first * p.itemsize, last * p.itemsize
 
 
 def _apart_within(p: Tensor) -> bool:
@@ -151,13 +174,13 @@ class Parameters:
             _check_embeddings(source, only.values())
             source = only
         check_dtypes(source)
-        _check_memory(source)
         named = dict(source)
         if not named:
             raise ValueError("model has no trainable parameter: set requires_grad on at least one")
         devices = {p.device for p in named.values()}
         if len(devices) > 1:
             raise ValueError(f"parameters must lie on one device, got {sorted(map(str, devices))}")
+        _check_memory(named)
         self.names = list(named)
         self.tensors = list(named.values())
         self.sizes = [p.numel() for p in self.tensors]

@@ -12,6 +12,7 @@ preconditioner costs, in products.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, count
@@ -86,13 +87,18 @@ def image(path: Path | None, batches: int, seed: int) -> tuple[Fisher, Tensor, f
 def main() -> None:
     parser = make_parser(__doc__, rounds=10)
     parser.add_argument("--systems", nargs="+", choices=("policy", "image"), default=["policy", "image"])
-    parser.add_argument("--env", type=environment, default="HalfCheetah-v5", help="of the policy")
+    parser.add_argument("--env", default="HalfCheetah-v5", help="of the policy")
     parser.add_argument("--before", type=int, default=200_000, help="steps of the agent's training")
     parser.add_argument("--batches", type=int, default=88, help="of the network's training")
     parser.add_argument("--data", type=Path, help="as for train_cifar.py [CIFAR-10, downloaded]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--png", type=Path, help="draw it here")
     options = parser.parse_args()
+    if "policy" in options.systems:
+        try:
+            environment(options.env)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --env: {error}")
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for system in options.systems:

@@ -1,6 +1,7 @@
 """Environments that write into the arrays that they gave before, or whose numbers are not what their spaces say."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -18,26 +20,27 @@ pytestmark = pytest.mark.usefixtures("untraced")
 
 
 class Walk(gym.Env[Any, Any]):
-    """Counts to 5 and is truncated; ``reuse``: its state is the array that it shows, written in place."""
+    """Counts to 5 and is truncated; ``reuse``: its state is the array, or list, that it shows, written in place."""
 
     action_space: gym.Space[Any] = spaces.Discrete(2)
 
-    def __init__(self, reuse: bool, several: bool = False, dtype: Any = np.float32) -> None:
-        self.reuse, self.several, self.x = reuse, several, np.zeros(2, dtype)
+    def __init__(self, reuse: bool, several: bool = False, dtype: Any = np.float32, kind: Any = np.asarray) -> None:
+        self.reuse, self.several, self.x = reuse, several, kind(np.zeros(2, dtype))
         box = spaces.Box(-100, 100, (2,), dtype)
         self.observation_space = spaces.Dict({"a": box}) if several else box
 
     def see(self) -> Any:
-        shown = self.x if self.reuse else self.x.copy()
+        shown = self.x if self.reuse else copy(self.x)
         return {"a": shown} if self.several else shown
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
-        self.x[:] = 0
+        self.x[0] = self.x[1] = 0
         return self.see(), {}
 
     def step(self, action: Any) -> Any:
-        self.x += [1, 0.5]
+        self.x[0] += 1
+        self.x[1] += 0.5
         return self.see(), 1.0, False, bool(self.x[0] == 5), {}
 
 
@@ -59,6 +62,31 @@ def test_the_last_observation_is_that_of_the_episode_that_ended(
         last: Any = info["terminal_observation"]
         np.testing.assert_array_equal(last["a"] if several else last, [5, 2.5])
     np.testing.assert_array_equal(observations["a"] if several else observations, np.zeros((2, 2)))
+
+
+def listed(values: np.ndarray) -> list[float]:
+    return values.tolist()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, listed])
+@pytest.mark.parametrize("give", [lambda e: e, lambda e: Monitor(e), lambda e: make_vec_env(lambda: e)])
+def test_so_it_is_however_the_environment_is_given(give: Callable[[Any], Any], kind: Any) -> None:
+    agent = NPG("MlpPolicy", give(Walk(True, kind=kind)), n_steps=8)
+    for later in (False, True):
+        if later:
+            agent.set_env(give(Walk(True, kind=kind)))
+        agent.env.reset()
+        for _ in range(5):
+            infos = agent.env.step(np.zeros(1, int))[3]
+        np.testing.assert_array_equal(infos[0]["terminal_observation"], [5, 2.5])
+
+
+def test_the_environments_are_monitors_still() -> None:
+    env: Any = make_vec_env(Walk, 2, env_kwargs={"reuse": True})
+    env.reset()
+    for _ in range(5):
+        env.step(np.zeros(2, int))
+    assert [monitor.get_episode_rewards() for monitor in env.envs] == [[5.0], [5.0]]
 
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", "MlpLstmPolicy"])
@@ -220,6 +248,21 @@ def test_a_last_observation_that_is_not_finite_is_named(
     with pytest.raises(FloatingPointError, match=told):
         agent.learn(64)
     assert all(torch.equal(p, q) for p, q in zip(before, agent.policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_episode_may_end_because_of_what_is_not_finite(normalize: bool) -> None:
+    """As MuJoCo's tasks end: nobody asks for the value of that observation."""
+
+    class Ends(Shows):
+        def step(self, action: Any) -> Any:
+            observation, reward, _, ended, info = super().step(action)
+            return observation, reward, ended, False, info
+
+    env: VecEnv = make_vec_env(lambda: Ends(BOX, np.ones(2, np.float32), np.array([1, np.nan], np.float32)), 2, seed=0)
+    agent = TRPO("MlpPolicy", VecNormalize(env) if normalize else env, n_steps=32, seed=0).learn(128)
+    assert all(torch.isfinite(p).all() for p in agent.policy.parameters())
+    assert agent.n_updates == 2
 
 
 def test_cpo_names_the_observation_and_not_the_costs() -> None:

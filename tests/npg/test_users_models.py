@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,74 @@ def test_memory_that_is_shared_is_refused_and_memory_that_is_divided_is_not(lone
         assert Parameters(named).numel == sum(p.numel() for p in named.values())
 
 
+def test_memory_of_one_array_is_seen_through_two_tensors() -> None:
+    array = np.zeros((3, 4))
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] share memory"):
+        Parameters({"a": torch.from_numpy(array), "b": torch.from_numpy(array.T)})
+
+
+def test_stand_ins_of_torch_func_and_lazy_parameters_have_no_memory_yet() -> None:
+    w = torch.randn(3)
+    doubled = torch.func.grad(lambda w: Parameters({"w": w}).flatten([w * 2]).sum())(w)
+    assert torch.equal(doubled, torch.full((3,), 2.0))
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"parameter '1\.weight' has no shape yet"):
+        NGD(model, CATEGORICAL, lr=0.1).step(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
+
+
+def test_statistics_beside_parameters_in_one_memory_are_put_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    tensors = [*model.parameters(), model[1].running_mean, model[1].running_var]
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.data = part.view(tensor.shape)
+    before = flat.clone()
+    calls = iter(range(9))
+
+    def objective(outputs: Tensor) -> Tensor:
+        if next(calls) == 1:
+            raise KeyError
+        return outputs.log_softmax(-1)[:, 0].mean()
+
+    with pytest.raises(KeyError):
+        natural_step(model, torch.randn(8, 4), CATEGORICAL, objective, trust_region=TrustRegion(0.01), damping=0.1)
+    assert next(calls) == 2
+    assert torch.equal(flat, before)
+
+
+class Gate(nn.Module):
+    """Its own parameter may be its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.head = nn.Parameter(torch.randn(16, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x * self.w).tanh())
+
+
+def test_an_input_in_a_parameters_memory_stays_where_it_was() -> None:
+    reports = []
+    for copied in (False, True):
+        model = Gate()
+        x = model.w.detach().clone() if copied else model.w.detach()
+        reports.append(
+            natural_step(
+                model,
+                x,
+                CATEGORICAL,
+                lambda o: o.log_softmax(-1)[:, 0].mean(),
+                trust_region=TrustRegion(0.01),
+                damping=1e-2,
+            )
+        )
+    assert reports[0].accepted
+    assert reports[0].kl == pytest.approx(reports[1].kl, rel=1e-12)
+    assert reports[0].actual_gain == pytest.approx(reports[1].actual_gain, rel=1e-12)
+
+
 def test_a_step_of_divided_memory_is_that_of_separate_tensors() -> None:
     flat = torch.randn(16)
     views = {"w": flat[:12].view(3, 4), "b": flat[12:15]}
@@ -214,14 +283,16 @@ def test_frozen_parameters_that_the_forward_pass_moves_are_named_with_the_remedy
 class Rotary(nn.Module):
     """A cache of positions, made anew for a longer sequence; its length is written down beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: str, persistent: bool) -> None:
         super().__init__()
-        self.head = nn.Linear(4, 3)
-        self.grow(2)
+        self.head, self.persistent, self.length = nn.Linear(4, 3), persistent, 0
+        self.register_buffer("cache", None, persistent=persistent)
+        if begin == "short":
+            self.grow(2)
 
     def grow(self, length: int) -> None:
         self.length = length
-        self.register_buffer("cache", torch.arange(length).sin(), persistent=False)
+        self.register_buffer("cache", torch.arange(length).sin(), persistent=self.persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] > self.length:
@@ -229,20 +300,54 @@ class Rotary(nn.Module):
         return self.head(x + self.cache[: x.shape[1], None])
 
 
-@pytest.mark.filterwarnings("ignore:no forward mode for Rotary")
-def test_a_cache_that_grows_stays_as_long_as_the_model_believes(assert_close: Callable[..., None]) -> None:
+class Remembers(nn.Module):
+    """A state that grows from pass to pass."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(0, 4), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen, x.detach().mean(0, keepdim=True)])
+        return self.head(x + self.seen.sum(0))
+
+
+@pytest.mark.filterwarnings("ignore:no forward mode for")
+@pytest.mark.parametrize("begin", ["short", "none"])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_cache_is_as_long_as_the_model_believes(
+    begin: str, persistent: bool, assert_close: Callable[..., None]
+) -> None:
     torch.manual_seed(0)
-    x, y, model = torch.randn(3, 5, 4), torch.randint(0, 3, (3, 5)), Rotary()
+    x, y, model = torch.randn(3, 5, 4), torch.randint(0, 3, (3, 5)), Rotary(begin, persistent)
     twin = deepcopy(model)
     twin(x)  # whose cache is long enough
     assert_close(Fisher(model, x, CATEGORICAL).dense(), Fisher(twin, x, CATEGORICAL).dense())
-    assert model(x).shape == (3, 5, 3)
-    model = Rotary()
-    model.load_state_dict(twin.state_dict())
+    assert model.length == (2 if begin == "short" else 0)  # as before
     reports = [NGD(m, CATEGORICAL, damping=0.1, max_kl=0.05).step(x, y) for m in (model, twin)]
     assert reports[0].accepted
     assert reports[0].kl == pytest.approx(reports[1].kl, rel=1e-9)
+    assert model.length == len(model.cache) == 5
     assert_close(model(x), twin(x))
+
+
+@pytest.mark.filterwarnings("ignore:no forward mode for")
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_state_that_grows_moves_by_one_pass_in_a_step(persistent: bool) -> None:
+    torch.manual_seed(0)
+    model, seen = Remembers(persistent), []
+    optimizer = NGD(model, CATEGORICAL, damping=0.1, max_kl=0.05)
+    for _ in range(3):
+        x, y = torch.randn(6, 4), torch.randint(0, 3, (6,))
+        before = deepcopy(model)
+        old = before(x).detach()
+        report = optimizer.step(x, y)
+        seen.append(x.mean(0))
+        torch.testing.assert_close(model.seen, torch.stack(seen))
+        after = deepcopy(model)
+        after.seen = model.seen[:-1]
+        assert report.kl == pytest.approx(float(CATEGORICAL.kl(old, after(x).detach()).mean()), rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------- modules of all kinds

@@ -190,24 +190,28 @@ def draw_curves(points: list[Row], x: str, label: str, path: Path) -> None:
 
 
 def draw_peers(points: list[Row], path: Path) -> None:
-    """A line for each task that a peer has: every run of TRPO, ours and theirs, over seconds and over steps."""
+    """A column for each task that a peer has: every run of TRPO, ours and theirs, over seconds and over steps."""
     drawn = peers_tasks(points)
-    figure, axes = plt.subplots(len(drawn), 2, figsize=(WIDTH, 2.9 * len(drawn)), squeeze=False, sharey="row")
-    for line, task in zip(axes, drawn):
-        for axis, (x, label) in zip(line, (("cpu_seconds", "processor seconds of training"), ("step", "steps"))):
+    figure, axes = plt.subplots(2, len(drawn), figsize=(WIDTH, 4.8), squeeze=False, sharey="col")
+    over = (("cpu_seconds", 1.0, "processor seconds"), ("step", 1e6, "million steps"))
+    for column, task in zip(axes.T, drawn):
+        for axis, (x, unit, label) in zip(column, over):
             for algo in PEERS:
                 name, colour = named(algo)
                 of_algo = [row for row in points if (row["task"], row["algo"]) == (task, algo)]
                 for i, seed in enumerate(sorted({row["seed"] for row in of_algo})):
                     run = sorted((row for row in of_algo if row["seed"] == seed), key=lambda row: int(row["step"]))
-                    values = [[float(row[key] or "nan") for row in run] for key in (x, "return")]
-                    axis.plot(*values, color=colour, lw=1.2, label=name if i == 0 else None)
+                    at = [float(row[x] or "nan") / unit for row in run]
+                    values = [float(row["return"]) for row in run]
+                    axis.plot(at, values, color=colour, lw=1.1, label=name if i == 0 else None)
             axis.set_xlabel(label, fontsize=10)
             axis.set_xlim(left=0)
-            axis.ticklabel_format(axis="x", scilimits=(-3, 4))
             axis.tick_params(labelsize=9)
-        line[0].set_ylabel(f"return on {task}", fontsize=10)
-        line[1].legend(fontsize=9, loc="lower right")
+        column[0].set_title(task, fontsize=11)
+    for axis in axes[:, :1].flat:
+        axis.set_ylabel("return", fontsize=10)
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=10, ncols=2, loc="outside lower center")
     save(figure, path)
 
 

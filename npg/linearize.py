@@ -131,9 +131,9 @@ class Linearization:
         self._values = self.parameters.copy()
         mine = set(map(id, self.parameters.tensors))
         frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
+        self._check_history()
         self._inputs = self._apart_from_parameters(self._inputs)
         given = [x for x in pytree.tree_leaves(self._inputs) if isinstance(x, Tensor)]
-        self._check_history(given)
         others = [*given, *frozen]
         self._others = [x for x in others if not x.is_inference()]  # which has no version
         versions = self._present_versions()
@@ -192,16 +192,15 @@ class Linearization:
         memory, own = Memory(self.parameters.tensors), set(map(id, self.leaves))
 
         def apart(x: Any) -> Any:
-            if not isinstance(x, Tensor) or id(x) in own or x.requires_grad or not memory.meets(x):
-                return x
-            return x.clone()
+            return _copy(x) if isinstance(x, Tensor) and id(x) not in own and memory.meets(x) else x
 
         return pytree.tree_map(apart, inputs)
 
-    def _check_history(self, given: Sequence[Tensor]) -> None:
+    def _check_history(self) -> None:
         """Raise ValueError where an input is computed by the parameters: products would see that, and no trial."""
         mine = dict(zip(map(id, self.leaves), self.parameters.names))
-        nodes = set().union(*(graph_nodes(x) for x in given if x.grad_fn is not None))
+        given = (x for x in pytree.tree_leaves(self._inputs) if isinstance(x, Tensor) and x.grad_fn is not None)
+        nodes = set().union(*map(graph_nodes, given))
         if found := [mine[i] for i in leaves_of(nodes) if i in mine]:
             raise ValueError(
                 f"inputs are computed by {', '.join(sorted(found))}, which are parameters of {_name(self.model)}: give "
@@ -563,8 +562,13 @@ def _counted(x: Any) -> Any:
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         return x
     if x.is_inference() or not x.untyped_storage().resizable():
-        return x.detach().clone().requires_grad_(x.requires_grad)
+        return _copy(x)
     return x
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A tensor's values in memory of their own, without its history."""
+    return x.detach().clone().requires_grad_(x.requires_grad)
 
 
 def _at_least_float(outputs: Any) -> Tensor:

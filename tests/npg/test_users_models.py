@@ -188,11 +188,13 @@ class Gate(nn.Module):
         return self.head((x * self.w).tanh())
 
 
-def test_an_input_in_a_parameters_memory_stays_where_it_was() -> None:
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_input_in_a_parameters_memory_stays_where_it_was(requires_grad: bool) -> None:
     reports = []
     for copied in (False, True):
         model = Gate()
         x = model.w.detach().clone() if copied else model.w.detach()
+        x.requires_grad_(requires_grad)
         reports.append(
             natural_step(
                 model,

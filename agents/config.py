@@ -25,7 +25,8 @@ from envs import VecNormalize
 from envs.atari import Game
 from envs.normalize import check_ranges
 from envs.seeding import RUN_SEEDS
-from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
+from npg.checks import require
+from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml
 
 __all__ = [
     "ALGORITHMS",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from agents.config import ALGORITHMS, RunConfig
 from agents.schedules import first_value, is_named, named
-from npg.checks import number
-from npg.runs.presets import check_names, mapping, read_yaml, require
+from npg.checks import number, require
+from npg.runs.presets import check_names, mapping, read_yaml
 
 if TYPE_CHECKING:
     from optuna import Trial

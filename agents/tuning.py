@@ -37,11 +37,12 @@ from agents.runs import normalized, save_agent
 from agents.schedules import first_value
 from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
 from agents.training import check_named, start
+from npg.checks import require
 from npg.parallel import World
 from npg.runs import folder
 from npg.runs.command_line import steady_console
 from npg.runs.files import replacing, write_rows
-from npg.runs.presets import check_kinds, check_names, read_yaml, require
+from npg.runs.presets import check_kinds, check_names, read_yaml
 from npg.runs.signals import StopRequest
 
 if TYPE_CHECKING:

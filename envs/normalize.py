@@ -51,7 +51,7 @@ class VecNormalize(vec_env.VecNormalize):
     Raises:
         ValueError: for ``clip_obs``, ``clip_reward`` or ``epsilon`` ≤ 0, or ``gamma`` outside of [0, 1].
         FloatingPointError: from `step_wait`, before the statistics take it in, for an observation or a reward that is
-            not finite or beyond `envs.checks.LARGEST`; with a Dict of observations, in the same step.
+            not finite or beyond `envs.checks.LARGEST`.
     """
 
     steps = 0
@@ -83,21 +83,15 @@ class VecNormalize(vec_env.VecNormalize):
     def step_wait(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Finish the step: observations, rewards, dones and infos, normalised; terminal observations too."""
         self.steps += 1
-        if self.norm_obs and isinstance(self.obs_rms, dict):
-            result = super().step_wait()
-            self._check(self.old_obs, self.old_reward)
-            return result
         raw: Any
         raw, rewards, dones, infos = self.venv.step_wait()
         self._check(raw, rewards)
         self.old_obs, self.old_reward = raw, rewards
         observations = raw
-        if self.norm_obs:
-            difference = raw - self.obs_rms.mean
-            if self.training:
-                difference -= _update(self.obs_rms, difference)
-            difference /= np.sqrt(self.obs_rms.var + self.epsilon)
-            observations = _clip(difference, self.clip_obs).astype(np.float32)
+        if self.norm_obs and isinstance(self.obs_rms, dict):
+            observations = {**raw, **{name: self._taken_in(raw[name], of) for name, of in self.obs_rms.items()}}
+        elif self.norm_obs:
+            observations = self._taken_in(raw, self.obs_rms)
         if self.training:
             self.returns = self.returns * self.gamma + rewards
             _update(self.ret_rms, self.returns - self.ret_rms.mean)
@@ -112,6 +106,14 @@ class VecNormalize(vec_env.VecNormalize):
                     infos[i]["terminal_observation"] = self.normalize_obs(last)
             self.returns[dones] = 0
         return observations, rewards.astype(np.float32), dones, infos
+
+    def _taken_in(self, rows: NDArray[Any], statistics: RunningMeanStd) -> NDArray[np.float32]:
+        """The rows (n, …), normalised by statistics that have taken them in, in training."""
+        difference = rows - statistics.mean
+        if self.training:
+            difference -= _update(statistics, difference)
+        difference /= np.sqrt(statistics.var + self.epsilon)
+        return _clip(difference, self.clip_obs).astype(np.float32)
 
     def _check(self, observations: Any, rewards: NDArray[Any]) -> None:
         if self.training:

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["flag", "kind", "number", "one_of", "positive_or_none", "whole"]
+__all__ = ["flag", "kind", "number", "one_of", "positive_or_none", "require", "whole"]
+
+
+def require(ok: bool, name: str, value: object, wanted: str) -> None:
+    """Raise ValueError, "``name`` must be ``wanted``; got ``value``", unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 def number(name: str, value: Any, low: float, high: float = inf, *, above: bool = False, below: bool = False) -> None:

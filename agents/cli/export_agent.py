@@ -12,8 +12,8 @@ from agents.evaluation import make_env
 from agents.export import FORMATS, description, export_agent
 from agents.runs import RunFolder, load_agent
 from agents.training import MISTAKES, check_named, find_agent
+from npg.checks import require
 from npg.runs.command_line import Parser
-from npg.runs.presets import require
 
 DESCRIPTION = """\
 Write the policy of a run to one file that needs none of this package: raw

@@ -10,8 +10,9 @@ from pathlib import Path
 from agents.config import ALGORITHMS, whole_number
 from agents.training import MISTAKES, continuation
 from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space, result_of
+from npg.checks import require
 from npg.runs.command_line import Parser, again, command
-from npg.runs.presets import parse_settings, require
+from npg.runs.presets import parse_settings
 
 USAGE = """%(prog)s ALGO ENV_ID [options]
        %(prog)s --resume DIR [options]"""

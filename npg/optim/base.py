@@ -33,7 +33,6 @@ __all__ = [
     "ModelOptimizer",
     "Tensors",
     "TrackedFactors",
-    "check",
     "decay_matrices",
     "dense_gradients",
     "flat",
@@ -69,12 +68,6 @@ def _shapes(state: Mapping[str, Any], p: Tensor) -> dict[str, tuple[Any, Any]]:
     if online := {int(axis): value.shape[-1] for axis, value in axes.items() if axis.isdecimal()}:
         told["online factors"] = online, {axis: n for axis, n in enumerate(p.shape) if n > 1}
     return told
-
-
-def check(ok: bool, name: str, value: object, wanted: str) -> None:
-    """Raise ValueError unless ``ok``: it names the argument, the value, and what is ``wanted``."""
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not usable: it must be {wanted}")
 
 
 def dense_gradients(params: Iterable[Tensor]) -> None:

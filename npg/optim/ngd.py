@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from npg.checks import number, one_of, positive_or_none, whole
+from npg.checks import number, one_of, positive_or_none, require, whole
 from npg.curvature.base import Curvature, State
 from npg.curvature.kronecker import KroneckerFisher
 from npg.curvature.plain import DiagonalFisher
@@ -21,7 +21,7 @@ from npg.families import Family, Gaussian, Geometry, in_double
 from npg.fisher import Fisher, Kind
 from npg.geometry import Euclidean, FisherRao
 from npg.model import Buffers
-from npg.optim.base import MISSING, ModelOptimizer, check, decay_matrices, is_due, split
+from npg.optim.base import MISSING, ModelOptimizer, decay_matrices, is_due, split
 from npg.optim.batches import first_rows
 from npg.parameters import Parameters
 from npg.solvers import Solution, Solver, conjugate_gradient, dense_solve, solve_in_metric
@@ -157,32 +157,32 @@ class NGD(ModelOptimizer):
         if probes is not None:
             whole("probes", probes, 1)
         controls = damping_control is None or callable(getattr(damping_control, "update", None))
-        check(controls, "damping_control", damping_control, "None or a LevenbergMarquardt(…) of npg")
+        require(controls, "damping_control", damping_control, "None or a LevenbergMarquardt(…) of npg")
         one_of("damping_metric", damping_metric, ("identity", "online", "factors"))
         cg = partial(conjugate_gradient, max_iterations=max_iterations, rtol=rtol)
         factors = {"decay": factor_decay, "probes": probes, "generator": generator}
         self._solver, curvature = _chosen(solver, {"cg": cg, "dense": _DENSE}, _CURVATURES, factors)
         wanted = "'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg.solvers, or a curvature"
-        check(self._solver is not None or curvature is not None, "solver", solver, wanted)
+        require(self._solver is not None or curvature is not None, "solver", solver, wanted)
         iterative = self._solver not in (None, _DENSE)
         if preconditioner is not None:
-            check(iterative, "preconditioner", preconditioner, "None without solver='cg'")
+            require(iterative, "preconditioner", preconditioner, "None without solver='cg'")
             _, curvature = _chosen(preconditioner, {}, {"kfac", "ekfac"}, factors)
             wanted = "None, 'kfac', 'ekfac', or a curvature"
-            check(curvature is not None, "preconditioner", preconditioner, wanted)
+            require(curvature is not None, "preconditioner", preconditioner, wanted)
         self._curvature = curvature  # the solver or, of a solver, the preconditioner
-        check(iterative or not warm_start, "warm_start", warm_start, f"0 with solver={solver!r}")
+        require(iterative or not warm_start, "warm_start", warm_start, f"0 with solver={solver!r}")
         if damping_metric == "factors":
             kronecker = self._solver is None and isinstance(curvature, KroneckerFisher)
-            check(kronecker, "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")
+            require(kronecker, "solver", solver, "'kfac' or 'ekfac' with damping_metric='factors'")
         if damping_metric == "online":
-            check(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
-            check(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
-            check(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
+            require(solver == "cg", "solver", solver, "'cg' with damping_metric='online'")
+            require(preconditioner is None, "preconditioner", preconditioner, "None with damping_metric='online'")
+            require(not warm_start, "warm_start", warm_start, "0 with damping_metric='online'")
         number("curvature_fraction", curvature_fraction, 0, 1, above=True)
         self.geometry = geometry(metric, family)
         own = self.geometry == FisherRao(family)
-        check(fisher == "exact" or own, "fisher", fisher, "'exact' with another metric")
+        require(fisher == "exact" or own, "fisher", fisher, "'exact' with another metric")
         # The Hessian of the loss is about the Fisher information: half the squared error is its own Euclidean model.
         squares = type(family) is Gaussian and self.geometry == Euclidean()
         self._objective_curvature = 1.0 if own else 1.0 / cast(Gaussian, family).variance if squares else 0.0
@@ -214,7 +214,7 @@ class NGD(ModelOptimizer):
     def _check_radius(region: object, momentum: float, weight_decay: float) -> None:
         """Raise ValueError for what moves the model beside a step that was checked to be in its region."""
         for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            check(not (region and value), name, value, "0 with max_kl, whose radius it would break")
+            require(not (region and value), name, value, "0 with max_kl, whose radius it would break")
 
     @torch.no_grad()
     def step(  # type: ignore[override]

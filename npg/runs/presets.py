@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["check_kinds", "check_names", "mapping", "parse_settings", "preset_file", "read_yaml", "require", "unknown"]
+from npg.checks import require
+
+__all__ = ["check_kinds", "check_names", "mapping", "parse_settings", "preset_file", "read_yaml", "unknown"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,12 +108,6 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def require(ok: bool, name: str, value: object, wanted: str) -> None:
-    """Raise ValueError, "`name` must be `wanted`; got `value`", unless `ok`."""
-    if not ok:
-        raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 def check_names(what: str, names: Iterable[str], known: Iterable[str], where: str = "", remedy: str = "") -> None:

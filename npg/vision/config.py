@@ -8,7 +8,8 @@ from importlib import resources
 from math import inf, isfinite
 from typing import Any
 
-from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml, require
+from npg.checks import require
+from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml
 from npg.vision.optimizers import OPTIMIZERS, check_optimizer, takes_batches
 
 __all__ = ["PRESETS", "Config", "load_config"]

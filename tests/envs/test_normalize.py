@@ -81,10 +81,60 @@ def test_steps_and_statistics_equal_those_of_stable_baselines3(space, options):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(ours.ret_rms.var, theirs.ret_rms.var, rtol=1e-9)
     np.testing.assert_allclose(ours.returns, theirs.returns)
-    if space is VECTOR and options.get("norm_obs", True):
-        for name in ("mean", "var", "count"):
-            # theirs are moments of float32 numbers in float32
-            np.testing.assert_allclose(getattr(ours.obs_rms, name), getattr(theirs.obs_rms, name), rtol=1e-5)
+    if options.get("norm_obs", True):
+        of = (lambda env: env.obs_rms.values()) if space is DICT else (lambda env: [env.obs_rms])
+        for a, b in zip(of(ours), of(theirs), strict=True):
+            for name in ("mean", "var", "count"):
+                # theirs are moments of float32 numbers in float32
+                np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=1e-5)
+
+
+def test_parts_of_a_dict_that_are_not_named_stay_as_they_are():
+    env, original = (cls(walks(DICT), norm_obs_keys=["b"]) for cls in (VecNormalize, Original))
+    for one in (env, original):
+        one.reset()
+    (seen, *_), (theirs, *_) = (one.step(np.zeros(4, dtype=np.int64)) for one in (env, original))
+    np.testing.assert_array_equal(seen["a"], env.get_original_obs()["a"])
+    np.testing.assert_array_equal(seen["a"], theirs["a"])
+    np.testing.assert_allclose(seen["b"], theirs["b"], rtol=1e-4, atol=1e-5)
+    assert list(env.obs_rms) == ["b"]
+
+
+class Broken(Walk):
+    """The same walk; its last observation is infinite, and the episode was cut off there."""
+
+    def step(self, action):
+        x, reward, _, ended, info = super().step(action)
+        for part in x.values() if ended and isinstance(x, dict) else [x] if ended else []:
+            part[0] = np.inf
+        return x, reward, False, ended, info
+
+
+@pytest.mark.parametrize("space", [VECTOR, DICT], ids=["vector", "dict"])
+def test_an_infinite_last_observation_is_named_and_not_cut_off(space):
+    env = VecNormalize(DummyVecEnv([lambda: Broken(space)]))
+    env.reset()
+    for _ in range(6):
+        env.step(np.zeros(1, dtype=np.int64))
+    with pytest.raises(FloatingPointError, match=r"last observation.* of environment 0, .* step 7 under"):
+        env.step(np.zeros(1, dtype=np.int64))
+
+
+class Wild(Walk):
+    def step(self, action):
+        x, *rest = super().step(action)
+        return {name: np.full_like(part, np.nan) for name, part in x.items()}, *rest
+
+
+def test_statistics_of_a_dict_stay_as_they_were_where_an_observation_is_refused():
+    env = VecNormalize(DummyVecEnv([lambda: Wild(DICT)]))
+    env.reset()
+    before = {name: (of.mean.copy(), of.var.copy(), of.count) for name, of in env.obs_rms.items()}
+    with pytest.raises(FloatingPointError, match="a of environment 0 is not finite in step 1 under VecNormalize"):
+        env.step(np.zeros(1, dtype=np.int64))
+    for name, of in env.obs_rms.items():
+        for was, now in zip(before[name], (of.mean, of.var, of.count), strict=True):
+            np.testing.assert_array_equal(was, now)
 
 
 def test_observations_of_the_environment_are_not_written_to():

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from npg.runs.presets import check_kinds, check_names, mapping, parse_settings, preset_file, read_yaml, require
+from npg.checks import require
+from npg.runs.presets import check_kinds, check_names, mapping, parse_settings, preset_file, read_yaml
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ def export_agent(
     if format == "onnx" and (missing := [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]):
         raise ImportError(f'format="onnx" needs {" and ".join(missing)}: pip install "npg-toolkit[export]"')
     policy = DeployedPolicy(agent, env, deterministic).eval()
+    if agent.get_env() is None:
+        warnings.warn(
+            f"this {type(agent).__name__} has no environments, so {path} will take observations as its policy does: if "
+            "it learned under VecNormalize, whose statistics they would have, give them with set_env first",
+            stacklevel=2,
+        )
     path, about = Path(path), json.dumps(_about(agent, policy))
     with replacing(path) as partial:
         try:

@@ -475,3 +475,13 @@ def test_a_file_says_what_it_is(format, tmp_path):
         "gear": {"shape": [], "dtype": "int64"},
         "speed": {"shape": [3], "dtype": "float32"},
     }
+
+
+def test_an_agent_without_its_environments_is_exported_with_a_warning(tmp_path):
+    env = VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]))
+    TRPO("MlpPolicy", env, n_steps=16, seed=0).learn(32).save(tmp_path / "agent")
+    loaded = TRPO.load(tmp_path / "agent")
+    with pytest.warns(UserWarning, match=r"this TRPO has no environments.* give them with set_env first"):
+        path = export_agent(loaded, tmp_path / "p.pt", "torchscript")
+    raw = np.float32([[0.1, -0.2, 0.03, 0.4]])
+    np.testing.assert_array_equal(load_exported(path)(raw), loaded.predict(raw, deterministic=True)[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
@@ -26,6 +27,7 @@ from envs.atari import Game
 from envs.normalize import check_ranges
 from envs.seeding import RUN_SEEDS
 from npg.checks import require
+from npg.runs.files import replacing
 from npg.runs.presets import check_kinds, check_names, mapping, preset_file, read_yaml
 
 __all__ = [
@@ -34,11 +36,14 @@ __all__ = [
     "PRESET_KEYS",
     "RunConfig",
     "agent_of",
+    "given_settings",
     "hyperparameters_of",
     "load_preset",
     "policy_for",
+    "preset_of",
     "resolve",
     "whole_number",
+    "write_preset",
 ]
 
 ALGORITHMS: dict[str, type[NaturalPolicyAlgorithm]] = {
@@ -183,9 +188,7 @@ def resolve(
     check_names("algorithm", [algo], ALGORITHMS)
     defaults = hyperparameters_of(algo)
     known = [*PRESET_KEYS, *defaults]
-    values = load_preset(algo, env, preset)
-    for key, value in (settings or {}).items():
-        _set(values, key, value)
+    values = given_settings(algo, env, preset, settings)
     check_names("setting", values, known, f"for {algo}")
 
     given = {key: values.pop(key) for key in list(values) if key not in PRESET_KEYS}
@@ -201,6 +204,26 @@ def resolve(
     values["normalize"] = _normalize(values.get("normalize"), hyperparameters)
     values |= {key: value for key, value in options.items() if value is not None}
     return RunConfig(algo=algo, env=env, hyperparameters=hyperparameters, **values)
+
+
+def given_settings(
+    algo: str, env: str, preset: str | None = None, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a preset and the settings over it name, defaults left out; arguments as of `resolve`.
+
+    Raises:
+        ValueError: for a preset that is not known, or a setting that writes over a part of it that was given before.
+    """
+    values = load_preset(algo, env, preset)
+    before: list[str] = []
+    for key, value in (settings or {}).items():
+        if over := [name for name in before if name.startswith(f"{key}.")]:
+            raise ValueError(
+                f"{key}={value!r} would write over {', '.join(over)}, which was given before it: give {key} first"
+            )
+        _set(values, key, value)
+        before.append(key)
+    return values
 
 
 def whole_number(text: str) -> int:
@@ -256,6 +279,28 @@ def load_preset(algo: str, env: str, preset: str | None = None) -> dict[str, Any
     else:
         preset = "default"
     return {**(presets.get("default") or {}), **(presets.get(preset) or {})}
+
+
+def preset_of(config: RunConfig) -> dict[str, Any]:
+    """A run, but for its seed and how it is watched, as the entry of a preset file: `resolve` makes the same of it."""
+    defaults = hyperparameters_of(config.algo)
+    preset: dict[str, Any] = {"timesteps": config.timesteps, "n_envs": config.n_envs}
+    if config.normalize is not None:
+        # The discount of the rewards is the algorithm's, whatever that is tuned to.
+        own = config.normalize["gamma"] == config.hyperparameters.get("gamma")
+        preset["normalize"] = {k: v for k, v in config.normalize.items() if not (own and k == "gamma")}
+    if config.policy is not None:
+        preset["policy"] = config.policy
+    if config.env_kwargs:
+        preset["env_kwargs"] = config.env_kwargs
+    return preset | {k: v for k, v in config.hyperparameters.items() if v != defaults[k]}
+
+
+def write_preset(path: Path, env: str, preset: Mapping[str, Any], comment: str = "") -> None:
+    """Write a preset file of one environment, with a comment above it."""
+    text = yaml.safe_dump({env: dict(preset)}, sort_keys=False)
+    with replacing(path) as partial:
+        partial.write_text((f"# {comment}\n" if comment else "") + text, encoding="utf-8")
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -3,8 +3,9 @@
 ::
 
     seeds.yaml     what was asked for                 s0, s1, …      the run folders
-    seeds.csv      a row for each seed                s0.log, …      what their processes printed
-    summary.json   all of it, with the statistics     learning_curves.png
+    preset.yaml    the settings of every seed         s0.log, …      what their processes printed
+    seeds.csv      a row for each seed                learning_curves.png
+    summary.json   all of it, with the statistics
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any, Self
 import numpy as np
 import yaml
 
-from agents.config import RunConfig
+from agents.config import RunConfig, preset_of, write_preset
 from agents.curves import seed_curves
 from agents.results import Result, progress, read_curve, read_result
 from agents.runs import RunFolder
 from agents.statistics import bootstrap_interval, interquartile_mean
+from agents.trackers import TRACKERS
 from npg.runs.files import replacing, write_rows
 from npg.runs.folder import refuse_existing
 from npg.runs.jobs import End, Job, run_jobs, threads_for
@@ -34,6 +36,8 @@ from npg.runs.presets import check_names, read_yaml
 __all__ = ["SeedResult", "SeedsFolder", "is_finished", "parse_seeds", "run_command", "statistics", "summary_table"]
 
 FILE = "seeds.yaml"
+_PRESET = "preset.yaml"
+_NOT_KEPT = ("--video", *(f"--{name}" for name in TRACKERS))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -78,7 +82,8 @@ def run_command(
     Args:
         script: train_agent.py.
         run_dir: the run's folder. What a run left that has not saved an agent yet is removed.
-        begin: the arguments of a run that begins, algorithm and environment first.
+        begin: the arguments of a run that begins, algorithm and environment first. Of its options a run that goes on
+            takes those that no folder keeps, such as ``--video``.
         changes: options that also a run that goes on takes.
         timesteps: of the whole run, where `changes` has more than its beginning.
     """
@@ -87,8 +92,10 @@ def run_command(
     command = [sys.executable, str(script)]
     if (run_dir / "config.yaml").is_file():
         folder = RunFolder(run_dir)
-        if folder.last.model.is_file() or folder.agents.all():
-            return [*command, *begin[:2], "--resume", str(run_dir), *changes, "--no-progress"]
+        # One with results that lost its agents stays, and its process says what is missing.
+        if folder.last.model.is_file() or folder.agents.all() or folder.final_timesteps is not None:
+            again = [option for option in begin[2:] if option.partition("=")[0] in _NOT_KEPT]
+            return [*command, *begin[:2], "--resume", str(run_dir), *again, *changes, "--no-progress"]
         shutil.rmtree(run_dir, ignore_errors=True)
     return [*command, *begin, *changes, "--run-dir", str(run_dir), "--no-progress"]
 
@@ -123,7 +130,7 @@ class SeedsFolder:
         env: the environment.
         timesteps: environment steps of each run.
         seeds: the seeds.
-        options: of train_agent.py, as the runs begin.
+        options: of train_agent.py, as the runs begin, beside the folder's preset.yaml (which older ones lack).
         changes: options that were given on the way.
     """
 
@@ -139,6 +146,15 @@ class SeedsFolder:
     def create(cls, path: Path | None, config: RunConfig, seeds: Sequence[int], options: Sequence[str]) -> Self:
         """Make the folder; without a path it is ``runs/<algo>-<env>-seeds-<n>`` with the first free n.
 
+        The settings of `config` are written down, so that a seed that begins later has them too, whatever became of
+        the preset that they came from.
+
+        Args:
+            path: of the folder.
+            config: of every seed.
+            seeds: the seeds.
+            options: of train_agent.py beside them.
+
         Raises:
             FileExistsError: if `path` exists, and is not an empty folder.
         """
@@ -149,7 +165,9 @@ class SeedsFolder:
             path, n = (None, n + 1) if candidate.exists() else (candidate, n)
         refuse_existing(path)
         path.mkdir(parents=True, exist_ok=True)
-        made = cls(path, config.algo, config.env, config.timesteps, tuple(seeds), tuple(options))
+        write_preset(path / _PRESET, config.env, preset_of(config))
+        watched = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in ("eval_freq", "save_freq")]
+        made = cls(path, config.algo, config.env, config.timesteps, tuple(seeds), (*options, *watched))
         made.write()
         return made
 
@@ -174,7 +192,16 @@ class SeedsFolder:
         return (path / FILE).is_file()
 
     def going_on(self, seeds: Sequence[int], changes: Sequence[str], timesteps: int | None) -> Self:
-        """The same with more seeds, and with options that change on the way."""
+        """The same with more seeds, and with options that change on the way.
+
+        Raises:
+            ValueError: for fewer steps than the seeds have, whose returns would not be of one kind.
+        """
+        if timesteps is not None and timesteps < self.timesteps:
+            raise ValueError(
+                f"--timesteps must be at least {self.timesteps}, which the seeds of {self.path} have; got {timesteps}: "
+                "give as many or more, or begin in another folder"
+            )
         return replace(
             self,
             seeds=tuple(sorted({*self.seeds, *seeds})),
@@ -210,9 +237,10 @@ class SeedsFolder:
             threads = threads_for(at_once)
         changes = (*self.changes, *([f"--threads={threads}"] if threads else []))
         environment = {"OMP_NUM_THREADS": str(threads)} if threads else None
+        preset = [f"--preset={file}"] if (file := self.path / _PRESET).is_file() else []
         jobs = {}
         for seed in self.seeds:
-            begin = [self.algo, self.env, *self.options, f"--seed={seed}"]
+            begin = [self.algo, self.env, *preset, *self.options, f"--seed={seed}"]
             command = partial(run_command, script, self.run_dir(seed), begin, changes, self.timesteps)
             shown = partial(progress, self.run_dir(seed), self.timesteps)
             jobs[Job(f"seed {seed}", command, self.log(seed), shown)] = seed

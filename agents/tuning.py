@@ -31,17 +31,17 @@ import torch
 from stable_baselines3.common.logger import Logger
 
 from agents.callbacks import Evaluator, evaluation_seed
-from agents.config import RunConfig, hyperparameters_of, resolve
+from agents.config import ALGORITHMS, RunConfig, given_settings, preset_of, resolve, write_preset
 from agents.evaluation import make_env
 from agents.runs import normalized, save_agent
-from agents.schedules import first_value
+from agents.schedules import first_value, is_named
 from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
-from agents.training import check_named, start
+from agents.training import check, check_named, start
 from npg.checks import require
 from npg.parallel import World
 from npg.runs import folder
 from npg.runs.command_line import steady_console
-from npg.runs.files import replacing, write_rows
+from npg.runs.files import write_rows
 from npg.runs.presets import check_kinds, check_names, read_yaml
 from npg.runs.signals import StopRequest
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "load_space", "preset_of", "result_of"]
+__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "load_space", "result_of"]
 
 FIRST_SEED = 100
 """Of the seeds that tune; smaller ones are for reports."""
@@ -102,21 +102,6 @@ class TuningConfig:
         return cls(**content)
 
 
-def preset_of(config: RunConfig) -> dict[str, Any]:
-    """A run as the entry of a preset file: what `resolve` makes the same run of."""
-    defaults = hyperparameters_of(config.algo)
-    preset: dict[str, Any] = {"timesteps": config.timesteps, "n_envs": config.n_envs}
-    if config.normalize is not None:
-        # The discount of the rewards is the algorithm's, whatever that is tuned to.
-        own = config.normalize["gamma"] == config.hyperparameters.get("gamma")
-        preset["normalize"] = {k: v for k, v in config.normalize.items() if not (own and k == "gamma")}
-    if config.policy is not None:
-        preset["policy"] = config.policy
-    if config.env_kwargs:
-        preset["env_kwargs"] = config.env_kwargs
-    return preset | {k: v for k, v in config.hyperparameters.items() if v != defaults[k]}
-
-
 # The search -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +138,8 @@ class Tuning:
         Raises:
             FileExistsError: if `path` exists, and is not an empty folder.
             ImportError: if Optuna is not installed.
-            ValueError: for what `resolve` refuses, or a setting that is both fixed and searched.
+            ValueError: for what `resolve` or the algorithm refuses, at either end of a range too, or a setting that is
+                both fixed and searched.
         """
         _optuna()
         settings = dict(settings or {})
@@ -162,16 +148,24 @@ class Tuning:
         n_envs = config.options.get("n_envs")  # which is a part of what was found, as timesteps are not
         base = resolve(config.algo, config.env, preset=preset, settings=settings, n_envs=n_envs)
         for name, given in config.space.items():
-            example = given["choices"][0] if "choices" in given else given["low"]
-            resolve(config.algo, config.env, preset=preset, settings={**settings, name: example}, **config.options)
+            for example in given.get("choices") or (given["low"], given["high"]):
+                changed = {**settings, name: example}
+                tried = resolve(config.algo, config.env, preset=preset, settings=changed, **config.options)
+                if name in tried.hyperparameters and (check_option := ALGORITHMS[config.algo].options[name].check):
+                    value = tried.hyperparameters[name]
+                    check_option(name, first_value(name, value) if is_named(value) else value)
         space = {name: widened(name, given, value_or(base, name, given)) for name, given in config.space.items()}
         config = replace(config, space=space)
         if path is None:
             stem = f"runs/tune-{config.algo}-{config.env.replace('/', '_').replace(':', '_')}"
             path = next(p for n in count(1) if not (p := Path(f"{stem}-{n}")).exists())
         folder.refuse_existing(path)
+        check(resolve(config.algo, config.env, preset=preset, settings=settings, **config.options))
         path.mkdir(parents=True, exist_ok=True)
-        _write_preset(path / "preset.yaml", config.env, preset_of(base))
+        entry, given = preset_of(base), given_settings(config.algo, config.env, preset, settings).get("normalize")
+        if base.normalize is not None and isinstance(given, Mapping) and "gamma" in given:
+            entry["normalize"] = base.normalize  # with its own discount, which no trial changes
+        write_preset(path / "preset.yaml", config.env, entry)
         folder.RunFolder(path).begin(asdict(config), command)  # with its config.yaml it is the folder of a search
         return cls(path)
 
@@ -272,7 +266,11 @@ class Tuning:
         require(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "at least 1")
         with _alone_in(self.path):
             self._enqueue_due()
-            self._run(jobs)
+            try:
+                self._run(jobs)
+            finally:  # also of a trial that ended just before a stop, and of processes that wrote at a time
+                if self.finished:
+                    self._write()
 
     def _run(self, jobs: int) -> None:
         remaining = self.config.trials - len(self.finished)
@@ -359,7 +357,7 @@ class Tuning:
             found = resolve(self.config.algo, self.config.env, preset=preset, settings=settings)
             last = FIRST_SEED + self.config.seeds - 1
             seeds = f"seeds {FIRST_SEED} to {last}" if self.config.seeds > 1 else f"seed {FIRST_SEED}"
-            _write_preset(
+            write_preset(
                 self.path / "best.yaml",
                 self.config.env,
                 preset_of(found),
@@ -512,14 +510,6 @@ def _signals() -> Iterator[None]:
     finally:
         if former is not None:
             signal.signal(signal.SIGTERM, former)
-
-
-def _write_preset(path: Path, env: str, preset: Mapping[str, Any], comment: str = "") -> None:
-    import yaml
-
-    text = yaml.safe_dump({env: dict(preset)}, sort_keys=False)
-    with replacing(path) as partial:
-        partial.write_text((f"# {comment}\n" if comment else "") + text, encoding="utf-8")
 
 
 def _optuna() -> Any:

@@ -195,7 +195,8 @@ def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
         raise ValueError(f"--jobs must be at least 1; got {args.jobs}")
     check_trackers(trackers(args))
     seeds = () if args.seeds is None else parse_seeds(args.seeds)
-    options = parser.options_of(args, ("seeds", "jobs", "threads", "run_dir", "resume", "no_progress"))
+    kept = () if args.resume is not None else ("preset", "set", "timesteps", "n_envs", "eval_freq", "save_freq")
+    options = parser.options_of(args, ("seeds", "jobs", "threads", "run_dir", "resume", "no_progress", *kept))
     if args.resume is None:
         config = configure(args)
         for seed in seeds:

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (*MISTAKES, RuntimeError) as error:
         parser.error(str(error))
     report(tuning)
-    return 0
+    return 1 if tuning.best is None else 0
 
 
 if __name__ == "__main__":

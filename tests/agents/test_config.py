@@ -136,3 +136,20 @@ def test_arguments_of_the_policy_are_taken(setting):
     model = agent_of(config, "MlpPolicy", make_vec_env("CartPole-v1", 2, seed=0))
     assert model.policy is not None
     model.env.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalize.clip_obs": 5.0, "normalize": True},
+        {"policy_kwargs.net_arch": [8], "policy_kwargs": {"activation_fn": "ReLU"}},
+    ],
+)
+def test_a_setting_that_would_write_over_another_one_is_refused(settings):
+    inner, outer = settings
+    with pytest.raises(ValueError, match=f"^{outer}=.* would write over {inner}, .*: give {outer} first"):
+        resolve("trpo", "CartPole-v1", settings=settings)
+    both = resolve("trpo", "CartPole-v1", settings={name: settings[name] for name in (outer, inner)})
+    assert (
+        both.normalize["clip_obs"] == 5.0 if outer == "normalize" else len(both.hyperparameters["policy_kwargs"]) == 2
+    )

@@ -75,6 +75,19 @@ def test_a_run_begins_goes_on_and_is_finished(tmp_path: Path) -> None:
     assert command(2000) == going_on
     folder.begin(replace(CONFIG, timesteps=2000).to_dict(), "")  # it was resumed with more steps, and stopped
     assert command() == going_on
+    folder.last.model.unlink()
+    folder.checkpoint(256).model.unlink()
+    assert command() == going_on  # which says that its agents are gone: the rest of it is not removed
+    assert folder.final_timesteps == 1024
+
+
+def test_options_that_no_folder_keeps_go_on_with_the_run(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "s0", CONFIG, "").last.model.touch()
+    begin = ["trpo", "CartPole-v1", "--set=gamma=0.9", "--video", "--wandb=mine", "--mlflow=a=b", "--seed=0"]
+    command = run_command(Path("train_agent.py"), tmp_path / "s0", begin)
+    assert command is not None
+    going_on = ["--resume", str(tmp_path / "s0"), "--video", "--wandb=mine", "--mlflow=a=b", "--no-progress"]
+    assert command[2:] == [*begin[:2], *going_on]
 
 
 # Several --------------------------------------------------------------------------------------------------------------
@@ -94,6 +107,8 @@ def test_the_folder_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytes
     again = SeedsFolder.open(made.path)
     assert (again.seeds, again.timesteps, again.changes) == ((0, 1, 2), 2000, ("--timesteps=2000",))
     assert again.going_on((), (), None) == again
+    with pytest.raises(ValueError, match=r"--timesteps must be at least 2000, .*; got 1999"):
+        again.going_on((), (), 1999)
 
 
 @pytest.mark.parametrize("content", ["- 1", "algo: trpo", "algo: trpo\nsedes: [1]", "{"])
@@ -160,5 +175,5 @@ def test_the_summary_has_a_picture_of_all_curves(tmp_path: Path) -> None:
 def test_a_summary_without_any_curve_has_no_picture(tmp_path: Path) -> None:
     seeds = SeedsFolder.create(tmp_path / "x", CONFIG, (0,), [])
     seeds.summarize(results(None))
-    assert sorted(p.name for p in seeds.path.iterdir()) == ["seeds.csv", "seeds.yaml", "summary.json"]
+    assert sorted(p.name for p in seeds.path.iterdir()) == ["preset.yaml", "seeds.csv", "seeds.yaml", "summary.json"]
     assert np.isfinite(json.loads((seeds.path / "summary.json").read_text())["timesteps"])

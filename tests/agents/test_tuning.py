@@ -18,10 +18,10 @@ import yaml
 import agents
 from agents import tuning
 from agents.cli.tune_agent import main
-from agents.config import ALGORITHMS, RunConfig, resolve
+from agents.config import ALGORITHMS, RunConfig, preset_of, resolve
 from agents.runs import RunFolder
 from agents.search_space import value_or, widened
-from agents.tuning import Tuning, TuningConfig, load_space, preset_of
+from agents.tuning import Tuning, TuningConfig, load_space
 from npg.runs.folder import FolderInUse
 from npg.runs.presets import read_yaml
 
@@ -502,6 +502,9 @@ def test_a_search_space_that_cannot_be_is_refused(tmp_path, text, message):
     [
         ({"space": {"taget_kl": {"low": 0.1, "high": 1.0}}}, "unknown setting 'taget_kl' for trpo: did you mean"),
         ({"settings": {"target_kl": 0.1}}, "target_kl cannot be both set and searched"),
+        ({"space": {"gamma": {"low": 0.9, "high": 1.4}}}, r"gamma must lie in \[0, 1\], got 1.4"),
+        ({"space": {"gae_lambda": {"choices": [0.9, -1.0]}}}, r"gae_lambda must lie in \[0, 1\], got -1.0"),
+        ({"settings": {**FIXED, "batch_size": 0}}, "batch_size"),
         ({"trials": 0}, "trials must be at least 1; got 0"),
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
     ],
@@ -534,6 +537,40 @@ def test_the_discount_of_rewards_follows_a_tuned_discount(tmp_path):
     own = resolve("trpo", "HalfCheetah-v5", settings={"normalize": {"gamma": 0.5}})
     path.write_text(yaml.safe_dump({"HalfCheetah-v5": preset_of(own)}))
     assert resolve("trpo", "HalfCheetah-v5", preset=str(path), settings={"gamma": 0.9}).normalize["gamma"] == 0.5
+
+
+@needs_optuna
+def test_an_environment_that_is_not_there_is_refused_before_there_is_a_folder(tmp_path):
+    config = TuningConfig("trpo", "CartPole-v9", options=OPTIONS, space=SPACE)
+    with pytest.raises((ValueError, ImportError), match="CartPole"):
+        Tuning.create(tmp_path / "s", config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_optuna
+@pytest.mark.parametrize("settings", [{"normalize.gamma": 0.99}, {"normalize": {"gamma": 0.99}}, {"normalize": True}])
+def test_a_discount_of_rewards_that_was_set_stays(settings, tmp_path):
+    search = begun(tmp_path / "s", settings={**FIXED, **settings}, space={"gamma": {"choices": [0.5, 0.99]}})
+    preset = str(search.path / "preset.yaml")
+    found = resolve("trpo", "CartPole-v1", preset=preset, settings={"gamma": 0.5})
+    assert found.normalize["gamma"] == (0.5 if settings == {"normalize": True} else 0.99)
+
+
+@needs_optuna
+def test_the_tables_have_a_trial_that_ended_just_before_a_stop(tmp_path, monkeypatch):
+    search = begun(tmp_path / "s", trials=2)
+
+    def stopped(self, number):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuning, "_write", lambda self: None)
+    monkeypatch.setattr(Tuning, "_tell", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    with (search.path / "trials.csv").open() as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == ["0"]
+    assert "trial 0 of 1" in (search.path / "best.yaml").read_text()
 
 
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))

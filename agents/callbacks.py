@@ -256,8 +256,11 @@ class Saver(_Periodic):
     def _act(self) -> None:
         if self._folder is not None:
             files = self._folder.checkpoint(self.model.num_timesteps)
-            save_agent(self.model, files, self._folder, episodes=self._config.exact_resume == "state")
+            exact = self._config.exact_resume == "state"
+            save_agent(self.model, files, self._folder, self._config, episodes=exact)
             copy_agent(files, self._folder.last)
+            if self._folder.best.model.exists():
+                copy_agent(self._folder.best, self._folder.best_before)
         if self._config.exact_resume == "restart":
             begin_episodes(self.model, self._config, self._world)
             env = cast(VecEnv, self.model.get_env())

@@ -7,7 +7,7 @@
     progress.csv            every update                   evaluations.csv every evaluation during training
     events.out.tfevents…    the same for TensorBoard       learning_curve.png
     last_model.zip          where `resume` continues       best_model.zip  the best evaluation during training
-    checkpoints/            model_<steps>_steps.zip
+    checkpoints/            model_<steps>_steps.zip, and best_model.zip as it was at the last of them
     final_evaluation.json   evaluation_….json              video/
 
 An agent is one file, which takes its name when it is whole: Stable-Baselines3's archive with one more part, the JSON
@@ -36,7 +36,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.base import NaturalPolicyAlgorithm
 from agents.config import ALGORITHMS, RunConfig
-from agents.saved import plain_pickle
+from agents.saved import plain_pickle, saved_values
 from agents.state import set_statistics, state_of
 from envs import VecNormalize
 from npg.runs import folder
@@ -131,6 +131,11 @@ class RunFolder(folder.RunFolder):
         """The agent of the best evaluation during training."""
         return SavedAgent(self.path / "best_model.zip", self.path / "best_vecnormalize.pkl", self.path / "best_rng.pkl")
 
+    @property
+    def best_before(self) -> SavedAgent:
+        """The best agent as it was at the last checkpoint."""
+        return SavedAgent(self.checkpoints / "best_model.zip", Path(), Path())
+
     def checkpoint(self, steps: int) -> SavedAgent:
         """The agent after `steps` environment steps."""
         names = (f"vecnormalize_{steps}_steps.pkl", f"rng_{steps}_steps.pkl")
@@ -183,6 +188,20 @@ class RunFolder(folder.RunFolder):
                 path.unlink()
             elif path.stat().st_size > positions[path.name]:
                 os.truncate(path, positions[path.name])
+
+    def cut_best(self, steps: int) -> None:
+        """Take back the best agent if it came after `steps`: the one of the last checkpoint takes its place, if any."""
+        if not self.best.model.is_file() or _steps_of(self.best) <= steps:
+            return
+        if self.best_before.model.is_file() and _steps_of(self.best_before) <= steps:
+            copy_agent(self.best_before, self.best)
+            return
+        warnings.warn(
+            f"{self.best.model} came after step {steps:,}, where the run goes on, and is removed: the best evaluation "
+            "from here on takes its place",
+            stacklevel=2,
+        )
+        self.best.model.unlink()
 
     def _boards(self) -> list[Path]:
         return sorted(self.path.glob("events.out.tfevents.*"))
@@ -258,7 +277,12 @@ class _Progress(KVWriter):
 
 
 def save_agent(
-    model: BaseAlgorithm, files: SavedAgent, folder: RunFolder | None = None, *, episodes: bool = False
+    model: BaseAlgorithm,
+    files: SavedAgent,
+    folder: RunFolder | None = None,
+    config: RunConfig | None = None,
+    *,
+    episodes: bool = False,
 ) -> None:
     """Save an agent with its state as one file, which is replaced whole, or stays as it was.
 
@@ -266,14 +290,45 @@ def save_agent(
         model: the agent.
         files: where.
         folder: if given, the run continues from here: the positions of its records are saved.
+        config: the run's, if it continues from here: what decides the agent is saved.
         episodes: whether the episodes under way continue too.
     """
     state = {"format": FORMAT, **state_of(model, episodes=episodes)}
     state["records"] = None if folder is None else folder.positions()
+    state["config"] = None if config is None else _deciding(config)
     with replacing(files.model) as partial:
         model.save(partial)
         with zipfile.ZipFile(partial, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(_STATE, to_text(state))
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """What an agent was made of, which no run that goes on can change: settings by name, as YAML."""
+    settings = {"policy": config.policy, **config.hyperparameters}
+    return {name: yaml.safe_dump(value) for name, value in settings.items()}
+
+
+def _check_unchanged(files: SavedAgent, state: Mapping[str, Any] | None, config: RunConfig) -> None:
+    """Compare a configuration with the one that an agent was trained with; older agents do not tell.
+
+    Raises:
+        ValueError: for a setting that was edited since, which would say what is not so.
+    """
+    saved, now = (state or {}).get("config") or {}, _deciding(config)
+    if changed := [name for name, value in saved.items() if now.get(name) != value]:
+        was, got = ({name: yaml.safe_load(of[name]) for name in changed if name in of} for of in (saved, now))
+        raise ValueError(
+            f"config.yaml has {_in_words(got)}, and {files.model} was trained with {_in_words(was)}: a run keeps what "
+            "it began with. Write that back, or begin another run with --set"
+        )
+
+
+def _in_words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "nothing there"
+
+
+def _steps_of(files: SavedAgent) -> int:
+    return int(saved_values(files.model)["num_timesteps"])
 
 
 def copy_agent(files: SavedAgent, to: SavedAgent) -> None:
@@ -320,7 +375,8 @@ def load_agent(
         training: whether the statistics go on moving and rewards are scaled.
 
     Raises:
-        ValueError: if a file is damaged or belongs to another algorithm or environment.
+        ValueError: if a file is damaged or belongs to another algorithm or environment, or the configuration of an
+            agent that trains on was edited.
         FileNotFoundError: if a file is missing.
     """
     config.check_device()
@@ -330,6 +386,8 @@ def load_agent(
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_instead_of(files)}") from error
+    if training:
+        _check_unchanged(files, state, config)
     env = make_env()
     try:
         env = normalized(env, config, training=training)

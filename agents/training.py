@@ -121,7 +121,7 @@ class Run:
         if self.state is not None:
             restore_log(model, self.state)
         if not folder.last.model.exists():
-            save_agent(model, folder.last, folder)
+            save_agent(model, folder.last, folder, config)
         seed = evaluation_seed(config)
         bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
         stop = StopRequest(self.world)
@@ -134,18 +134,18 @@ class Run:
                 seconds = self._learn(stop, recorder, evaluator, *bar) - evaluator.seconds
                 learned = True
                 whole = in_progress and not stop.requested  # else a rollout was cut off
-                save_agent(model, folder.last, folder, episodes=whole)
+                save_agent(model, folder.last, folder, config, episodes=whole)
                 if not (stop.requested or evaluator.is_done):
                     with suppress(Stopped):
                         evaluator.evaluate()
                 if any(name.startswith("train/") for name in model.logger.name_to_value):
                     model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
                     model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
-                save_agent(model, folder.last, folder, episodes=whole)  # now with these rows
+                save_agent(model, folder.last, folder, config, episodes=whole)  # now with these rows
         except BaseException as error:
             with suppress(Exception):  # which would hide the first one
                 if not learned and self._failed(bare):
-                    save_agent(model, folder.last, folder)
+                    save_agent(model, folder.last, folder, config)
                     error.add_note(f"the agent of step {model.num_timesteps:,} is saved, and goes on with new episodes")
                 learning_curve(folder)
             raise
@@ -381,6 +381,7 @@ def resume(
             return RunFolder.create(run_dir, config, command)
         if state["records"] is not None:
             folder.cut(state["records"])
+        folder.cut_best(model.num_timesteps)
         folder.begin(config.to_dict(), command)
         return folder
 

@@ -28,7 +28,7 @@ from agents.callbacks import Saver, evaluation_seed
 from agents.cli.train_agent import main
 from agents.config import RunConfig, resolve
 from agents.evaluation import evaluate_saved, make_env
-from agents.runs import RunFolder, normalized, read_state, save_agent
+from agents.runs import RunFolder, copy_agent, normalized, read_state, save_agent
 from agents.seeds import SeedsFolder
 from agents.state import set_statistics
 from agents.training import resume, start
@@ -214,6 +214,51 @@ def copy(finished, tmp_path):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     return RunFolder(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("hyperparameters", "target_kl", 0.9), "has target_kl=0.9, and .* was trained with target_kl=0.01"),
+        (("hyperparameters", "policy_kwargs", {"net_arch": [64]}), r"policy_kwargs=\{'net_arch': \[64\]\}, and"),
+        ((None, "policy", "MultiInputPolicy"), "has policy=MultiInputPolicy, and .* policy=MlpPolicy"),
+    ],
+)
+def test_settings_that_were_edited_since_are_refused(edit, message, copy, capsys):
+    config = yaml.safe_load((copy.path / "config.yaml").read_text())
+    part, name, value = edit
+    (config if part is None else config[part])[name] = value
+    (copy.path / "config.yaml").write_text(yaml.safe_dump(config))
+    before = contents(copy.path)
+    error = refused(["--resume", copy.path, "--timesteps", "700"], capsys)
+    assert re.search(message, error)
+    assert "Write that back" in error
+    before.pop(".lock", None)
+    assert {name: content for name, content in contents(copy.path).items() if name != ".lock"} == before
+
+
+def test_the_best_agent_is_of_the_line_that_goes_on(copy):
+    """A best agent that came after the checkpoint is taken back with the records: to the one of that time, if kept."""
+    kept = TRPO.load(copy.best_before.model).num_timesteps
+    assert kept in (256, 448)  # the best of the evaluations up to the last checkpoint
+    earlier = copy.best_before.model.read_bytes()
+    copy_agent(copy.last, copy.best)  # of step 640
+    copy.cut_best(448)
+    assert copy.best.model.read_bytes() == earlier
+    copy.cut_best(448)
+    assert copy.best.model.read_bytes() == earlier
+    with pytest.warns(UserWarning, match=r"best_model.zip came after step 128, where the run goes on, and is removed"):
+        copy.cut_best(128)
+    assert not copy.best.model.exists()
+
+
+def test_a_run_that_lost_its_last_agent_goes_on_with_the_best_of_its_line(copy):
+    copy_agent(copy.last, copy.best)
+    copy.last.model.unlink()
+    with pytest.warns(UserWarning, match="last_model.zip is missing"):
+        resume(copy.path).folder.unlock()
+    assert TRPO.load(copy.best.model).num_timesteps <= 448
+    assert list(copy.evaluations()["timesteps"]) == [256, 448]
 
 
 def test_a_run_continues_with_everything_that_was_saved(copy):
@@ -884,6 +929,23 @@ def test_seeds_that_cannot_be_are_refused_before_anything_is_created(arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_seeds_that_begin_later_have_the_same_settings_as_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    preset, path, moved = tmp_path / "p.yaml", tmp_path / "seeds", tmp_path / "moved"
+    preset.write_text("default: {target_kl: 0.01, normalize: {clip_obs: 5.0}}")
+    begin = ["trpo", "CartPole-v1", "--timesteps", "64", "--preset", str(preset), *TINY, "--threads", "1"]
+    assert main([*begin, "--seeds", "0", "--run-dir", str(path)]) == 0
+    preset.write_text("default: {target_kl: 0.5}")
+    path.rename(moved)
+    assert main(["--resume", str(moved), "--seeds", "1", "--timesteps", "128", "--no-progress", "--threads", "1"]) == 0
+    first, later = (RunFolder(moved / f"s{seed}").config for seed in (0, 1))
+    assert first == replace(later, seed=0)
+    assert (later.hyperparameters["target_kl"], later.normalize["clip_obs"], later.timesteps) == (0.01, 5.0, 128)
+    assert later.save_freq == 64 // 5
+    assert RunFolder(moved / "s0").final_timesteps == RunFolder(moved / "s1").final_timesteps == 128
+
+
 def test_several_seeds_keep_what_they_began_with(tmp_path, monkeypatch, capsys):
     path = tmp_path / "seeds"
     folder = SeedsFolder.create(path, resolve("trpo", "CartPole-v1", timesteps=100), (0, 1), [])
@@ -893,6 +955,7 @@ def test_several_seeds_keep_what_they_began_with(tmp_path, monkeypatch, capsys):
         (["--run-dir", tmp_path / "other"], "--run-dir cannot go with several seeds"),
         (["npg", "CartPole-v1"], "is trpo, not npg"),
         (["--seed", "1"], "--seed cannot go with --seeds"),
+        (["--timesteps", "99"], "--timesteps must be at least 100"),
     ):
         assert message in refused(["--resume", path, *arguments], capsys)
     assert "--resume" in refused(["trpo", "CartPole-v1", "--seeds", "0-1", "--run-dir", path], capsys)

@@ -166,11 +166,17 @@ class TwoSidedCurvature:
         basis.copy_(q)
         values.copy_(d)
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """V of each M, (n, *shape) for each stack of tensors."""
+    def apply(self, tensors: Sequence[Tensor], longest: float = inf) -> list[Tensor]:
+        """V of each M, (n, *shape) for each stack of tensors.
+
+        Args:
+            tensors: M.
+            longest: a longer M is shortened to it, tile by tile: the root mean square of its entries once whitened,
+                ‖L_δ^(−½) M R_δ^(−½)‖ / √(mn), which is 1 in the mean for a gradient.
+        """
         out: dict[int, Tensor] = {}
         for field in self._fields:
-            field.apply(tensors, self.power, self.damping, out)
+            field.apply(tensors, self.power, self.damping, longest, out)
         return [out[place] for place in range(len(tensors))]
 
 
@@ -216,10 +222,12 @@ class _Diagonal:
         new = x * weight
         self.flat.add_(start).mul_(kept).addcmul_(new, new)
 
-    def apply(self, x: Tensor, power: float, damping: float) -> Tensor:
-        """(N, numel) → V."""
+    def apply(self, x: Tensor, power: float, damping: float) -> tuple[Tensor, Tensor]:
+        """(N, numel) → V, and what it is with p = ½."""
         damped = torch.add(self.flat, self.flat.mean(1, keepdim=True), alpha=damping)
-        return x / damped.clamp_min_(torch.finfo(x.dtype).tiny).pow_(power)
+        damped.clamp_min_(torch.finfo(x.dtype).tiny)
+        white = x / damped.sqrt()
+        return (white if power == 0.5 else x / damped.pow_(power)), white
 
 
 #: Rows and columns of a tile.
@@ -283,11 +291,19 @@ class _Tiles:
         self.left.factor.baddbmm_(columns, columns.mT)
         self.right.factor.baddbmm_(lines.mT, lines)
 
-    def apply(self, x: Tensor, powers: Mapping[Dimension, Tensor]) -> Tensor:
-        """(N, numel) → V; powers d^(−p) (…, D) of each factor."""
-        m, (left, right) = x.view(len(x), *self.size), self.of(powers)
-        v = (self.left.basis.mT @ m @ self.right.basis).mul_(left[:, :, None]).mul_(right[:, None, :])
-        return (self.left.basis @ v @ self.right.basis.mT).flatten(1)
+    def apply(
+        self, x: Tensor, powers: Mapping[Dimension, Tensor], halves: Mapping[Dimension, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(N, numel) → V, and in the bases what it is with p = ½; powers d^(−p) and d^(−½) (…, D) of each factor."""
+        m = self.left.basis.mT @ x.view(len(x), *self.size) @ self.right.basis
+        v = white = self._divided(m, halves)
+        if powers is not halves:
+            v = self._divided(m, powers)
+        return (self.left.basis @ v @ self.right.basis.mT).flatten(1), white.flatten(1)
+
+    def _divided(self, m: Tensor, powers: Mapping[Dimension, Tensor]) -> Tensor:
+        left, right = self.of(powers)
+        return (m * left[:, :, None]).mul_(right[:, None, :])
 
 
 def _tiles(place: int, stack: Stack, max_axis: int, owners: dict[Dimension, list[Owner]]) -> Iterator[_Tiles]:
@@ -386,16 +402,25 @@ class _Field:
             side.values.div_(factor[:, None])  # which stay where a factorisation fails
         self.unit.mul_(roots[:count] * roots[count:])
 
-    def apply(self, tensors: Sequence[Tensor], power: float, damping: float, out: dict[int, Tensor]) -> None:
+    def apply(
+        self, tensors: Sequence[Tensor], power: float, damping: float, longest: float, out: dict[int, Tensor]
+    ) -> None:
         """Put V of each M into ``out``, by the place of the stack."""
         unit = torch.where(self.unit == 0, 1.0, self.unit)
-        powers = {key: self.sides[key].values ** -power for key in self._places}
+        powers = halves = {key: self.sides[key].values ** -0.5 for key in self._places}
+        if power != 0.5:
+            powers = {key: self.sides[key].values ** -power for key in self._places}
         dtype = self._numel.dtype
         before, after = (self._split(u.to(dtype)) for u in (unit, unit ** (1 - 2 * power)))
         for part, u, w in zip(self.parts, before, after, strict=True):
             m = tensors[part.place]
             x = part.cut(m) / u
-            v = part.apply(x, power, damping) if isinstance(part, _Diagonal) else part.apply(x, powers)
+            of = (x, power, damping) if isinstance(part, _Diagonal) else (x, powers, halves)
+            v, white = part.apply(*of)
+            if longest < inf:
+                largest = torch.linalg.vector_norm(white, inf, 1, keepdim=True).clamp_min_(torch.finfo(dtype).tiny)
+                size = torch.linalg.vector_norm(white / largest, 2, 1, keepdim=True)  # whose square could be infinite
+                v.mul_((longest * white.shape[1] ** 0.5 / size / largest).clamp_max_(1.0))
             part.put(v if power == 0.5 else v * w, m, out)
 
 

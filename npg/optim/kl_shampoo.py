@@ -47,7 +47,7 @@ class _TwoSidedPlan(Plan):
         self.moves += [(live, new, live) for live, new in zip(self.momenta, means, strict=True)]
         if group["nesterov"]:
             means = torch._foreach_lerp(gradients, means, momentum)
-        self.directions = self.curvature.apply(means)
+        self.directions = self.curvature.apply(means, longest=1.0)
         for direction, is_matrix in zip(self.directions, self._is_matrix, strict=True):
             if not is_matrix:
                 direction.mul_(group["vector_scale"])
@@ -67,11 +67,14 @@ class KLShampoo(GradientOptimizer):
         L ← β L + (1 − β) G R⁻¹ Gᵀ / n,    R ← β R + (1 − β) Gᵀ L⁻¹ G / m,
         M ← μ M + (1 − μ) G,    M̃ = (1 − μ) G + μ M,    θ ← (1 − lr · weight_decay) θ − lr · L^(−p) M̃ R^(−p).
 
+    M̃ is shortened where ‖L^(−½) M̃ R^(−½)‖ > √(mn), the size of one gradient in the mean, which the average of several
+    hardly reaches: so no gradient of another size, which powers of some steps ago do not know, makes a long step.
+
     p = 1 is the natural gradient; p = ½, its square root, whitens: a step has the same size however large the gradients
-    are. Both are the same in any rotated basis of either side of a weight. What is no matrix (biases, normalisation,
-    1 × n) has a diagonal in place of L ⊗ R, and the rate lr · vector_scale; with p = ½ that is Adam with a relative
-    damping and without corrections of its averages: M begins at 0, and the diagonal at the mean square of the first
-    gradient, so that with ``nesterov`` the first step has 1 − μ² of its length.
+    are, and at most lr √(mn). Both are the same in any rotated basis of either side of a weight. What is no matrix
+    (biases, normalisation, 1 × n) has a diagonal in place of L ⊗ R, and the rate lr · vector_scale; with p = ½ that is
+    Adam with a relative damping and without corrections of its averages: M begins at 0, and the diagonal at the mean
+    square of the first gradient, so that with ``nesterov`` the first step has 1 − μ² of its length.
 
     The state depends on the gradients alone: under DistributedDataParallel, which averages them, it is the same on all
     ranks without any communication of its own. If a constant c scales all gradients, c^(1 − 2p) scales the steps; a

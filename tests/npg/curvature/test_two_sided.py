@@ -121,6 +121,42 @@ def test_equals_the_dense_twin(stream, power, assert_close):
             assert_close(state["unit"] ** 2 * state["square"], torch.from_numpy(np.asarray(twin.square)))
 
 
+@pytest.mark.parametrize("power", [0.25, 0.5, 0.75, 1.0])
+def test_what_is_longer_than_the_gradients_spread_is_shortened_to_it(power, assert_close):
+    """V of M and of t M are one where both are too long, and a shorter M is left alone; tile by tile."""
+    shapes = [(7, 5), (7, 5), (9,), (40, 3)]
+    states: list[dict] = [{} for _ in shapes]
+    curvature = TwoSidedCurvature(
+        [torch.zeros(s, dtype=torch.float64) for s in shapes], states, power=power, max_axis=20
+    )
+    for step in gradients("generic", 30, shapes):
+        curvature.update(stacked(curvature, step, shapes))
+        curvature.inverse()
+    means = stacked(curvature, gradients("generic", 31, shapes)[-1], shapes)
+    plain = curvature.apply(means)
+    for got, want in zip(curvature.apply([1e-3 * m for m in means], longest=1.0), plain, strict=True):
+        assert_close(got, 1e-3 * want)
+    ends = [curvature.apply([scale * m for m in means], longest=0.5) for scale in (1e3, 1e9, 1e200)]
+    for got, *others in zip(*ends, strict=True):
+        for other in others:
+            assert_close(got, other)
+    for got, want in zip(ends[0], plain, strict=True):
+        parts = list(zip(*(x.split(20, 1) if x.shape[1:] == (40, 3) else (x,) for x in (got, want))))
+        for a, b in (pair for part in parts for pair in zip(*part)):
+            ratio = float((a * b).sum() / (b * b).sum())
+            assert_close(a, ratio * b)
+            if power == 0.5:  # V is the whitened M
+                assert float(a.square().mean()) == pytest.approx(0.25)
+
+
+def test_a_long_mean_in_single_precision_leaves_its_range_nowhere():
+    curvature = TwoSidedCurvature([torch.zeros(6, 6)], [{}])
+    generator = torch.Generator().manual_seed(0)
+    curvature.update([1e-12 * torch.randn(1, 6, 6, generator=generator)])
+    (v,) = curvature.apply([1e14 * torch.randn(1, 6, 6, generator=generator)], longest=1.0)
+    assert float(v.square().mean()) == pytest.approx(1.0)
+
+
 def test_finds_the_covariance_and_whitens():
     """Of gradients that are matrix normal the factors tend to their covariance; p = ½ then makes it the identity."""
     generator = torch.Generator().manual_seed(0)

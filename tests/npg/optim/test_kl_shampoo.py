@@ -31,7 +31,7 @@ def test_equals_a_loop_over_parameters(power, nesterov, training):
                 if t in (0, 1, 3, 9, 12, 16, 20):
                     curvature.inverse(exact=t < 10)
                 mean.mul_(0.8).add_(0.2 * g)
-                (v,) = curvature.apply([(0.2 * g + 0.8 * mean if nesterov else mean)[None]])
+                (v,) = curvature.apply([(0.2 * g + 0.8 * mean if nesterov else mean)[None]], longest=1.0)
                 if p.ndim > 1:
                     p.mul_(1 - 0.01 * 0.1)
                 p.sub_(0.01 * (1.0 if p.ndim > 1 else 0.3) * v[0])
@@ -87,3 +87,37 @@ def test_it_learns():
         schedule.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 1e-2 * losses[0]
+
+
+@pytest.mark.parametrize("odd", [1.5, 10.0])
+@pytest.mark.parametrize("at", [200, 201, 203, 207])
+def test_an_odd_batch_between_two_updates_of_the_powers_is_recovered_from(at, odd):
+    """The powers are of gradients before it; without a bound the network was at 1e6 and stayed there."""
+    torch.manual_seed(0)
+    model, teacher = (nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4)) for _ in range(2))
+    optimizer = KLShampoo(model.parameters(), 0.01)
+    losses = []
+    for t in range(300):
+        x = torch.randn(128, 8)
+        y = teacher(x).detach() * (odd if t == at else 1.0)
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert max(losses[at - 20 : at]) < 1e-3
+    assert max(losses[-20:]) < 2e-3
+
+
+@pytest.mark.parametrize("sizes", [[1e-12, *[1.0] * 19], [*[1.0] * 15, 1e12, *[1.0] * 10]], ids=["first", "late"])
+def test_no_step_is_longer_than_that_of_gradients_that_agree(sizes, walk):
+    """p = ½: a rotation of a step of lr per entry; of lr · vector_scale for what is no matrix."""
+    g = torch.Generator().manual_seed(0)
+    weight, bias = nn.Parameter(torch.zeros(6, 5)), nn.Parameter(torch.zeros(6))
+    steps = [[size * torch.randn(6, 5, generator=g), size * torch.randn(6, generator=g)] for size in sizes]
+    before, longest = [torch.zeros(6, 5), torch.zeros(6)], [0.0, 0.0]
+    for after in walk([weight, bias], KLShampoo([weight, bias], 0.01, vector_scale=0.3), steps):
+        for i, (a, b) in enumerate(zip(after, before, strict=True)):
+            longest[i] = max(longest[i], float((a - b).square().mean().sqrt()))
+        before = after
+    assert longest == pytest.approx([0.01, 0.003], rel=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import chain
 from typing import Any, TypeAlias, cast
@@ -33,6 +33,7 @@ __all__ = [
     "ModelOptimizer",
     "Tensors",
     "TrackedFactors",
+    "check_shapes",
     "decay_matrices",
     "dense_gradients",
     "flat",
@@ -93,6 +94,25 @@ def _options(cls: type) -> frozenset[str]:
     return frozenset(inspect.signature(cls).parameters)
 
 
+def _subclasses(cls: type) -> Iterator[type]:
+    """Those of this package, of whatever depth."""
+    each: type
+    for each in cls.__subclasses__():
+        if each.__module__.startswith("npg."):
+            yield each
+            yield from _subclasses(each)
+
+
+def check_shapes(name: str, p: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a state is of a parameter of another shape."""
+    for key, (was, now) in _shapes(state, p).items():
+        if was != now:
+            raise ValueError(
+                f"parameter {name!r} has the shape {tuple(p.shape)} now, and its {key} the shape {was}: make a new "
+                "optimizer, or clear its state"
+            )
+
+
 class ExactResume(Optimizer):
     """An optimizer whose state comes back from a checkpoint of the same model with the dtype it was saved with.
 
@@ -117,6 +137,13 @@ class ExactResume(Optimizer):
                 raise ValueError(
                     f"state_dict is not of {type(self).__name__}, its parameter groups lack {lacking}: load a state "
                     f"that {type(self).__name__} saved, or begin without one"
+                )
+            others = {name for cls in _subclasses(ExactResume) for name in _options(cast(Any, cls))}
+            others -= {"params", *_options(cast(Any, type(self)))}
+            if foreign := sorted({key for group in hooked["param_groups"] for key in others & group.keys()}):
+                raise ValueError(
+                    f"state_dict is not of {type(self).__name__}, its parameter groups have {foreign} of another "
+                    f"optimizer: load a state that {type(self).__name__} saved, or begin without one"
                 )
             saved = chain.from_iterable(group["params"] for group in hooked["param_groups"])
             params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -301,16 +328,17 @@ class Held:
         self, params: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]], passing: Iterable[str] = ()
     ) -> None:
         self._entries = [
-            (p, p.dtype, p.device, {key: states[p][key] for key in states[p].keys() - {*passing}}) for p in params
+            (p, p.shape, p.dtype, p.device, {key: states[p][key] for key in states[p].keys() - {*passing}})
+            for p in params
         ]
 
     def by(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether ``states`` has every entry, as the same object, of parameters of the same dtype and device."""
+        """Whether ``states`` has every entry, as the same object, of parameters of the same shape, dtype and device."""
         return all(
             (state := states.get(p)) is not None
-            and (p.dtype, p.device) == (dtype, device)
+            and (p.shape, p.dtype, p.device) == (shape, dtype, device)
             and all(state.get(key) is value for key, value in entries.items())
-            for p, dtype, device, entries in self._entries
+            for p, shape, dtype, device, entries in self._entries
         )
 
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from npg.checks import number, positive_or_none, whole
 from npg.curvature.stacks import stacks
 from npg.model import undone_on_error
-from npg.optim.base import ExactResume, Held, Tensors, decay_matrices, dense_gradients
+from npg.optim.base import ExactResume, Held, Tensors, check_shapes, decay_matrices, dense_gradients
 from npg.parameters import check_dtypes
 
 __all__ = ["GradientOptimizer", "Plan"]
@@ -138,6 +138,8 @@ class GradientOptimizer(ExactResume):
         if not active:
             return []
         plans, fixed = self._plans.get(index, []), self._fixed
+        if {p for plan in plans for p in plan.params}.isdisjoint(active):
+            plans = []  # they are of a group that was here before
         if not all(plan.held.by(self.state) for plan in plans):
             plans = []  # the state was cleared, an entry replaced, or the model converted
         options = {name: group[name] for name in self._of_plan}
@@ -145,7 +147,10 @@ class GradientOptimizer(ExactResume):
             former = plans[0].options[fixed]
             raise ValueError(f"{fixed} must stay {former}, that of the factors; got {options[fixed]}")
         if not plans or {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
-            check_dtypes({name: p for name, p in _named(group).items() if p.grad is not None})  # frozen ones thaw
+            named = {name: p for name, p in _named(group).items() if p.grad is not None}
+            check_dtypes(named)  # frozen ones thaw
+            for name, p in named.items():
+                check_shapes(name, p, self.state[p])
             plans = self._plans[index] = self._plan(active, options)
         return plans
 

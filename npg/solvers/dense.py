@@ -15,6 +15,10 @@ __all__ = ["dense_solve"]
 _DENSE_RTOL = 1e-6  # what a factorisation in float64 leaves more of has met a singular matrix
 
 
+def _skew(matrix: Tensor) -> Tensor:
+    return (matrix - matrix.T).abs().amax()
+
+
 @torch.no_grad()
 def dense_solve(
     A: Any,
@@ -40,7 +44,7 @@ def dense_solve(
 
     Raises:
         TypeError: if A is no matrix and has none.
-        ValueError: if an argument has the wrong shape or is out of its range.
+        ValueError: if an argument has the wrong shape or is out of its range, or A is complex or not symmetric.
     """
     check_system(b, x0, damping)
     if method not in ("cholesky", "eigh"):
@@ -54,6 +58,15 @@ def dense_solve(
     if matrix.shape != (b.shape[0], b.shape[0]):
         raise ValueError(
             f"A must be {b.shape[0]} × {b.shape[0]} for b of shape {tuple(b.shape)}, got {tuple(matrix.shape)}"
+        )
+    if matrix.is_complex():
+        raise ValueError(
+            f"A must be real, got {matrix.dtype}: solve for the real and the imaginary parts as one vector"
+        )
+    precision = torch.finfo(matrix.dtype if matrix.is_floating_point() else torch.float64).eps
+    if len(matrix) and bool(_skew(matrix) > precision**0.5 * matrix.abs().amax()):
+        raise ValueError(
+            f"A must be symmetric, its halves differ by {float(_skew(matrix)):.1e}: give (A + A.T) / 2 if meant"
         )
     single = b.ndim == 1
     B = (b.unsqueeze(1) if single else b).double()
@@ -71,9 +84,8 @@ def dense_solve(
             status = Status.BREAKDOWN
         else:
             x = torch.cholesky_solve(B, factor)
-    else:
+    elif len(M):
         values, vectors = torch.linalg.eigh(M)
-        precision = torch.finfo(matrix.dtype if matrix.is_floating_point() else M.dtype).eps
         threshold = values.abs().amax() * (len(M) * precision if rcond is None else rcond)
         if bool((values < -threshold).any()):
             status = Status.NEGATIVE_CURVATURE

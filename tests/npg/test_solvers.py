@@ -815,3 +815,14 @@ def test_what_a_preconditioner_returns_is_looked_at(preconditioner, message):
 def test_a_product_that_changes_its_vector_is_refused():
     with pytest.raises(ValueError, match="A changed the vector that it was given"):
         conjugate_gradient(lambda v: v.mul_(2.0), torch.ones(3))
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh"])
+def test_dense_refuses_what_is_not_real_and_symmetric(method):
+    b = torch.ones(2)
+    with pytest.raises(ValueError, match=r"A must be real, got torch\.complex"):
+        dense_solve(torch.tensor([[2.0, 1j], [-1j, 2.0]]), b, method=method)
+    with pytest.raises(ValueError, match=r"A must be symmetric, its halves differ by 1\.0e\+00"):
+        dense_solve(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), b, method=method)
+    empty = dense_solve(torch.zeros(0, 0), torch.zeros(0), method=method)
+    assert empty.x.shape == (0,)

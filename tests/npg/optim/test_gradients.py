@@ -660,3 +660,42 @@ def test_a_step_that_raises_and_is_repeated_is_the_step(kind, training, monkeypa
     monkeypatch.undo()
     twice.go(data[3:])
     assert_equal(twice.everything(), once.everything())
+
+
+@pytest.mark.parametrize(("cls", "option"), [(OnlineNGD, {"rank": 2}), (KLShampoo, {"max_axis": 3})])
+def test_a_group_that_is_taken_out_leaves_the_others(cls, option):
+    a, b, twin = (nn.Parameter(torch.ones(4, 5)) for _ in range(3))
+    optimizer, alone = cls([{"params": [b], **option}, {"params": [a]}], lr=0.1), cls([twin], lr=0.1)
+    g = torch.Generator().manual_seed(0)
+    for t in range(4):
+        a.grad = twin.grad = torch.randn(4, 5, generator=g)
+        b.grad = torch.randn(4, 5, generator=g)
+        if t == 2:
+            del optimizer.param_groups[0]
+        optimizer.step()
+        alone.step()
+    torch.testing.assert_close(a, twin, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", [OnlineNGD, KLShampoo])
+def test_a_parameter_that_got_another_shape_is_refused_and_nothing_moves(cls):
+    c, w = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(4, 6))
+    optimizer = cls([c, w], lr=0.1, momentum=0.5)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        c.grad, w.grad = torch.randn(3, 3, generator=g), torch.randn(4, 6, generator=g)
+        optimizer.step()
+    w.data = torch.ones(6, 4)
+    c.grad, w.grad = torch.randn(3, 3, generator=g), torch.randn(6, 4, generator=g)
+    before = copy.deepcopy((c.detach(), w.detach(), optimizer.state_dict()["state"]))
+    with pytest.raises(
+        ValueError, match=r"parameter 'params\[1\]' has the shape \(6, 4\) now.*\(4, 6\).*clear its state"
+    ):
+        optimizer.step()
+    assert torch.equal(c, before[0])
+    assert torch.equal(w, before[1])
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[2][i][key]) for key, value in state.items())
+    optimizer.state[w].clear()
+    optimizer.step()
+    assert not torch.equal(w, before[1])

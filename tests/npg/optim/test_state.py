@@ -458,6 +458,17 @@ def test_the_state_of_another_optimizer_is_refused_before_it_is_loaded(name, sav
     assert optimizer.state_dict() == before
 
 
+@pytest.mark.parametrize(("saved", "foreign"), [("diagonal-ngd", "'decay'"), ("kl-shampoo", "'average'.*'power'")])
+def test_the_state_of_an_optimizer_with_more_options_is_refused_too(saved, foreign):
+    """Their momentum is of other units, and NGD would move by it."""
+    model = network()
+    optimizer, other = OPTIMIZERS["ngd"](model), OPTIMIZERS[saved](model)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"not of NGD, its parameter groups have .*{foreign}.* of another"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state_dict() == before
+
+
 @pytest.mark.parametrize("name", ["online-ngd", "kl-shampoo", *MAKE])
 def test_a_state_with_what_a_scheduler_added_is_loaded(name):
     optimizer, other = OPTIMIZERS[name](network()), OPTIMIZERS[name](network())

@@ -7,9 +7,13 @@ Collecting is in `agents.collect`, an update in `agents.update`. An algorithm is
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from math import inf, isfinite
+from operator import index
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -33,7 +37,7 @@ from agents.average import PolicyAverage
 from agents.buffer import DictRolloutBuffer, RolloutBuffer
 from agents.checks import device_of, not_finite_in
 from agents.collect import Collector
-from agents.masks import TakesStructures, as_taken
+from agents.masks import TakesStructures, as_taken, made_env
 from agents.networks import Networks
 from agents.options import HasOptions, option
 from agents.recurrent import POLICIES as RECURRENT
@@ -62,6 +66,34 @@ def _policy_kwargs(name: str, value: Any) -> None:
         raise ValueError(f"{name} has optimizer_class={optimizer.__name__}, whose steps need a closure: take Adam")
     if "lr" in ((value or {}).get("optimizer_kwargs") or {}):
         raise ValueError(f"{name} has an lr in its optimizer_kwargs, which is set by learning_rate: give it there")
+
+
+def _steps(name: str, value: Any) -> int:
+    """A number of steps as people write it, such as 1e5, as an integer."""
+    if isinstance(value, float | np.floating):
+        if not (isfinite(value) and value == int(value)):
+            remedy = (
+                "a large one, such as 10**12, that a callback ends" if value == inf else "one, such as 100_000 or 1e5"
+            )
+            raise ValueError(f"{name} must be a whole number, got {value}: give {remedy}")
+        value = int(value)
+    elif not isinstance(value, bool):
+        with suppress(TypeError):
+            value = index(value)  # of an array or a tensor of one integer too
+    whole(name, value, 0)
+    return int(value)
+
+
+def _no_folder(path: Any) -> None:
+    """Raise IsADirectoryError if a saved model is to be loaded from a folder; it names the models in it."""
+    if not (isinstance(path, str | PathLike) and Path(path).is_dir()):
+        return
+    folder = Path(path)
+    there = [folder / name for name in ("last_model.zip", "best_model.zip") if (folder / name).is_file()]
+    if (file := folder.with_name(f"{folder.name}.zip")).is_file():
+        there.append(file)
+    remedy = " or ".join(map(str, there)) or "the file of a saved model, such as last_model.zip in the folder of a run"
+    raise IsADirectoryError(f"path={str(path)!r} is a folder: give {remedy}")
 
 
 def _seed(name: str, value: Any) -> None:
@@ -224,6 +256,10 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         self.algorithm = self.name()
         self.critic_damping = 0.1
         self.check_options()
+        if setup and env is None:
+            raise TypeError(
+                "env must be an environment, got None: give one, such as envs.make_vec_env('CartPole-v1', n_envs)"
+            )
         policy, env = self._matched(policy, env, theirs["verbose"])
         Collector.__init__(
             self,
@@ -384,7 +420,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
     def load(
         cls,
         path: Any,
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         *args: Any,
         custom_objects: dict[str, Any] | None = None,
         unpickle: Collection[str] = (),
@@ -397,19 +433,22 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
 
         Args:
             path: of the file, or a file that is open.
-            env: the environments, if there are any.
+            env: the environments, if there are any, or their Gymnasium id.
             args: device, … as Stable-Baselines3 takes them.
-            custom_objects: values for attributes that the file has as pickles, such as a policy class of your own.
+            custom_objects: values for attributes that the file has as pickles, such as a policy class of your own;
+                and for options, as in ``kwargs``.
             unpickle: the names of attributes that are unpickled whatever they hold, with a warning: that can run any
                 code. The others are read as data (`agents.saved`).
             kwargs: other arguments of Stable-Baselines3, and attributes to change: options are checked as the
                 constructor does, and ``policy_kwargs`` compared.
 
         Raises:
-            TypeError: if an argument is unknown, or not of its kind.
+            TypeError: if an argument or a name in custom_objects is unknown, or not of its kind.
+            IsADirectoryError: if the path is of a folder.
             ValueError: if an option is out of its range; if the file was saved by another algorithm or with other
                 ``policy_kwargs``, is damaged, or has an attribute that is no data.
         """
+        _no_folder(path)
         data = saved_values(path)
         contrib_trpo = {"cg_max_steps", "line_search_max_iter", "target_kl"} <= set(data)
         saved = data.get("algorithm", "TRPO" if contrib_trpo else "another algorithm")
@@ -418,10 +457,15 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
                 f"path={str(path)!r} was saved by {saved}, not by {cls.name()}: load it with its own class"
             )
         cls.refuse_unknown(kwargs, {*data, "print_system_info", "force_reset"})
+        kind("custom_objects", custom_objects, Mapping, "a dict of values by the names of attributes")
+        custom = dict(custom_objects or {})
+        cls.refuse_unknown(custom, {*data, *_OF_OTHERS}, "custom_objects")
+        late = {name for name, o in cls.options.items() if o.attribute and name not in data and name != "device"}
+        kwargs = {name: value for name, value in custom.items() if name in late} | kwargs
         if "algorithm" not in data:
             kwargs = {name: value for name, value in cls.sb3_contrib_options.items() if name not in data} | kwargs
         kwargs |= {name: cls.checked(name, value) for name, value in kwargs.items() if name in cls.options}
-        given = {name: value for name, value in (custom_objects or {}).items() if name in data}
+        given = {name: value for name, value in custom.items() if name in data}
         given |= {name: cls.checked(name, value) for name, value in given.items() if name in cls.options}
         if isinstance(given.get("policy_class"), str):
             given["policy_class"] = cls._policy_named(given["policy_class"])
@@ -436,7 +480,7 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
                 "out, or make a new agent"
             )
         if env is not None:
-            env = as_taken(cls._wrap_env(env), kwargs["custom_objects"]["policy_class"])
+            env = as_taken(cls._wrap_env(made_env(env)), kwargs["custom_objects"]["policy_class"])
         model = super().load(path, env, *args, **kwargs)
         if "stats_window_size" in {*data, *kwargs}:  # Stable-Baselines3 goes by a name of its own
             model._stats_window_size = model.stats_window_size
@@ -461,12 +505,25 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         Schedules end with each call, be it of a part of the training (``reset_num_timesteps=False``) only: see
         `agents.schedules`.
 
+        Args:
+            total_timesteps: environment steps of this call, a whole number, such as 100_000 or 1e5; after 0 all is set
+                up, and nothing learned.
+            callback: as the next ones, as Stable-Baselines3 takes it.
+            log_interval: updates between rows of the log.
+            tb_log_name: of TensorBoard's run.
+            reset_num_timesteps: whether counting begins anew.
+            progress_bar: whether to show one.
+
         Raises:
+            TypeError: if ``total_timesteps`` is no number.
+            ValueError: if it is negative, or not whole; if the agent has no environment.
             FloatingPointError: if observations, rewards or the critic's loss are not finite.
         """
+        steps = _steps("total_timesteps", total_timesteps)
+        self._own_env()
         name = type(self).__name__ if tb_log_name is None else tb_log_name
         try:
-            return super().learn(total_timesteps, callback, log_interval, name, reset_num_timesteps, progress_bar)
+            return super().learn(steps, callback, log_interval, name, reset_num_timesteps, progress_bar)
         except (RuntimeError, ValueError) as error:  # of a distribution whose parameters are not finite
             if found := self.find_not_finite():
                 raise FloatingPointError(found) from error
@@ -545,6 +602,9 @@ _STABLE_BASELINES3 = (
 )
 
 _LOAD = "save the agent, and {algorithm}.load(path, env, {name}=…) makes another"
+
+#: What custom objects for models of Stable-Baselines3's other algorithms name too; a file without it needs none.
+_OF_OTHERS = frozenset({"clip_range", "clip_range_vf", "exploration_schedule"})
 
 #: Options that cannot change once the networks and the rollout buffer are made, and what to do instead.
 _BUILT_IN = {

@@ -71,10 +71,22 @@ class Collector(OnPolicyAlgorithm):
         self._told = told
         return fresh
 
+    def _own_env(self) -> VecEnv:
+        """The environments, which an agent that was loaded without them lacks.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if self.env is None:
+            raise ValueError(
+                f"env is None, and the agent has no environments to learn in: give it {self.n_envs} with set_env(env), "
+                f"or load it with {type(self).__name__}.load(path, env)"
+            )
+        return self.env
+
     def collect(self) -> None:
         """One rollout into ``rollout_buffer``, without learning from it: for measurements."""
-        assert self.env is not None, "the agent has no environment: see set_env"
-        self.collect_rollouts(self.env, self._init_callback(None), self.rollout_buffer, self.n_steps)
+        self.collect_rollouts(self._own_env(), self._init_callback(None), self.rollout_buffer, self.n_steps)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: buffers.RolloutBuffer, n_rollout_steps: int

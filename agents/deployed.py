@@ -36,6 +36,7 @@ from agents.distributions import SquashedGaussian
 from agents.heads import ActorHead
 from agents.masks import MaskableActorCriticPolicy
 from agents.recurrent import RecurrentPolicy
+from agents.saved import saved_values
 from envs import ActionMasks, VecNormalize, Watchdog
 from envs.episodes import EpisodeWriter
 from envs.hybrid import is_hybrid
@@ -219,7 +220,8 @@ class DeployedPolicy(nn.Module):
         with generators_kept(), io.BytesIO() as buffer:  # a copy on the CPU, by what it would be saved as
             agent.save(buffer)
             buffer.seek(0)
-            copy = type(agent).load(buffer, device="cpu", custom_objects=dict(vars(agent)))
+            own = {name: vars(agent)[name] for name in saved_values(buffer)}
+            copy = type(agent).load(buffer, device="cpu", custom_objects=own)
         self.policy = cast(ActorCriticPolicy, acting_policy(copy))
         self.policy.set_training_mode(False)
         self.policy.requires_grad_(False)

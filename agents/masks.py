@@ -272,6 +272,34 @@ def as_taken(env: VecEnv, policy: type[Any]) -> VecEnv:
     return env
 
 
+def made_env(env: Any, verbose: int = 0) -> Any:
+    """The environment that ``env`` is, or whose id it is.
+
+    Raises:
+        TypeError: for anything else, and for a vector environment of Gymnasium.
+    """
+    made: Any = maybe_make_env(env, verbose)
+    if isinstance(made, VectorEnv):
+        raise TypeError(
+            f"env is a vector environment of Gymnasium ({type(made.unwrapped).__name__}), where Stable-Baselines3 "
+            "has its VecEnv: take envs.make_vec_env(env_id, n_envs), which uses the vector form of a task that has "
+            "one"
+        )
+    old = any(base.__module__.partition(".")[0] == "gym" for base in type(made).__mro__)  # Stable-Baselines3 takes them
+    if not (isinstance(made, gym.Env | VecEnv) or old):
+        kinds = "an environment of Gymnasium, a VecEnv, or an id such as 'CartPole-v1'"
+        if isinstance(made, type):
+            remedy = f"give an object of the class, {made.__name__}(…), or envs.make_vec_env({made.__name__}, n_envs)"
+        elif callable(made):
+            remedy = "give what it makes, or envs.make_vec_env with it and n_envs"
+        elif isinstance(made, list | tuple):
+            remedy = "for several take envs.make_vec_env(env_id, n_envs), for one leave the brackets out"
+        else:
+            remedy = "take envs.make_vec_env(env_id, n_envs)"
+        raise TypeError(f"env must be {kinds}, got {made!r} ({type(made).__name__}): {remedy}")
+    return made
+
+
 def _counts_otherwise(space: spaces.Space[Any]) -> bool:
     """Whether its numbers do not count from 0 along one axis."""
     start: Any = getattr(space, "start", 0)
@@ -294,21 +322,20 @@ class TakesStructures(OnPolicyAlgorithm):
         """The policy, for the masks and the actions that the environments have, and the environments as it takes them.
 
         Raises:
-            TypeError: for a vector environment of Gymnasium.
+            TypeError: for what is no environment, and for a vector environment of Gymnasium.
             ValueError: if the actions are of several parts, and the policy takes one; or of one that does not count
-                from 0 along one axis, or a Box of whole numbers or without bounds. If observations, or a part of a Dict
-                of them, do not count so, have no axis, or are no arrays.
+                from 0 along one axis, or a Box of whole numbers or without bounds. If observations are a Tuple; or if
+                they, or a part of a Dict of them, do not count so, have no axis or no numbers, or are no arrays.
         """
         if env is None:
             return policy, None
-        made: Any = maybe_make_env(env, verbose)
-        if isinstance(made, VectorEnv):
-            raise TypeError(
-                f"env is a vector environment of Gymnasium ({type(made.unwrapped).__name__}), where Stable-Baselines3 "
-                "has its VecEnv: take envs.make_vec_env(env_id, n_envs), which uses the vector form of a task that has "
-                "one"
-            )
+        made = made_env(env, verbose)
         check_arrays(made.observation_space, "the environments")
+        if isinstance(made.observation_space, spaces.Tuple):
+            raise ValueError(
+                f"the environments have the observations {made.observation_space}, and policies take no Tuple: make it "
+                'a Dict, for "MultiInputPolicy", or wrap the environment in gymnasium.wrappers.FlattenObservation'
+            )
         venv = self._wrap_env(made, verbose)
         if _counts_otherwise(venv.action_space):
             raise ValueError(
@@ -340,6 +367,10 @@ class TakesStructures(OnPolicyAlgorithm):
                     f"the environments have the observations {part}{of}, single numbers without an axis, which "
                     "policies do not take: give the space and what the environment returns the shape (1,)"
                 )
+            if isinstance(part, spaces.Box) and 0 in part.shape:
+                of = f" for {name!r}" if name else ""
+                remedy = "leave this part out" if name else "give one number at least, such as a constant"
+                raise ValueError(f"the environments have the observations {part}{of}, which hold no numbers: {remedy}")
         known = self.policy_aliases.get(policy) if isinstance(policy, str) else policy
         if isinstance(policy, str) and known in _MASKED and gives_masks(venv):  # a class is taken at its word
             policy = known = _MASKED[known]
@@ -365,9 +396,14 @@ class TakesStructures(OnPolicyAlgorithm):
             )
         return policy, venv
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """As Stable-Baselines3's; with their masks, if the policy takes them."""
-        super().set_env(as_taken(self._wrap_env(env, self.verbose), self.policy_class), force_reset)
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """As Stable-Baselines3's, or by an id; with their masks, if the policy takes them.
+
+        Raises:
+            TypeError: for what is no environment.
+        """
+        made = self._wrap_env(made_env(env, self.verbose), self.verbose)
+        super().set_env(as_taken(made, self.policy_class), force_reset)
 
     def predict(
         self,

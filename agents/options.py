@@ -140,16 +140,17 @@ class HasOptions:
         return {name: cls.checked(name, value) for name, value in bound.arguments.items()}
 
     @classmethod
-    def refuse_unknown(cls, names: Iterable[str], others: Collection[str] = ()) -> None:
-        """Refuse arguments that are neither options nor one of the ``others``.
+    def refuse_unknown(cls, names: Iterable[str], others: Collection[str] = (), where: str = "") -> None:
+        """Refuse arguments, or the names in ``where``, that are neither options nor one of the ``others``.
 
         Raises:
             TypeError: it says what is alike.
         """
         for name in (name for name in names if name not in cls.options and name not in others):
-            nearest = difflib.get_close_matches(name, {*cls.options, *others})
+            nearest = difflib.get_close_matches(str(name), {*cls.options, *others})
             hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are: {', '.join(cls.options)}"
-            raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}: {hint}")
+            got = f"{where} has the unknown name" if where else f"{cls.__name__} got an unexpected keyword argument"
+            raise TypeError(f"{got} {name!r}: {hint}")
 
     @classmethod
     def checked(cls, name: str, value: Any) -> Any:

@@ -92,7 +92,7 @@ def is_episode(value: Any) -> bool:
 
 
 def check_arrays(space: spaces.Space[Any], who: str) -> None:
-    """Refuse observations of which a part is no array of one shape, such as Text, Sequence or Graph.
+    """Refuse observations of which a part is no array of one shape, such as Text, Sequence, Graph or a second Dict.
 
     Args:
         space: of the observations.
@@ -102,6 +102,12 @@ def check_arrays(space: spaces.Space[Any], who: str) -> None:
         ValueError: it names the part.
     """
     for name, part in (space.spaces if isinstance(space, spaces.Dict) else {"": space}).items():
+        if part is not space and isinstance(part, spaces.Dict | spaces.Tuple):
+            raise ValueError(
+                f"{who} have the observations {part} for {name!r}, and Stable-Baselines3 takes none of several parts "
+                "within a Dict: name its parts in the Dict itself, or wrap the environment in "
+                "gymnasium.wrappers.FlattenObservation"
+            )
         if part.shape is None and not isinstance(part, spaces.Dict | spaces.Tuple):
             of = f" for {name!r}" if name else ""
             raise ValueError(

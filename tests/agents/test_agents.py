@@ -8,6 +8,7 @@ import re
 import sys
 import types
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -909,6 +910,124 @@ def test_load_refuses_what_the_constructor_does(algorithm, way, tmp_path):
         algorithm.load(tmp_path / "model", env, n_stps=4)
 
 
+def test_custom_objects_are_a_dict_of_known_names(tmp_path):
+    small().save(tmp_path / "model")
+    with pytest.raises(TypeError, match=r"^custom_objects must be a dict .*, got \[1\]"):
+        TRPO.load(tmp_path / "model", custom_objects=[1])
+    with pytest.raises(TypeError, match=r"^custom_objects has the unknown name 'targt_kl': did you mean .*target_kl"):
+        TRPO.load(tmp_path / "model", custom_objects={"targt_kl": 0.5})
+    with pytest.raises(TypeError, match=r"^custom_objects has the unknown name 1: known are: policy, env, .*"):
+        TRPO.load(tmp_path / "model", custom_objects={1: 0.5})
+    with pytest.raises(ValueError, match=r"^target_kl must lie in"):
+        TRPO.load(tmp_path / "model", custom_objects={"target_kl": -1})
+    of_stable_baselines3 = {"clip_range": lambda remaining: 0.2, "lr_schedule": lambda remaining: 1.0}
+    of_stable_baselines3 |= {"policy_class": ActorCriticPolicy, "observation_space": BOX, "n_envs": 3}
+    model = TRPO.load(tmp_path / "model", custom_objects=of_stable_baselines3 | {"target_kl": 0.5})
+    assert (model.target_kl, model.n_envs) == (0.5, 3)
+
+
+def test_custom_objects_are_taken_where_the_file_lacks_an_option(tmp_path):
+    contrib = pytest.importorskip("sb3_contrib")
+    contrib.TRPO("MlpPolicy", toy(), n_steps=64, device="cpu").save(tmp_path / "model")
+    assert TRPO.load(tmp_path / "model").kl_direction == "new_old"
+    assert TRPO.load(tmp_path / "model", custom_objects={"kl_direction": "old_new"}).kl_direction == "old_new"
+    with pytest.raises(ValueError, match=r"^kl_direction must be"):
+        TRPO.load(tmp_path / "model", custom_objects={"kl_direction": "new"})
+
+
+def test_a_folder_is_no_model_and_those_in_it_are_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=rf"^path='{tmp_path}' is a folder: give the file .*last_model\.zip"):
+        TRPO.load(tmp_path)
+    small().save(tmp_path / "last_model")
+    with pytest.raises(IsADirectoryError, match=rf"is a folder: give {tmp_path}/last_model\.zip$"):
+        TRPO.load(str(tmp_path))
+    small().save(tmp_path / "best_model")
+    with pytest.raises(IsADirectoryError, match=r"give .*/last_model\.zip or .*/best_model\.zip$"):
+        TRPO.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        (Toy, r"Toy.* \(type\): give an object of the class, Toy\(…\), or envs\.make_vec_env\(Toy, n_envs\)$"),
+        (lambda: toy(), r"\(function\): give what it makes, or envs\.make_vec_env with it and n_envs$"),
+        (
+            [1],
+            r"\[1\] \(list\): for several take envs\.make_vec_env\(env_id, n_envs\), for one leave the brackets",
+        ),
+        (5, r"5 \(int\): take envs\.make_vec_env\(env_id, n_envs\)$"),
+        (None, r"None"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_no_environment_is_refused_by_name(algorithm, env, told, tmp_path):
+    with pytest.raises(TypeError, match=rf"^env must be an environment.*, got .*{told}"):
+        algorithm("MlpPolicy", env)
+    if env is None:
+        return
+    model = small(algorithm)
+    model.save(tmp_path / "model")
+    for taken in (model.set_env, lambda env: algorithm.load(tmp_path / "model", env)):
+        with pytest.raises(TypeError, match=rf"^env must be an environment.*, got .*{told}"):
+            taken(env)
+
+
+def test_environments_are_taken_by_their_id_wherever_they_are_given(tmp_path):
+    model = TRPO("MlpPolicy", "CartPole-v1", n_steps=16, device="cpu")
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env="CartPole-v1")
+    model.set_env("CartPole-v1")
+    for agent_ in (model, loaded):
+        assert agent_.learn(16).get_env().num_envs == 1
+    with pytest.raises(gym.error.NameNotFound, match="CartPol"):
+        model.set_env("CartPol-v1")
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, NPG, MDPO])
+def test_an_agent_without_environments_says_how_it_gets_them(algorithm, tmp_path):
+    small(algorithm).save(tmp_path / "model")
+    model = algorithm.load(tmp_path / "model")
+    told = rf"^env is None, .*: give it 2 with set_env\(env\), or load it with {algorithm.__name__}\.load\(path, env\)"
+    for learning in (partial(model.learn, 10), model.collect):
+        with pytest.raises(ValueError, match=told):
+            learning()
+    model.set_env(toy())
+    assert model.learn(10).num_timesteps == 128
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ("10", r"a whole number, got '10' \(str\): give an int"),
+        (None, "a whole number, got None"),
+        (True, "a whole number, got True"),
+        (-1, "at least 0, got -1"),
+        (-2.0, "at least 0, got -2"),
+        (1.5, "a whole number, got 1.5: give one, such as 100_000 or 1e5"),
+        (float("nan"), "a whole number, got nan: give one, such as"),
+        (np.float32("inf"), r"a whole number, got inf: give a large one, such as 10\*\*12, that a callback ends"),
+    ],
+)
+def test_steps_that_cannot_be_learned_are_refused(steps, told):
+    model = small()
+    with pytest.raises((TypeError, ValueError), match=f"^total_timesteps must be {told}"):
+        model.learn(steps)
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize("steps", [1e2, np.int32(100), np.float64(100), np.array(100), torch.tensor(100)])
+def test_steps_are_whole_numbers_however_they_are_written(steps):
+    assert small().learn(steps).num_timesteps == 128
+
+
+def test_no_steps_set_up_all_and_learn_nothing():
+    model = small()
+    before = parameters_of(model)
+    assert model.learn(0).num_timesteps == 0
+    assert torch.equal(parameters_of(model), before)
+    assert model.logger is not None
+
+
 def test_load_refuses_options_that_do_not_fit_each_other(tmp_path):
     small().save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"^line_search_shrinking_factor must be smaller than 1, got 1"):
@@ -919,7 +1038,7 @@ def test_load_takes_options_attributes_and_arguments_of_stable_baselines3(tmp_pa
     small().save(tmp_path / "model")
     given = {"target_kl": 0.5, "critic_damping": 2.0, "num_timesteps": 7, "force_reset": False, "device": "cpu"}
     given["stats_window_size"] = 5
-    model = TRPO.load(tmp_path / "model", **given, custom_objects={"learning_rate": "linear_0.25", "of_mine": 1})
+    model = TRPO.load(tmp_path / "model", **given, custom_objects={"learning_rate": "linear_0.25"})
     assert (model.target_kl, model.critic_damping, model.num_timesteps) == (0.5, 2.0, 7)
     assert [model.lr_schedule(p) for p in (1.0, 0.5)] == [0.25, 0.125]
     model.set_env(toy())
@@ -994,7 +1113,12 @@ ODD = [spaces.Discrete(3, start=1), spaces.MultiDiscrete([3, 3], start=[1, 0]), 
 
 @pytest.mark.parametrize(
     ("space", "reason"),
-    [*((space, "from 0 along") for space in ODD), (spaces.Box(-1, 1, ()), r"without an axis.*shape \(1,\)")],
+    [
+        *((space, "from 0 along") for space in ODD),
+        (spaces.Box(-1, 1, ()), r"without an axis.*shape \(1,\)"),
+        (spaces.Box(-1, 1, (0,)), r"which hold no numbers: (give one number at least|leave this part out)"),
+        (spaces.Box(-1, 1, (2, 0)), r"which hold no numbers: (give one number at least|leave this part out)"),
+    ],
     ids=str,
 )
 def test_observations_that_policies_do_not_take_are_refused_before_a_rollout(space, reason):
@@ -1002,6 +1126,21 @@ def test_observations_that_policies_do_not_take_are_refused_before_a_rollout(spa
         policy = "MultiInputPolicy" if named else "MlpPolicy"
         with pytest.raises(ValueError, match=rf"have the observations {re.escape(str(space))}{named}, .*{reason}"):
             agent(vec(Still, space=whole), policy=policy)
+
+
+def test_observations_of_several_parts_without_names_are_refused_with_the_remedy():
+    both = spaces.Tuple((BOX, BOX))
+    for env in (Still(space=both), vec(Still, space=both)):
+        with pytest.raises(ValueError, match=r"take no Tuple: make it a Dict, for .*wrappers\.FlattenObservation$"):
+            agent(env)
+    for within in (both, spaces.Dict({"b": BOX})):
+        space = spaces.Dict({"a": within})
+        told = rf"have the observations {re.escape(str(within))} for 'a', .*within a Dict: .*FlattenObservation$"
+        with pytest.raises(ValueError, match=f"^the environments {told}"):
+            agent(Still(space=space), policy="MultiInputPolicy")
+        with pytest.raises(ValueError, match=f"^environments of Still {told}"):
+            make_vec_env(lambda space=space: Still(space=space))
+    agent(gym.wrappers.FlattenObservation(Still(space=both))).learn(1)  # the remedy
 
 
 @pytest.mark.parametrize(("bound", "fits"), [(1e38, True), (3e38, False)])

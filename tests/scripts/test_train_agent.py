@@ -439,7 +439,7 @@ def test_an_interrupt_saves_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys
         ),
         (["npg", "CartPole-v1", "--set", "step_size=abc"], "step_size"),
         (["trpo", "CartPole-v1", "--backend", "pool"], "'envpool'"),
-        (["trpo", "Blackjack-v1", "--backend", "gymnasium"], "not supported"),
+        (["trpo", "Blackjack-v1", "--backend", "gymnasium"], "policies take no Tuple"),
         (["trpo"], "ENV_ID"),
         (["trpo", "CartPole-v1", "more"], "'more'"),
         (["--resume", "none"], "not a run folder"),

@@ -291,16 +291,27 @@ def check_video(config: RunConfig) -> None:
     """Raise an error, with the remedy, if `record_video` could not work for the run."""
     if importlib.util.find_spec("moviepy") is None:
         raise ImportError('a video needs moviepy: pip install "npg-toolkit[video]"')
-    env = _rendering_env(config, seed=0)
-    try:
-        env.reset()
-        frame = env.render()
-    except Exception as error:  # graphics libraries raise anything
-        raise ValueError(
-            f'{config.env} does not render ({error}): leave out --video, or pip install "npg-toolkit[video]"'
-        ) from error
-    finally:
-        env.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gymnasium's and Stable-Baselines3's, of what is said better here
+        try:
+            env = _rendering_env(config, seed=0)
+        except Exception as error:
+            make_env(config, 1, 0, evaluation=True).close()  # what it cannot be made for in any case comes first
+            cause = error.__cause__ if isinstance(error.__cause__, TypeError) else error
+            reason = str(cause).partition(" was raised from the environment creator")[0].rstrip(".")
+            raise ValueError(
+                f"{config.env} does not render, it cannot be made with render_mode='rgb_array' ({reason}): leave out "
+                "--video"
+            ) from error
+        try:
+            env.reset()
+            frame = env.render()
+        except Exception as error:  # graphics libraries raise anything
+            raise ValueError(
+                f'{config.env} does not render ({error}): leave out --video, or pip install "npg-toolkit[video]"'
+            ) from error
+        finally:
+            env.close()
     if frame is None:
         raise ValueError(f"{config.env} does not render as rgb_array: leave out --video")
 

@@ -363,7 +363,7 @@ def _make(
         cls = EnvPoolVelocityVecEnv if env_id in ROBOTS else EnvPoolVecEnv
         return cls(_task(env_id), n_envs, n_threads, env_kwargs, env_id)
     if not _in_gymnasium(env_id, game):
-        raise _absent(env_id, game, "gymnasium")
+        raise _absent(env_id, game, "gymnasium", rendering=render_mode is not None)
     if game is not None:
         return gymnasium_atari(game, n_envs, render_mode, python.spread)
     return _gymnasium(env_id, n_envs, env_kwargs | ({"render_mode": render_mode} if render_mode else {}), python)
@@ -429,8 +429,8 @@ def _in_gymnasium(env_id: str, game: Game | None) -> bool:
     return env_id in gym.registry if game is None else game.name in ale_games()
 
 
-def _absent(env_id: str, game: Game | None, backend: str) -> Exception:
-    """The error for an environment that `backend` does not have."""
+def _absent(env_id: str, game: Game | None, backend: str, rendering: bool = False) -> Exception:
+    """The error for an environment that `backend` does not have, and, if it is ``rendering``, EnvPool cannot show."""
     envpool = import_envpool()
     get_envpool = 'EnvPool (pip install "npg-toolkit[fast]")'
     get_ale = 'the Arcade Learning Environment (pip install "npg-toolkit[atari]")'
@@ -439,9 +439,11 @@ def _absent(env_id: str, game: Game | None, backend: str) -> Exception:
     if backend == "envpool" and _in_gymnasium(env_id, game):
         return ValueError(f"backend='envpool' has no environment {env_id!r}. Use backend='gymnasium'.")
     if backend == "gymnasium" and game is not None:
-        return ImportError(f"{env_id!r} with backend='gymnasium' needs {get_ale}; backend='envpool' does not.")
+        other = "" if rendering else "; backend='envpool' does not"
+        return ImportError(f"{env_id!r} with backend='gymnasium' needs {get_ale}{other}.")
     if backend == "gymnasium" and _in_envpool(env_id, game):
-        return ValueError(f"backend='gymnasium' has no environment {env_id!r}. Use backend='envpool'.")
+        remedy = "EnvPool's does not render: leave render_mode out." if rendering else "Use backend='envpool'."
+        return ValueError(f"backend='gymnasium' has no environment {env_id!r}. {remedy}")
 
     known = {*gym.registry, *(f"ALE/{task}" for task in envpool_games().values())}
     if envpool is not None:

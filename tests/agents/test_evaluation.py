@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from agents import NPG, TRPO
 from agents.callbacks import Evaluator
 from agents.config import RunConfig, resolve
-from agents.evaluation import Stopped, _rendering_env, evaluate, evaluate_saved, film
+from agents.evaluation import Stopped, _rendering_env, check_video, evaluate, evaluate_saved, film
 from agents.training import start
 from npg.runs.signals import StopRequest
 
@@ -169,3 +169,48 @@ def test_costs_are_told_with_and_without_a_monitor(monitored):
     env = DummyVecEnv([lambda: (Monitor if monitored else lambda env: env)(Costly(gym.make("CartPole-v1")))] * 2)
     evaluation = evaluate(model, env, 4, seed=0)
     assert evaluation.costs == evaluation.returns  # both are 1 in each step
+
+
+class Blind(gym.Env):
+    """It has nothing to show, and takes no argument."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(2, np.float32), 0.0, False, True, {}
+
+
+class Takes(Blind):
+    """It takes a render_mode, and shows nothing."""
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("env", "given", "told"),
+    [
+        (Blind, {}, r"Blind-v0 does not render, .*\(Blind\(\) takes no arguments\): leave out --video$"),
+        (Takes, {}, r"Takes-v0 does not render as rgb_array: leave out --video$"),
+        ("CartPole-v1", {"foo": 1}, r"env_kwargs=\{'foo': 1\} do not fit CartPole-v1: .*'foo'"),  # what is wrong anyway
+        ("CartPol-v1", {}, r"env_id='CartPol-v1' is not known\. Did you mean CartPole-v1"),
+    ],
+)
+def test_what_cannot_be_filmed_is_told_before_a_run(env, given, told, recwarn):
+    pytest.importorskip("moviepy")
+    name = env
+    if isinstance(env, type):
+        name = f"{env.__name__}-v0"
+        gym.register(name, entry_point=env)
+    try:
+        with pytest.raises(ValueError, match=told):
+            check_video(RunConfig("trpo", name, env_kwargs=given))
+    finally:
+        if isinstance(env, type):
+            gym.registry.pop(name)
+    assert not [str(w.message) for w in recwarn if "render" in str(w.message)]

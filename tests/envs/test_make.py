@@ -232,6 +232,20 @@ def test_envpool_stands_in_where_gymnasiums_package_is_missing(env_id, without, 
 
 
 @needs_envpool
+def test_what_renders_is_not_sent_to_envpool(without, monkeypatch):
+    without("ale_py")
+    monkeypatch.setattr("envs.make.ale_games", dict)
+    for env_id, told in (
+        ("ALE/Pong-v5", r'needs the Arcade Learning Environment \(pip install "npg-toolkit\[atari\]"\)\.$'),
+        ("WalkerWalk-v1", r"has no environment 'WalkerWalk-v1'\. EnvPool's does not render: leave render_mode out\.$"),
+    ):
+        with pytest.raises((ImportError, ValueError), match=told):
+            make_vec_env(env_id, env_kwargs={"render_mode": "rgb_array"})
+        with pytest.raises((ImportError, ValueError), match=r"backend='envpool'( does not)?\.$"):
+            make_vec_env(env_id, backend="gymnasium")
+
+
+@needs_envpool
 def test_the_warning_tells_what_differs(without, monkeypatch):
     without("Box2D")
     for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:

@@ -8,10 +8,12 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +22,7 @@ import torch
 from npg import parallel
 from npg.runs.presets import check_names
 
-__all__ = ["MISTAKES", "Parser", "again", "command", "restarted", "steady_console"]
+__all__ = ["MISTAKES", "Parser", "again", "command", "restarted", "short_warnings", "steady_console"]
 
 MISTAKES = (ValueError, OSError)
 """What bad input raises before any work: shown as a message, without a traceback."""
@@ -124,11 +126,37 @@ def steady_console() -> None:
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, errors, line_buffering=True))
 
 
+def short_warnings() -> None:
+    """Let each warning of this process be one line, "warning: …", on stderr: where it was raised helps no user."""
+
+    def show(message: Warning | str, *others: Any, file: Any = None, **more: Any) -> None:
+        text = re.sub(r"\033\[[0-9;]*m", "", str(message))  # Gymnasium colours its own
+        print(f"warning: {' '.join(text.split())}", file=file or sys.stderr)
+
+    warnings.showwarning = show
+
+
 # The parser -----------------------------------------------------------------------------------------------------------
+
+
+def _whole_number(text: str) -> int:
+    for read in (int, float):
+        with suppress(ValueError, OverflowError):
+            if (value := read(text)) == int(value):
+                return int(value)
+    raise argparse.ArgumentTypeError(f"must be a whole number, such as 1000 or 1e3; got {text!r}")
+
+
+def _number(text: str) -> float:
+    with suppress(ValueError):
+        return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number, such as 0.1 or 1e-3; got {text!r}")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse within 80 columns, with whole option names only; under ``torchrun`` the first process speaks for all.
+
+    Options of ``type=int`` take 1e6 too, and say what they may be, as those of ``type=float`` do.
 
     Args:
         usage: without the word "usage".
@@ -144,16 +172,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             usage=usage, description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False, **others
         )
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
         self.add_argument("--version", action="version", version=version(), help="show the versions, and exit")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """`parse_args`, but an unknown option's error names the nearest known ones.
 
         Args:
-            arguments: None for those of this process, whose console is then a `steady_console`.
+            arguments: None for those of this process, whose console is then a `steady_console` with `short_warnings`.
         """
         if arguments is None:
             steady_console()
+            short_warnings()
         namespace, unknown = self.parse_known_args(arguments)
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         try:

@@ -121,7 +121,17 @@ def begun_only(path: Path) -> bool:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise FileExistsError if there is anything at `path` but an empty folder, or one that is `begun_only`."""
+    """Refuse a path at which there is anything but an empty folder, or one that is `begun_only`.
+
+    Raises:
+        FileExistsError: if there is.
+        NotADirectoryError: if a part of the path is a file.
+    """
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(
+                f"run folder {path} cannot be made: {parent} is a file, not a folder; name another with --run-dir"
+            )
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not begun_only(path):
         raise FileExistsError(
             f"run folder {path} exists: continue it with --resume {path}, or name another with --run-dir"

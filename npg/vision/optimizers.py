@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from npg import optim
+from npg.checks import number
 from npg.families import Categorical
 from npg.runs.presets import check_names
 from npg.trust_region import LevenbergMarquardt
@@ -106,6 +107,9 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     check_names("option", options, [o for o in signature if o not in _GIVEN_BY_THE_TRAINER], f"of {name}")
     if (control := options.get("damping_control")) is not None:
         _check_damping_control(control)
+    for key in ("lr", "momentum", "weight_decay"):  # PyTorch's own take NaN, and name no option
+        if isinstance(value := options.get(key), int | float) and not isinstance(value, bool):
+            number(key, value, 0)
     if "lr" not in options and signature["lr"].default is inspect.Parameter.empty:
         raise ValueError(f"{name} needs a learning rate, lr")
 

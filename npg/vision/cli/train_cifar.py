@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from npg.checks import number
 from npg.parallel import World, open_world
 from npg.runs.command_line import MISTAKES, Parser, again, restarted
 from npg.runs.folder import begun_only, run_of
@@ -109,6 +110,7 @@ def configure(options: dict[str, Any]) -> tuple[Config, Path | None]:
     for key in ("lr", "momentum", "weight_decay"):
         if key in options:
             value = options.pop(key)
+            number(f"--{key.replace('_', '-')}", value, 0)
             if optimizer_options.setdefault(key, value) != value:
                 raise ValueError(
                     f"--{key.replace('_', '-')} is {value}, and --set says {key}={optimizer_options[key]}: keep one of "

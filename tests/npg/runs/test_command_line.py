@@ -2,6 +2,7 @@ import errno
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ def parser() -> Parser:
     parser = Parser("train MODEL [options]", "Train.", "examples:\n  train it --timesteps 3 " + "x" * 30)
     parser.add_argument("model")
     parser.add_argument("--timesteps", type=int, help="how many steps of a kind that needs a long explanation " * 3)
+    parser.add_argument_group("more").add_argument("--rate", type=float)
     return parser
 
 
@@ -28,7 +30,10 @@ def test_options_are_parsed_in_any_order(parser: Parser) -> None:
         (["a", "--timestep", "3"], "unknown option '--timestep': did you mean --timesteps"),
         (["a", "--timestep=3"], "unknown option '--timestep': did you mean --timesteps"),
         (["a", "b"], "unexpected argument 'b'"),
-        (["a", "--timesteps", "x"], "invalid int value: 'x'"),
+        (["a", "--timesteps", "x"], "argument --timesteps: must be a whole number, such as 1000 or 1e3; got 'x'"),
+        (["a", "--timesteps", "1.5"], "must be a whole number, such as 1000 or 1e3; got '1.5'"),
+        (["a", "--timesteps", "nan"], "must be a whole number, such as 1000 or 1e3; got 'nan'"),
+        (["a", "--rate", "x"], "argument --rate: must be a number, such as 0.1 or 1e-3; got 'x'"),
         ([], "the following arguments are required: model"),
     ],
 )
@@ -43,6 +48,28 @@ def test_mistakes_end_in_one_line(
     assert err.startswith(f"{parser.prog}: error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_numbers_are_read_as_people_write_them(parser: Parser) -> None:
+    args = parser.parse(["a", "--timesteps", "1e3", "--rate", "1e-3"])
+    assert (args.timesteps, type(args.timesteps), args.rate) == (1000, int, 0.001)
+    assert parser.parse(["a", "--timesteps", "9007199254740993"]).timesteps == 2**53 + 1
+
+
+def test_warnings_of_a_command_are_one_line_each(
+    parser: Parser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["npg-train-agent", "a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        parser.parse(["a"])  # a caller's own arguments: nothing of its process changes
+        before = warnings.showwarning
+        assert parser.parse(None).model == "a"
+        assert warnings.showwarning is not before
+        warnings.warn("one\n  two", stacklevel=1)
+        warnings.warn("\033[33mWARN: three\033[0m", RuntimeWarning, stacklevel=1)
+    assert warnings.showwarning is before
+    assert capsys.readouterr().err == "warning: one two\nwarning: WARN: three\n"
 
 
 def test_options_are_written_as_they_were_read() -> None:

@@ -45,6 +45,10 @@ def test_an_empty_folder_is_taken_and_anything_else_is_left(tmp_path: Path) -> N
             RunFolder(path).make()
         with pytest.raises(FileExistsError):
             refuse_existing(path)
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        told = f"run folder {path} cannot be made: {tmp_path / 'file'} is a file, .* with --run-dir$"
+        with pytest.raises(NotADirectoryError, match=told):
+            RunFolder(path).make()
     refuse_existing(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

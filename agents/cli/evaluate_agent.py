@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from agents.cli.folders import opened, remedies
 from agents.evaluation import check_video, evaluate_saved, record_video, table
-from agents.runs import RunFolder
 from agents.training import MISTAKES, check_named
 from envs.seeding import Purpose, purpose_seed
 from npg.checks import whole
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
     with parser.preparing(*MISTAKES):
         whole("--episodes", args.episodes, 1)
-        folder = RunFolder.open(args.run_dir)
+        folder = opened(args.run_dir)
         check_named(folder.path, (folder.config.algo, folder.config.env), env=args.env, option="--env")
         config = replace(folder.config, device=args.device, eval_episodes=args.episodes)
         files = folder.best if args.model == "best" else folder.last
@@ -55,7 +55,8 @@ def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
         if args.video:
             check_video(config)
         seed = purpose_seed(args.seed, Purpose.EVALUATION_BY_HAND)  # apart from what the agent was trained on
-        evaluation = evaluate_saved(files, config, args.episodes, seed, args.deterministic)
+        with remedies(folder, files.model):
+            evaluation = evaluate_saved(files, config, args.episodes, seed, args.deterministic)
     name = f"{args.model}_{mode}_seed{args.seed}"
     content = {"model": args.model, "algo": config.algo, "env": config.env} | evaluation.to_dict()
     path = folder.write_json(f"evaluation_{name}_{args.episodes}episodes.json", content)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from agents.cli.folders import opened, remedies
 from agents.evaluation import make_env
 from agents.export import FORMATS, description, export_agent
-from agents.runs import RunFolder, load_agent
+from agents.runs import load_agent
 from agents.training import MISTAKES, check_named, find_agent
 from npg.checks import require
 from npg.runs.command_line import Parser
@@ -57,7 +58,7 @@ def export_run(args: argparse.Namespace) -> Path:
         )
         require(args.out.parent.is_dir(), "--out", str(args.out), "in a folder that exists: make it first")
         require(not args.out.is_dir(), "--out", str(args.out), "a file")
-    folder = RunFolder.of(args.run_dir)
+    folder = opened(args.run_dir, checkpoints=True)
     if folder.path == args.run_dir:
         files = folder.best if args.model == "best" else folder.last
     else:
@@ -68,7 +69,8 @@ def export_run(args: argparse.Namespace) -> Path:
     config = replace(folder.config, device="cpu")
     bare = make_env(config, 1, config.seed, evaluation=True)
     try:
-        agent, *_ = load_agent(files, config, lambda: bare, training=False)
+        with remedies(folder, files.model, checkpoints=True):
+            agent, *_ = load_agent(files, config, lambda: bare, training=False)
         return export_agent(agent, path, args.format, env=bare, deterministic=args.deterministic)
     finally:
         bare.close()

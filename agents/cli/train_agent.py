@@ -207,6 +207,11 @@ def prepare_seeds(args: argparse.Namespace, parser: Parser) -> SeedsFolder:
         return SeedsFolder.create(args.run_dir, config, seeds, options)
     if args.run_dir is not None:
         raise ValueError("--run-dir cannot go with several seeds that are resumed: they go on in their folder")
+    if not SeedsFolder.is_one(args.resume):
+        raise ValueError(
+            f"--seeds cannot go with --resume {args.resume}, which is not the folder of several seeds: leave --seeds "
+            "out to continue one run, or begin several with ALGO ENV_ID --seeds, in another folder"
+        )
     refuse_changes(args)
     folder = SeedsFolder.open(args.resume)
     check_named(folder.path, (folder.algo, folder.env), args.algo, args.env)

@@ -1,13 +1,17 @@
 import json
+import shutil
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
 from agents import TRPO
+from agents.cli import export_agent
 from agents.cli.evaluate_agent import main
 from agents.evaluation import make_env
 from agents.runs import RunFolder, normalized, read_state
+from agents.seeds import SeedsFolder
 from agents.state import set_statistics
 from envs.seeding import Purpose, environment_seeds, purpose_seed
 
@@ -82,6 +86,59 @@ def test_a_video_shows_the_first_episode_of_the_evaluation(trained, capsys):
 )
 def test_bad_input_is_refused(refused, arguments, message):
     assert message in refused(main, *arguments)
+
+
+@pytest.mark.parametrize("command", [main, export_agent.main])
+def test_what_is_no_run_folder_is_answered_with_the_folder_to_give(command, trained, tmp_path, capsys):
+    def told(path):
+        with pytest.raises(SystemExit) as end:
+            command([str(path)])
+        assert end.value.code == 2
+        return capsys.readouterr().err.rstrip("\n")
+
+    run, seeds = trained.path, tmp_path / "seeds"
+    assert told(run / "last_model.zip").endswith(f"is not a run folder, it is in one: give {run} --model last")
+    assert told(run / "best_model.zip").endswith(f"give {run} --model best")
+    assert told(run / "checkpoints").endswith(f"give {run}")
+    if command is main:
+        assert told(trained.agents.all()[0]).endswith(f"is not a run folder, it is in one: give {run}")
+    SeedsFolder.create(seeds, trained.config, (0, 1), [])
+    assert told(seeds).endswith("that of several seeds: none of their runs has begun")
+    shutil.copytree(run, seeds / "s1")
+    assert told(seeds).endswith(
+        f"{seeds} is not a run folder, it is that of several seeds: give that of one, such as {seeds / 's1'}"
+    )
+    (tmp_path / "bare").mkdir()
+    assert "bare is not a run folder: it has no config.yaml; give the folder that" in told(tmp_path / "bare")
+    assert "none is not a run folder: there is nothing; give the folder that" in told(tmp_path / "none")
+
+
+def damaged(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("command", [main, export_agent.main])
+def test_a_damaged_agent_is_answered_with_what_the_command_takes(command, trained, tmp_path, capsys):
+    def told(*arguments):
+        with pytest.raises(SystemExit) as end:
+            command([*map(str, arguments)])
+        assert end.value.code == 2
+        text = capsys.readouterr().err.rstrip("\n")
+        assert "truncated or damaged" in text
+        assert "--resume" not in text
+        return text
+
+    run = RunFolder(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    damaged(run.last.model)
+    checkpoint = run.agents.all()[-1]
+    also = f" or {checkpoint}" if command is export_agent.main else ""
+    assert told(run.path, "--model", "last").endswith(f"): give {run.path} --model best{also}")
+    shutil.rmtree(run.checkpoints)
+    assert told(run.path, "--model", "last").endswith(f"): give {run.path} --model best")
+    run.best.model.unlink()
+    assert told(run.path, "--model", "last").endswith("): no other agent of the run is left")
 
 
 def test_a_run_without_a_best_agent_is_told(trained, tmp_path, capsys):

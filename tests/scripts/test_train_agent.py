@@ -965,6 +965,14 @@ def test_several_seeds_keep_what_they_began_with(tmp_path, monkeypatch, capsys):
     assert SeedsFolder.open(path) == folder
 
 
+def test_several_seeds_do_not_continue_one_run(trained, tmp_path, capsys):
+    before = contents(trained.path)
+    for path in (trained.path, tmp_path):
+        told = f"--seeds cannot go with --resume {path}, which is not the folder of several seeds: leave --seeds out"
+        assert told in refused(["--resume", path, "--seeds", "0-1"], capsys)
+    assert contents(trained.path) == before
+
+
 def test_the_clock_of_training_goes_on_where_it_can(copy):
     first = copy.evaluations()
     assert all(np.diff(first["train_seconds"]) > 0)

@@ -1,0 +1,78 @@
+"""The run folder that a command is given, and the folder to give where it is given something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agents.runs import RunFolder
+from agents.seeds import SeedsFolder
+from npg.runs.checkpoints import CheckpointError, NewerFormat
+
+__all__ = ["opened", "remedies"]
+
+#: With which `npg.runs.checkpoints.Checkpoints.instead_of` begins its remedy, that of a command that trains.
+_RESUME = "; go on from an earlier one: --resume "
+
+
+def opened(path: Path, *, checkpoints: bool = False) -> RunFolder:
+    """The folder of a run.
+
+    Args:
+        path: of the folder.
+        checkpoints: whether it may also be one of the run's checkpoints.
+
+    Raises:
+        FileNotFoundError: for any other path; it names the folder that was meant, if there is one.
+    """
+    folder = RunFolder(path)
+    if checkpoints and path.suffix == ".zip" and path.parent.name == "checkpoints":
+        folder = RunFolder(path.parent.parent)
+    if _is_run(folder.path):
+        return folder
+    if SeedsFolder.is_one(path):
+        runs = [*filter(_is_run, sorted(path.glob("s*")))]
+        remedy = f"give that of one, such as {runs[0]}" if runs else "none of their runs has begun"
+        raise FileNotFoundError(f"{path} is not a run folder, it is that of several seeds: {remedy}")
+    if (run := next(filter(_is_run, [path.parent, path.parent.parent]), None)) is not None:
+        which = {"last_model.zip": " --model last", "best_model.zip": " --model best"}.get(path.name, "")
+        raise FileNotFoundError(f"{path} is not a run folder, it is in one: give {run}{which}")
+    why = "it has no config.yaml" if path.exists() else "there is nothing"
+    raise FileNotFoundError(
+        f"{path} is not a run folder: {why}; give the folder that a training made, such as runs/trpo-CartPole-v1-s0-1"
+    )
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+@contextmanager
+def remedies(folder: RunFolder, model: Path, *, checkpoints: bool = False) -> Iterator[None]:
+    """An agent that is damaged in this block is told with what these commands can take in its place.
+
+    Args:
+        folder: of the run.
+        model: the agent's file.
+        checkpoints: whether the command takes one of the run's checkpoints.
+
+    Raises:
+        CheckpointError: in the place of one with a remedy for a training, or with none.
+    """
+    try:
+        yield
+    except NewerFormat:
+        raise
+    except ValueError as error:
+        told, resume, checkpoint = str(error).partition(_RESUME)
+        if not (resume or isinstance(error, CheckpointError)):
+            raise
+        others = [
+            f"{folder.path} --model {name}"
+            for name, files in (("best", folder.best), ("last", folder.last))
+            if files.model != model and files.model.is_file()
+        ]
+        others += [checkpoint] if checkpoints and checkpoint else []
+        remedy = f"give {' or '.join(others)}" if others else "no other agent of the run is left"
+        raise CheckpointError(f"{told}: {remedy}") from error

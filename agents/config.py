@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from argparse import ArgumentTypeError
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from math import inf
@@ -42,7 +40,6 @@ __all__ = [
     "policy_for",
     "preset_of",
     "resolve",
-    "whole_number",
     "write_preset",
 ]
 
@@ -224,19 +221,6 @@ def given_settings(
         _set(values, key, value)
         before.append(key)
     return values
-
-
-def whole_number(text: str) -> int:
-    """A whole number as people write it on a command line: 1000000, 1_000_000 or 1e6.
-
-    Raises:
-        ArgumentTypeError: for anything else.
-    """
-    for read in (int, float):
-        with suppress(ValueError, OverflowError):
-            if (value := read(text)) == int(value):
-                return int(value)
-    raise ArgumentTypeError(f"must be a whole number, such as 1000000 or 1e6; got {text!r}")
 
 
 def hyperparameters_of(algo: str) -> dict[str, Any]:

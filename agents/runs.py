@@ -385,7 +385,7 @@ def load_agent(
     except NewerFormat:
         raise
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{_instead_of(files)}") from error
+        raise CheckpointError(f"{error}{_instead_of(files, training)}") from error
     if training:
         _check_unchanged(files, state, config)
     env = make_env()
@@ -398,7 +398,7 @@ def load_agent(
         return model, env, state
     except Exception as error:  # damaged data can raise anything
         env.close()
-        remedy = "" if "saved by" in str(error) else _instead_of(files)
+        remedy = "" if "saved by" in str(error) else _instead_of(files, training)
         raise ValueError(f"{files.model} cannot be loaded: {error}{remedy}") from error
 
 
@@ -417,8 +417,14 @@ def _old_state(files: SavedAgent, config: RunConfig) -> dict[str, Any]:
     return state
 
 
-def _instead_of(files: SavedAgent) -> str:
-    return RunFolder(run_of(files.model) or files.model.parent).agents.instead_of(files.model)
+def _instead_of(files: SavedAgent, training: bool) -> str:
+    """The end of a message about a damaged agent: what there is in its place."""
+    folder = RunFolder(run_of(files.model) or files.model.parent)
+    if training:
+        return folder.agents.instead_of(files.model)
+    there = [folder.best.model, folder.last.model, *folder.agents.all()[-1:]]
+    others = [str(path) for path in there if path.is_file() and path.resolve() != files.model.resolve()]
+    return f"; other agents of the run: {', '.join(others)}" if others else "; no other agent of the run is left"
 
 
 def normalized(env: VecEnv, config: RunConfig, *, training: bool) -> VecEnv:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agents.cli.folders import opened, remedies
+from agents.cli.folders import opened
 from agents.evaluation import check_video, evaluate_saved, record_video, table
 from agents.training import MISTAKES, check_named
 from envs.seeding import Purpose, purpose_seed
@@ -55,8 +55,7 @@ def evaluate_run(args: argparse.Namespace, parser: Parser) -> None:
         if args.video:
             check_video(config)
         seed = purpose_seed(args.seed, Purpose.EVALUATION_BY_HAND)  # apart from what the agent was trained on
-        with remedies(folder, files.model):
-            evaluation = evaluate_saved(files, config, args.episodes, seed, args.deterministic)
+        evaluation = evaluate_saved(files, config, args.episodes, seed, args.deterministic)
     name = f"{args.model}_{mode}_seed{args.seed}"
     content = {"model": args.model, "algo": config.algo, "env": config.env} | evaluation.to_dict()
     path = folder.write_json(f"evaluation_{name}_{args.episodes}episodes.json", content)

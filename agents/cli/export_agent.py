@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agents.cli.folders import opened, remedies
+from agents.cli.folders import opened
 from agents.evaluation import make_env
 from agents.export import FORMATS, description, export_agent
 from agents.runs import load_agent
@@ -69,8 +69,7 @@ def export_run(args: argparse.Namespace) -> Path:
     config = replace(folder.config, device="cpu")
     bare = make_env(config, 1, config.seed, evaluation=True)
     try:
-        with remedies(folder, files.model, checkpoints=True):
-            agent, *_ = load_agent(files, config, lambda: bare, training=False)
+        agent, *_ = load_agent(files, config, lambda: bare, training=False)
         return export_agent(agent, path, args.format, env=bare, deterministic=args.deterministic)
     finally:
         bare.close()

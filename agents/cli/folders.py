@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from agents.runs import RunFolder
 from agents.seeds import SeedsFolder
-from npg.runs.checkpoints import CheckpointError, NewerFormat
 
-__all__ = ["opened", "remedies"]
-
-#: With which `npg.runs.checkpoints.Checkpoints.instead_of` begins its remedy, that of a command that trains.
-_RESUME = "; go on from an earlier one: --resume "
+__all__ = ["opened"]
 
 
 def opened(path: Path, *, checkpoints: bool = False) -> RunFolder:
@@ -46,33 +40,3 @@ def opened(path: Path, *, checkpoints: bool = False) -> RunFolder:
 
 def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
-
-
-@contextmanager
-def remedies(folder: RunFolder, model: Path, *, checkpoints: bool = False) -> Iterator[None]:
-    """An agent that is damaged in this block is told with what these commands can take in its place.
-
-    Args:
-        folder: of the run.
-        model: the agent's file.
-        checkpoints: whether the command takes one of the run's checkpoints.
-
-    Raises:
-        CheckpointError: in the place of one with a remedy for a training, or with none.
-    """
-    try:
-        yield
-    except NewerFormat:
-        raise
-    except ValueError as error:
-        told, resume, checkpoint = str(error).partition(_RESUME)
-        if not (resume or isinstance(error, CheckpointError)):
-            raise
-        others = [
-            f"{folder.path} --model {name}"
-            for name, files in (("best", folder.best), ("last", folder.last))
-            if files.model != model and files.model.is_file()
-        ]
-        others += [checkpoint] if checkpoints and checkpoint else []
-        remedy = f"give {' or '.join(others)}" if others else "no other agent of the run is left"
-        raise CheckpointError(f"{told}: {remedy}") from error

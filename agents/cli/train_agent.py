@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve, whole_number
+from agents.config import ALGORITHMS, EXACT_RESUME, RunConfig, resolve
 from agents.cpo import CostError
 from agents.evaluation import check_video, table
 from agents.runs import RunFolder
@@ -45,7 +45,7 @@ def make_parser() -> Parser:
     add("env", nargs="?", metavar="ENV_ID", help="the environment, such as CartPole-v1")
 
     add = parser.add_argument_group("training").add_argument
-    add("--timesteps", type=whole_number, metavar="N", help="environment steps in all (default: the preset's)")
+    add("--timesteps", type=int, metavar="N", help="environment steps in all (default: the preset's)")
     add("--seed", type=int, metavar="S", help="seed of all random numbers (default: 0)")
     add("--seeds", metavar="LIST", help="several, such as 0-9 or 0,3,7: a process and a run folder each")
     add(

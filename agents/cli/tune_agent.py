@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agents.config import ALGORITHMS, whole_number
+from agents.config import ALGORITHMS
 from agents.training import MISTAKES, continuation
 from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space, result_of
 from npg.checks import require
@@ -42,7 +42,7 @@ def make_parser() -> Parser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that all trials have. Repeatable")
 
     add = parser.add_argument_group("training").add_argument
-    add("--timesteps", type=whole_number, metavar="N", help="environment steps of each run (default: the preset's)")
+    add("--timesteps", type=int, metavar="N", help="environment steps of each run (default: the preset's)")
     add("--n-envs", type=int, metavar="N", help="environments of each run (default: the preset's)")
     add("--eval-episodes", type=int, metavar="N", help="episodes of an evaluation (default: 10)")
     add("--backend", choices=("auto", "envpool", "gymnasium"), help="what runs the environments (default: auto)")

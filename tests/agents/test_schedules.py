@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +10,7 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import MDPO, NPG, TRPO
-from agents.config import RunConfig, resolve, whole_number
+from agents.config import RunConfig, resolve
 from agents.schedules import schedule, value_at
 from envs import make_vec_env
 
@@ -222,22 +221,6 @@ def test_a_run_keeps_the_name_as_it_was_written(tmp_path):
 def test_what_is_no_schedule_of_a_run_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         resolve("trpo", "CartPole-v1", settings=settings)
-
-
-@pytest.mark.parametrize(("text", "value"), [("1000", 1000), ("1e6", 10**6), ("1_000_000", 10**6), ("2.5e3", 2500)])
-def test_whole_numbers_as_people_write_them(text, value):
-    assert whole_number(text) == value
-    assert type(whole_number(text)) is int
-
-
-def test_a_large_whole_number_keeps_its_digits():
-    assert whole_number("9007199254740993") == 2**53 + 1
-
-
-@pytest.mark.parametrize("text", ["1.5", "1e-3", "many", "nan", "inf", ""])
-def test_what_is_no_whole_number(text):
-    with pytest.raises(ArgumentTypeError, match="must be a whole number, such as 1000000 or 1e6"):
-        whole_number(text)
 
 
 def test_a_learning_rate_below_zero_is_refused_in_the_update_that_has_it():

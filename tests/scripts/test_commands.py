@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from agents.config import whole_number
 from agents.runs import RunFolder
 from npg.runs.command_line import again
 
@@ -127,4 +126,4 @@ def test_steps_are_read_alike_everywhere():
     from agents.cli import train_agent, tune_agent
 
     for command in (train_agent, tune_agent):
-        assert command.make_parser().parse(["--timesteps", "1e6"]).timesteps == whole_number("1000000")
+        assert command.make_parser().parse(["--timesteps", "1e6"]).timesteps == 1_000_000

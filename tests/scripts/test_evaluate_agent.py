@@ -120,7 +120,7 @@ def damaged(path):
 
 
 @pytest.mark.parametrize("command", [main, export_agent.main])
-def test_a_damaged_agent_is_answered_with_what_the_command_takes(command, trained, tmp_path, capsys):
+def test_a_damaged_agent_is_answered_with_the_others_of_the_run(command, trained, tmp_path, capsys):
     def told(*arguments):
         with pytest.raises(SystemExit) as end:
             command([*map(str, arguments)])
@@ -133,12 +133,12 @@ def test_a_damaged_agent_is_answered_with_what_the_command_takes(command, traine
     run = RunFolder(Path(shutil.copytree(trained.path, tmp_path / "run")))
     damaged(run.last.model)
     checkpoint = run.agents.all()[-1]
-    also = f" or {checkpoint}" if command is export_agent.main else ""
-    assert told(run.path, "--model", "last").endswith(f"): give {run.path} --model best{also}")
+    others = f"; other agents of the run: {run.best.model}"
+    assert told(run.path, "--model", "last").endswith(f"{others}, {checkpoint}")
     shutil.rmtree(run.checkpoints)
-    assert told(run.path, "--model", "last").endswith(f"): give {run.path} --model best")
+    assert told(run.path, "--model", "last").endswith(others)
     run.best.model.unlink()
-    assert told(run.path, "--model", "last").endswith("): no other agent of the run is left")
+    assert told(run.path, "--model", "last").endswith("; no other agent of the run is left")
 
 
 def test_a_run_without_a_best_agent_is_told(trained, tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_schedules_of_the_command_line_are_kept_as_written_and_go_on(tmp_path):
 
 
 def test_what_is_no_number_of_timesteps_is_refused(capsys):
-    assert "such as 1000000 or 1e6; got '1.5'" in refused(["trpo", "CartPole-v1", "--timesteps", "1.5"], capsys)
+    assert "such as 1000 or 1e3; got '1.5'" in refused(["trpo", "CartPole-v1", "--timesteps", "1.5"], capsys)
 
 
 def test_every_episode_is_recorded_as_stable_baselines3_reads_it(finished):

@@ -403,13 +403,13 @@ def test_a_curvature_of_ones_own(assert_close):
 
 @pytest.mark.parametrize("solver", ["kaldi", 3, None, NGD, nn.Linear(1, 1).weight])
 def test_what_is_no_solver_is_named(solver):
-    with pytest.raises(ValueError, match=r"(?s)solver=.*'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg"):
+    with pytest.raises(ValueError, match=r"(?s)solver must be 'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg"):
         NGD(network(), FAMILY, solver=solver)
 
 
 def test_what_is_no_preconditioner_is_named():
     for wrong in ("diagonal", conjugate_gradient, NGD):
-        with pytest.raises(ValueError, match=r"preconditioner=.*None, 'kfac', 'ekfac', or a curvature"):
+        with pytest.raises(ValueError, match=r"preconditioner must be None, 'kfac', 'ekfac', or a curvature"):
             NGD(network(), FAMILY, preconditioner=wrong)
     with pytest.raises(ValueError, match=r"preconditioner=.*None without solver='cg'"):
         NGD(network(), FAMILY, preconditioner="kfac", solver=DiagonalFisher())

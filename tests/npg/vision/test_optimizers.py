@@ -68,7 +68,7 @@ def test_weight_decay_reaches_weights_only_unless_asked(decay_all: bool, decayed
         ("ngd", {"family": 3}, "unknown option 'family' of ngd: known are: lr, damping"),
         ("online-ngd", {}, "online-ngd needs a learning rate, lr"),
         ("online-ngd", {"lr": -1.0}, "lr"),
-        ("sgd", {"lr": -1.0}, "learning rate"),
+        ("sgd", {"lr": -1.0}, r"lr must lie in \[0, inf\), got -1.0"),
         ("sgd", {"lr": "fast"}, "the options of sgd do not fit"),
         ("ngd", {"damping_control": "lm"}, r"mapping of factor, minimum, maximum.* got 'lm'"),
         ("ngd", {"damping_control": {"omega": 2}}, "damping_control must be a mapping"),

@@ -403,7 +403,8 @@ def test_a_curvature_of_ones_own(assert_close):
 
 @pytest.mark.parametrize("solver", ["kaldi", 3, None, NGD, nn.Linear(1, 1).weight])
 def test_what_is_no_solver_is_named(solver):
-    with pytest.raises(ValueError, match=r"(?s)solver must be 'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg"):
+    known = r"solver must be 'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg\.solvers, or a curvature; got"
+    with pytest.raises(ValueError, match=known):
         NGD(network(), FAMILY, solver=solver)
 
 
@@ -411,7 +412,7 @@ def test_what_is_no_preconditioner_is_named():
     for wrong in ("diagonal", conjugate_gradient, NGD):
         with pytest.raises(ValueError, match=r"preconditioner must be None, 'kfac', 'ekfac', or a curvature"):
             NGD(network(), FAMILY, preconditioner=wrong)
-    with pytest.raises(ValueError, match=r"preconditioner=.*None without solver='cg'"):
+    with pytest.raises(ValueError, match=r"preconditioner must be None without solver='cg'"):
         NGD(network(), FAMILY, preconditioner="kfac", solver=DiagonalFisher())
 
 

@@ -190,10 +190,14 @@ class RunFolder(folder.RunFolder):
                 os.truncate(path, positions[path.name])
 
     def cut_best(self, steps: int) -> None:
-        """Take back the best agent if it came after `steps`: the one of the last checkpoint takes its place, if any."""
-        if not self.best.model.is_file() or _steps_of(self.best) <= steps:
+        """Take back the best agent if it came after `steps`: the one of the last checkpoint takes its place, if any.
+
+        One that is damaged stays, and is told where it is needed.
+        """
+        best, before = _steps_of(self.best), _steps_of(self.best_before)
+        if best is None or best <= steps:
             return
-        if self.best_before.model.is_file() and _steps_of(self.best_before) <= steps:
+        if before is not None and before <= steps:
             copy_agent(self.best_before, self.best)
             return
         warnings.warn(
@@ -327,8 +331,12 @@ def _in_words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items()) or "nothing there"
 
 
-def _steps_of(files: SavedAgent) -> int:
-    return int(saved_values(files.model)["num_timesteps"])
+def _steps_of(files: SavedAgent) -> int | None:
+    """The environment steps of a saved agent; None if it is missing or damaged."""
+    try:
+        return int(saved_values(files.model)["num_timesteps"])
+    except (FileNotFoundError, KeyError, ValueError):
+        return None
 
 
 def copy_agent(files: SavedAgent, to: SavedAgent) -> None:

@@ -252,6 +252,13 @@ def test_the_best_agent_is_of_the_line_that_goes_on(copy):
     assert not copy.best.model.exists()
 
 
+def test_a_damaged_best_agent_does_not_keep_a_run_from_going_on(copy):
+    copy.best.model.write_bytes(copy.best.model.read_bytes()[:-100])
+    damaged = copy.best.model.read_bytes()
+    resume(copy.path, timesteps=1000).folder.unlock()
+    assert copy.best.model.read_bytes() == damaged
+
+
 def test_a_run_that_lost_its_last_agent_goes_on_with_the_best_of_its_line(copy):
     copy_agent(copy.last, copy.best)
     copy.last.model.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from agents.runs import RunFolder
@@ -20,11 +21,8 @@ def opened(path: Path, *, checkpoints: bool = False) -> RunFolder:
     Raises:
         FileNotFoundError: for any other path; it names the folder that was meant, if there is one.
     """
-    folder = RunFolder(path)
-    if checkpoints and path.suffix == ".zip" and path.parent.name == "checkpoints":
-        folder = RunFolder(path.parent.parent)
-    if _is_run(folder.path):
-        return folder
+    with suppress(FileNotFoundError):
+        return RunFolder.of(path) if checkpoints else RunFolder.open(path)
     if SeedsFolder.is_one(path):
         runs = [*filter(_is_run, sorted(path.glob("s*")))]
         remedy = f"give that of one, such as {runs[0]}" if runs else "none of their runs has begun"

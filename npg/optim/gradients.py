@@ -138,7 +138,8 @@ class GradientOptimizer(ExactResume):
         if not active:
             return []
         plans, fixed = self._plans.get(index, []), self._fixed
-        if {p for plan in plans for p in plan.params}.isdisjoint(active):
+        planned = {p for plan in plans for p in plan.params}
+        if planned.isdisjoint(active):
             plans = []  # they are of a group that was here before
         if not all(plan.held.by(self.state) for plan in plans):
             plans = []  # the state was cleared, an entry replaced, or the model converted
@@ -146,7 +147,7 @@ class GradientOptimizer(ExactResume):
         if any(plan.options[fixed] != options[fixed] for plan in plans):
             former = plans[0].options[fixed]
             raise ValueError(f"{fixed} must stay {former}, that of the factors; got {options[fixed]}")
-        if not plans or {p for plan in plans for p in plan.params} != set(active) or plans[0].options != options:
+        if not plans or planned != set(active) or plans[0].options != options:
             named = {name: p for name, p in _named(group).items() if p.grad is not None}
             check_dtypes(named)  # frozen ones thaw
             for name, p in named.items():

@@ -255,7 +255,6 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         vars(self).update(given, stats_window_size=theirs["stats_window_size"])
         self.algorithm = self.name()
         self.critic_damping = 0.1
-        self.check_options()
         if setup and env is None:
             raise TypeError(
                 "env must be an environment, got None: give one, such as envs.make_vec_env('CartPole-v1', n_envs)"
@@ -280,9 +279,6 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         """As of every option; the name of a device becomes a `torch.device`, as Stable-Baselines3 does it."""
         value = super().checked(name, value)
         return get_device(value) if name == "device" and not isinstance(value, torch.device) else value
-
-    def check_options(self) -> None:
-        """Refuse options that do not fit each other, before anything is built."""
 
     def option_written(self, name: str, value: Any) -> None:
         """Pass a new value on to what was made with the old one.
@@ -484,7 +480,6 @@ class NaturalPolicyAlgorithm(HasOptions, TakesStructures, Collector):
         model = super().load(path, env, *args, **kwargs)
         if "stats_window_size" in {*data, *kwargs}:  # Stable-Baselines3 goes by a name of its own
             model._stats_window_size = model.stats_window_size
-        model.check_options()
         return model
 
     def dump_logs(self, iteration: int = 0) -> None:

@@ -16,6 +16,7 @@ from npg.constraint import Constraint
 from npg.curvature.preconditioners import diagonal_preconditioner, kronecker_preconditioner
 from npg.solvers import Solver, conjugate_gradient
 from npg.step import StepReport, natural_step
+from npg.transport import check_metric
 from npg.trust_region import TrustRegion
 
 __all__ = ["NaturalStepAlgorithm"]
@@ -64,6 +65,7 @@ class NaturalStepAlgorithm(NaturalPolicyAlgorithm):
     )
     metric: Metric = option(
         default="fisher",
+        check=check_metric,
         doc='``"fisher"``, or another geometry in its place: ``"wasserstein"`` is that of `npg.transport`, with '
         "discrete actions on the complete graph, and ``wasserstein(Categorical(), graph)`` puts them on another one. "
         "``target_kl`` is then half the squared distance, in units of the actions (before they are squashed) or of "

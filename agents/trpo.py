@@ -30,7 +30,7 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
 
     line_search_shrinking_factor: float = option(
         default=0.8,
-        check=partial(number, low=0, high=1, above=True),
+        check=partial(number, low=0, high=1, above=True, below=True),
         doc="the factor of each backtrack, smaller than 1.",
         after="cg_damping",
     )
@@ -62,11 +62,6 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
         keyword=True,
     )
 
-    def check_options(self) -> None:
-        """Refuse a line search that would not shorten the step."""
-        if self.line_search_shrinking_factor == 1:
-            raise ValueError("line_search_shrinking_factor must be smaller than 1, got 1: the step would stay as it is")
-
     @property
     def components(self) -> int:
         """What δ and λ are multiplied by: n for the mean KL of n components (``kl_reduction="mean"``), else 1."""
@@ -77,7 +72,6 @@ class TrustRegionAlgorithm(NaturalStepAlgorithm):
 
     def step_in_region(self, batch: Batch, **options: Any) -> StepReport:
         """`natural_step` within the radius of this moment, with further ``options`` of it."""
-        self.check_options()
         region = TrustRegion(
             radius=self.radius(self.target_kl),
             shrink=self.line_search_shrinking_factor,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,17 @@ from npg.families import (
 from npg.families.base import blockwise
 from npg.geometry import Euclidean, FisherRao, geometry_of
 
-__all__ = ["geometry", "wasserstein"]
+__all__ = ["check_metric", "geometry", "wasserstein"]
+
+
+def check_metric(name: str, metric: Any) -> None:
+    """Raise ValueError for what is neither the name of a geometry nor a geometry."""
+    known = metric in ("fisher", "euclidean", "wasserstein") if isinstance(metric, str) else callable(metric)
+    if not known or not (isinstance(metric, str) or hasattr(metric, "divergence")):
+        raise ValueError(
+            f"{name} must be 'fisher', 'euclidean', 'wasserstein', or a geometry such as wasserstein(family, graph): a "
+            f"function of the outputs with a method divergence(old, new), got {metric!r}"
+        )
 
 
 def geometry(metric: Literal["fisher", "euclidean", "wasserstein"] | Geometry, family: Family) -> Geometry:
@@ -46,17 +56,13 @@ def geometry(metric: Literal["fisher", "euclidean", "wasserstein"] | Geometry, f
         ValueError: if the name is unknown.
         TypeError: if the family has no Wasserstein metric.
     """
+    check_metric("metric", metric)
     if metric == "fisher":
         return FisherRao(family)
     if metric == "euclidean":
         return Euclidean()
     if metric == "wasserstein":
         return wasserstein(family)
-    if isinstance(metric, str) or not (callable(metric) and hasattr(metric, "divergence")):
-        raise ValueError(
-            "metric must be 'fisher', 'euclidean', 'wasserstein', or a geometry such as wasserstein(family, graph): a "
-            f"function of the outputs with a method divergence(old, new), got {metric!r}"
-        )
     return geometry_of(metric)
 
 

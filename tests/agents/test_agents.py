@@ -729,6 +729,9 @@ MISTAKES = [
     ("cg_damping", float("inf")),
     ("cg_max_steps", 2.5),
     ("line_search_shrinking_factor", None),
+    ("line_search_shrinking_factor", 1),
+    ("metric", "nonsense"),
+    ("metric", None),
     ("line_search_max_iter", 3.0),
     ("fisher_fraction", "0.5"),
     ("step_size", "large"),
@@ -794,7 +797,7 @@ def test_mistakes_are_named_where_an_attribute_is_written(algorithm):
     model = small(algorithm)
     kept = dict(vars(model))
     more = [("critic", "foo"), ("kl_reduction", "foo"), ("fisher_fraction", 5), ("max_refusals", -1), ("ema", 1.0)]
-    more += [("preconditioner", "foo"), ("cg_damping", -1.0), ("step_size", -1.0), ("target_kl", 0.0)]
+    more += [("metric", abs), ("preconditioner", "foo"), ("cg_damping", -1.0), ("step_size", -1.0), ("target_kl", 0.0)]
     for option, value in [*MISTAKES, *more]:
         if option in algorithm.options and (option, value) not in [("policy", 7), ("sub_sampling_factor", 128)]:
             with pytest.raises((TypeError, ValueError), match=rf"^{option} must"):
@@ -1028,9 +1031,9 @@ def test_no_steps_set_up_all_and_learn_nothing():
     assert model.logger is not None
 
 
-def test_load_refuses_options_that_do_not_fit_each_other(tmp_path):
+def test_load_refuses_options_out_of_their_range(tmp_path):
     small().save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"^line_search_shrinking_factor must be smaller than 1, got 1"):
+    with pytest.raises(ValueError, match=r"^line_search_shrinking_factor must lie in \(0, 1\), got 1"):
         TRPO.load(tmp_path / "model", line_search_shrinking_factor=1)
 
 

@@ -720,7 +720,7 @@ def test_a_task_without_costs_ends_a_run_with_a_message(tmp_path, capsys):
         ({"cost_limit": True}, TypeError, "cost_limit must be a number, got True"),
         ({"cost_limit": None}, TypeError, "cost_limit must be a number, got None"),
         ({"rollout_buffer_class": buffers.RolloutBuffer}, ValueError, "rollout_buffer_class must be a subclass of"),
-        ({"line_search_shrinking_factor": 1.0}, ValueError, "must be smaller than 1"),
+        ({"line_search_shrinking_factor": 1.0}, ValueError, r"must lie in \(0, 1\), got 1"),
         ({"step_size": 1.0}, TypeError, "unexpected keyword argument 'step_size'"),
     ],
 )

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from agents.base import NaturalPolicyAlgorithm
 from agents.config import RunConfig
 from agents.evaluation import Evaluation, Stopped, evaluate
-from agents.runs import EpisodeFile, RunFolder, copy_agent, save_agent
+from agents.runs import RunFolder, copy_agent, save_agent
 from agents.state import begin_episodes
+from envs.episodes import EpisodeFile
 from envs.seeding import Purpose, purpose_seed
 from npg.parallel import World, size
 from npg.runs.signals import StopRequest
@@ -53,7 +54,7 @@ class EpisodeRecorder(BaseCallback):
     """Writes the training episodes of all processes to monitor.csv; those of the others at the end of a rollout.
 
     Args:
-        file: where to write them, in the main process; None elsewhere.
+        file: where to write them, with a column ``timesteps``, in the main process; None elsewhere.
         world: this process among its peers.
     """
 
@@ -68,13 +69,13 @@ class EpisodeRecorder(BaseCallback):
                 if self._file is None:
                     self._unwritten.append((episode, self.num_timesteps))
                 else:
-                    self._file.add(episode, self.num_timesteps)
+                    self._file.add(episode, timesteps=self.num_timesteps)
         return True
 
     def _on_rollout_end(self) -> None:
         for episodes in self._world.gather(self._unwritten):
             for episode, timesteps in episodes:  # in the main process, which has the file
-                self._file.add(episode, timesteps)  # type: ignore[union-attr]
+                self._file.add(episode, timesteps=timesteps)  # type: ignore[union-attr]
                 self.model.ep_info_buffer.append(episode)  # type: ignore[union-attr]  # the log takes its means
         self._unwritten = []
 

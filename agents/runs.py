@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +30,6 @@ import numpy as np
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat, filter_excluded_keys
-from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.base import NaturalPolicyAlgorithm
@@ -39,6 +37,7 @@ from agents.config import ALGORITHMS, RunConfig
 from agents.saved import plain_pickle, saved_values
 from agents.state import set_statistics, state_of
 from envs import VecNormalize
+from envs.episodes import EpisodeFile
 from npg.runs import folder
 from npg.runs.checkpoints import FORMAT, CheckpointError, Checkpoints, NewerFormat, check_archive, check_format
 from npg.runs.files import Table, count_rows, cut_rows, read_columns, replacing, sync
@@ -217,7 +216,7 @@ class RunFolder(folder.RunFolder):
 
     def episodes(self, env_id: str) -> EpisodeFile:
         """monitor.csv, to append to."""
-        return EpisodeFile(self.path / "monitor.csv", env_id)
+        return EpisodeFile(self.path / "monitor.csv", env_id, ["timesteps"])
 
     def training_episodes(self) -> dict[str, np.ndarray]:
         """The columns of monitor.csv: ``r``, ``l``, ``t`` and ``timesteps``."""
@@ -236,32 +235,6 @@ class RunFolder(folder.RunFolder):
         """The environment steps of the agent that the final evaluation was of; None before there is one."""
         path = self.path / "final_evaluation.json"
         return json.loads(path.read_text())["last"]["timesteps"] if path.exists() else None
-
-
-class EpisodeFile:
-    """monitor.csv in Stable-Baselines3's format, with one more column.
-
-    The columns are the return ``r``, the length ``l`` in steps, the seconds ``t`` since the file was begun, and
-    ``timesteps``: the environment steps of the whole run when the episode ended. An existing file is continued.
-    """
-
-    def __init__(self, path: Path, env_id: str) -> None:
-        exists = path.exists()
-        header: dict[str, float | str] = {"t_start": time.time(), "env_id": env_id}
-        if exists:
-            with path.open() as file:
-                header = json.loads(file.readline().lstrip("#"))
-        self._start = float(header["t_start"])
-        self._writer = ResultsWriter(str(path), header=header, extra_keys=("timesteps",), override_existing=not exists)
-
-    def add(self, episode: dict[str, Any], timesteps: int) -> None:
-        """Append an episode, as the infos of a step give it."""
-        seconds = round(time.time() - self._start, 6)
-        self._writer.write_row({"r": episode["r"], "l": episode["l"], "t": seconds, "timesteps": timesteps})
-
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
 
 
 class _Progress(KVWriter):

@@ -18,6 +18,7 @@ from typing import Any
 from stable_baselines3.common.logger import KVWriter, filter_excluded_keys
 
 from agents.config import RunConfig
+from npg.runs.files import replacing
 
 __all__ = ["TRACKERS", "MLflow", "Tracker", "TrackerError", "WandB", "check_trackers"]
 
@@ -27,6 +28,15 @@ _STEP = "time/total_timesteps"
 
 class TrackerError(RuntimeError):
     """A tracker cannot begin."""
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """The trackers' runs so far; none, with a warning, where the file is damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{file} is damaged ({error}): the trackers begin runs of their own", stacklevel=2)
+        return {}
 
 
 class Tracker(KVWriter):
@@ -46,13 +56,14 @@ class Tracker(KVWriter):
 
     def __init__(self, path: Path, where: str, config: RunConfig) -> None:
         file, self._lost = path / _FILE, False
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = _known(file)
         mine = known.get(self.package, {})
         try:
             run = self._begin(path, where, mine.get("run") if mine.get("where") == where else None, config.to_dict())
         except Exception as error:  # theirs, of many kinds
             raise TrackerError(f"--{self.package} {where} cannot begin: {' '.join(str(error).split())}") from error
-        file.write_text(json.dumps(known | {self.package: {"where": where, "run": run}}, indent=2), encoding="utf-8")
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(known | {self.package: {"where": where, "run": run}}, indent=2), "utf-8")
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Send one row. If that fails, the run goes on without the tracker, and a warning says so."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -117,44 +117,43 @@ class Run:
         model, config = self.model, self.config
         in_progress = config.exact_resume == "state"
         check_trackers(trackers)
-        model.set_logger(folder.logger(TRACKERS[name](folder.path, to, config) for name, to in trackers.items()))
-        if self.state is not None:
-            restore_log(model, self.state)
-        if not folder.last.model.exists():
-            save_agent(model, folder.last, folder, config)
-        seed = evaluation_seed(config)
-        bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), seed, evaluation=True)
-        stop = StopRequest(self.world)
-        evaluator = Evaluator(config, folder, normalized(bare, config, training=False), stop)
-        recorder = EpisodeRecorder(folder.episodes(config.env), self.world)
-        bar = [ProgressBar(config)] if progress else []
-        before, learned = model.num_timesteps, False
-        try:
-            with stop:
-                seconds = self._learn(stop, recorder, evaluator, *bar) - evaluator.seconds
-                learned = True
-                whole = in_progress and not stop.requested  # else a rollout was cut off
-                save_agent(model, folder.last, folder, config, episodes=whole)
-                if not (stop.requested or evaluator.is_done):
-                    with suppress(Stopped):
-                        evaluator.evaluate()
-                if any(name.startswith("train/") for name in model.logger.name_to_value):
-                    model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
-                    model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
-                save_agent(model, folder.last, folder, config, episodes=whole)  # now with these rows
-        except BaseException as error:
-            with suppress(Exception):  # which would hide the first one
-                if not learned and self._failed(bare):
-                    save_agent(model, folder.last, folder, config)
-                    error.add_note(f"the agent of step {model.num_timesteps:,} is saved, and goes on with new episodes")
-                learning_curve(folder)
-            raise
-        finally:
-            recorder.close()
-            for shown in bar:
-                shown.close()
-            bare.close()
-            model.logger.close()
+        with ExitStack() as at_end:
+            model.set_logger(folder.logger(TRACKERS[name](folder.path, to, config) for name, to in trackers.items()))
+            at_end.callback(model.logger.close)
+            if self.state is not None:
+                restore_log(model, self.state)
+            if not folder.last.model.exists():
+                save_agent(model, folder.last, folder, config)
+            episodes = min(config.eval_episodes, config.n_eval_envs)
+            bare = at_end.enter_context(closing(make_env(config, episodes, evaluation_seed(config), evaluation=True)))
+            stop = StopRequest(self.world)
+            evaluator = Evaluator(config, folder, normalized(bare, config, training=False), stop)
+            bar = [at_end.enter_context(closing(ProgressBar(config)))] if progress else []
+            recorder = EpisodeRecorder(folder.episodes(config.env), self.world)
+            at_end.callback(recorder.close)
+            before, learned = model.num_timesteps, False
+            try:
+                with stop:
+                    seconds = self._learn(stop, recorder, evaluator, *bar) - evaluator.seconds
+                    learned = True
+                    whole = in_progress and not stop.requested  # else a rollout was cut off
+                    save_agent(model, folder.last, folder, config, episodes=whole)
+                    if not (stop.requested or evaluator.is_done):
+                        with suppress(Stopped):
+                            evaluator.evaluate()
+                    if any(name.startswith("train/") for name in model.logger.name_to_value):
+                        model.logger.record("time/total_timesteps", model.num_timesteps, exclude="tensorboard")
+                        model.logger.dump(model.num_timesteps)  # the last update's, which `learn` leaves
+                    save_agent(model, folder.last, folder, config, episodes=whole)  # now with these rows
+            except BaseException as error:
+                with suppress(Exception):  # which would hide the first one
+                    if not learned and self._failed(bare):
+                        save_agent(model, folder.last, folder, config)
+                        error.add_note(
+                            f"the agent of step {model.num_timesteps:,} is saved, and goes on with new episodes"
+                        )
+                    learning_curve(folder)
+                raise
         learning_curve(folder)
         finals = () if stop.requested else self._final_evaluations(folder, video)
         return Outcome(

@@ -19,7 +19,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
@@ -446,8 +446,12 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
 
             raise TrialPruned
 
-    bare = make_env(config, min(config.eval_episodes, config.n_eval_envs), evaluation_seed(config), evaluation=True)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(model.get_env().close)  # type: ignore[union-attr]
+        at_end.callback(run_folder.unlock)
+        at_end.callback(lambda: trial.set_user_attr("steps", model.num_timesteps))
+        episodes = min(config.eval_episodes, config.n_eval_envs)
+        bare = at_end.enter_context(closing(make_env(config, episodes, evaluation_seed(config), evaluation=True)))
         model.set_logger(Logger(None, []))
         evaluator = _Pruner(config, run_folder, normalized(bare, config, training=False), report)
         model.learn(config.timesteps, callback=[evaluator])
@@ -459,11 +463,6 @@ def _train(config: RunConfig, path: Path, trial: Trial, k: int, before: float, t
             excess = evaluator.excess(evaluator.last.mean_cost)
             trial.set_user_attr("excess", trial.user_attrs.get("excess", 0.0) + excess / tuning.seeds)
         return evaluator.last.mean_return
-    finally:
-        trial.set_user_attr("steps", model.num_timesteps)
-        run_folder.unlock()
-        bare.close()
-        model.get_env().close()  # type: ignore[union-attr]
 
 
 def _work(path: Path, tickets: Any) -> None:

@@ -4,20 +4,56 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
-__all__ = ["EpisodeWriter"]
+__all__ = ["EpisodeFile", "EpisodeWriter"]
+
+
+class EpisodeFile:
+    """A ``monitor.csv`` of Stable-Baselines3's format; an existing one is continued, with the same origin of time.
+
+    The columns are the return ``r``, the length ``l`` in steps, the seconds ``t`` since the file was begun, and
+    ``columns``. `stable_baselines3.common.monitor.load_results` reads it.
+
+    Args:
+        path: the file. One without any content, such as a power failure leaves, is begun anew.
+        env_id: written to the file's header.
+        columns: further ones.
+
+    Raises:
+        ValueError: for an existing file that is damaged or belongs to another environment.
+    """
+
+    def __init__(self, path: Path, env_id: str, columns: Sequence[str] = ()) -> None:
+        header: dict[str, Any] = {"t_start": time.time(), "env_id": env_id}
+        goes_on = path.exists() and path.stat().st_size > 0
+        if goes_on:
+            header = _header(path)
+            if header["env_id"] != env_id:
+                raise ValueError(
+                    f"the monitor file {str(path)!r} has episodes of {header['env_id']}, not of {env_id}: choose "
+                    "another path"
+                )
+        self._start = header["t_start"]
+        self._writer = ResultsWriter(str(path), header=header, extra_keys=tuple(columns), override_existing=not goes_on)
+
+    def add(self, episode: Mapping[str, Any], **columns: Any) -> None:
+        """Append an episode, as the infos of a step give it, with the values of the further columns."""
+        seconds = round(time.time() - self._start, 6)
+        self._writer.write_row({"r": episode["r"], "l": episode["l"], "t": seconds, **columns})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
 
 class EpisodeWriter(VecEnvWrapper):
-    """Writes the episodes of all environments to one ``monitor.csv``, as Stable-Baselines3's Monitor does for one.
-
-    The columns are the return ``r``, the length ``l`` in steps and the seconds ``t`` since the file was begun; an
-    existing file is continued, with the same origin of time. `stable_baselines3.common.monitor.load_results` reads it.
+    """Writes the episodes of all environments to one `EpisodeFile`, as Stable-Baselines3's Monitor does for one.
 
     Args:
         venv: environments whose infos have ``episode``.
@@ -35,16 +71,7 @@ class EpisodeWriter(VecEnvWrapper):
             path /= Monitor.EXT
         if not path.name.endswith(Monitor.EXT):
             raise ValueError(f"monitor_path={str(path)!r} must be a folder that exists or end in {Monitor.EXT!r}.")
-        header: dict[str, Any] = {"t_start": time.time(), "env_id": env_id}
-        exists = path.exists()
-        if exists:
-            header = _header(path)
-            if header["env_id"] != env_id:
-                raise ValueError(
-                    f"monitor_path={str(path)!r} has episodes of {header['env_id']}, not of {env_id}. Choose another."
-                )
-        self._start = header["t_start"]
-        self._writer = ResultsWriter(str(path), header=header, override_existing=not exists)
+        self._file = EpisodeFile(path, env_id)
 
     def reset(self) -> Any:
         """Reset the environments."""
@@ -53,17 +80,15 @@ class EpisodeWriter(VecEnvWrapper):
     def step_wait(self) -> Any:
         """Finish the step, and write the episodes that end with it."""
         observations, rewards, dones, infos = self.venv.step_wait()
-        if dones.any():
-            for i in dones.nonzero()[0].tolist():
-                if episode := infos[i].get("episode"):
-                    seconds = round(time.time() - self._start, 6)
-                    self._writer.write_row({"r": episode["r"], "l": episode["l"], "t": seconds})
+        for i in dones.nonzero()[0].tolist():
+            if episode := infos[i].get("episode"):
+                self._file.add(episode)
         return observations, rewards, dones, infos
 
     def close(self) -> None:
         """Close the environments and the file."""
         super().close()
-        self._writer.close()
+        self._file.close()
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -73,5 +98,5 @@ def _header(path: Path) -> dict[str, Any]:
         return {"t_start": float(header["t_start"]), "env_id": header["env_id"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"monitor_path={str(path)!r} exists and does not begin as a monitor file. Choose another."
+            f"{str(path)!r} exists and does not begin as a monitor file: choose another path, or move the file away"
         ) from error

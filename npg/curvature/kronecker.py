@@ -263,8 +263,8 @@ def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
     size = _size(key, parameters)
     if block.values.shape != size:
         raise ValueError(
-            f"the factors of {parameters.names[key[0]]!r} are of outputs and inputs {tuple(block.values.shape)}, but it "
-            f"has {size}: take blocks of this model as previous, and for a resized model a new optimizer"
+            f"the factors of {parameters.names[key[0]]!r} are of outputs and inputs {tuple(block.values.shape)}, but "
+            f"it has {size}: take blocks of this model as previous, and for a resized model a new optimizer"
         )
 
 

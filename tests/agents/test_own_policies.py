@@ -23,8 +23,8 @@ from torch import nn
 
 from agents import CPO, MDPO, NPG, TRPO, buffer
 from agents.callbacks import EpisodeRecorder
-from agents.runs import EpisodeFile
 from agents.update import batch_of
+from envs.episodes import EpisodeFile
 from npg import Fisher, acceleration, families
 from npg.parallel import World
 
@@ -968,7 +968,7 @@ class Continuing(gym.Wrapper):
 
 def test_episodes_of_a_continuing_task_are_counted(tmp_path):
     env = DummyVecEnv([lambda: Continuing(Monitor(Walk(BOX)))] * 2)
-    file = EpisodeFile(tmp_path / "monitor.csv", "Walk-v0")
+    file = EpisodeFile(tmp_path / "monitor.csv", "Walk-v0", ["timesteps"])
     model = TRPO("MlpPolicy", env, n_steps=64, batch_size=64, seed=0, device="cpu")
     model.learn(64, EpisodeRecorder(file, World(torch.device("cpu"))))
     assert len(model.ep_info_buffer) >= 10
@@ -1002,7 +1002,7 @@ def test_an_episode_is_told_once_by_an_environment_that_gives_one_dictionary(tmp
             ends.extend(info["episode"] for info, done in zip(self.locals["infos"], self.locals["dones"]) if done)
             return True
 
-    file = EpisodeFile(tmp_path / "monitor.csv", "Walk-v0")
+    file = EpisodeFile(tmp_path / "monitor.csv", "Walk-v0", ["timesteps"])
     model.learn(128, [Ends(), EpisodeRecorder(file, World(torch.device("cpu")))])
     env.close()
     assert len(ends) > 10

@@ -55,18 +55,24 @@ def test_an_existing_file_is_continued_in_its_own_time(tmp_path):
 def test_another_environments_file_is_left_alone(tmp_path):
     play(tmp_path)
     before = (tmp_path / "monitor.csv").read_text()
-    with pytest.raises(ValueError, match=r"monitor_path=.*CartPole-v1, not of MountainCar-v0"):
+    with pytest.raises(ValueError, match=r"monitor\.csv' has episodes of CartPole-v1, not of MountainCar-v0"):
         play(tmp_path, env_id="MountainCar-v0")
     assert (tmp_path / "monitor.csv").read_text() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"r,l,t\n1,2,3\n", b"#{}\n", b"#[1]\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"r,l,t\n1,2,3\n", b"#{}\n", b"#[1]\n", b"\xff\xfe"])
 def test_a_damaged_file_is_left_alone(tmp_path, content):
     path = tmp_path / "monitor.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="does not begin as a monitor file"):
         play(path)
     assert path.read_bytes() == content
+
+
+def test_a_file_without_content_is_begun_anew(tmp_path):  # such as a power failure leaves
+    (tmp_path / "monitor.csv").touch()
+    episodes = play(tmp_path)
+    assert load_results(str(tmp_path))["l"].tolist() == [episode["l"] for episode in episodes]
 
 
 def test_other_names_are_refused(tmp_path):

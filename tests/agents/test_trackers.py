@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import agents.training
 from agents.cli import train_agent
 from agents.config import resolve
 from agents.runs import RunFolder
@@ -77,6 +78,37 @@ def test_a_tracker_gets_what_tensorboard_gets_and_goes_on_in_its_run(recorder, t
     assert max(step for step, _ in recorder.runs["r0"]) == 256
     resume(tmp_path / "run", timesteps=384).train(progress=False, trackers={"recorder": "b"})
     assert recorder.runs.keys() == {"r0", "r1"}
+
+
+def test_damaged_files_of_a_killed_machine_do_not_keep_a_run_from_going_on(recorder, tmp_path):
+    run = start(config(), tmp_path / "run")
+    run.train(progress=False, trackers={"recorder": "a"})
+    (tmp_path / "run" / "trackers.json").write_text('{"recorder": {"wh')
+    (tmp_path / "run" / "monitor.csv").write_text("")
+    with pytest.warns(UserWarning, match=r"trackers\.json is damaged .*: the trackers begin runs of their own"):
+        resume(tmp_path / "run", timesteps=256).train(progress=False, trackers={"recorder": "a"})
+    assert recorder.runs.keys() == {"r0", "r1"}
+    assert json.loads((tmp_path / "run" / "trackers.json").read_text()) == {"recorder": {"where": "a", "run": "r1"}}
+    episodes = RunFolder(tmp_path / "run").training_episodes()
+    assert len(episodes["r"]) > 0
+    assert (episodes["timesteps"] > 128).all()
+
+
+def test_what_was_opened_is_closed_where_a_run_cannot_begin(recorder, monkeypatch, tmp_path):
+    run, made = start(config(), tmp_path / "run"), []
+
+    def make_env(*args, **kwargs):
+        env = agents.training.evaluation_environments(*args, **kwargs)
+        monkeypatch.setattr(env, "close", lambda: made.append(env))
+        return env
+
+    (tmp_path / "run" / "monitor.csv").write_text("no monitor file")
+    monkeypatch.setattr(agents.training, "evaluation_environments", agents.training.make_env, raising=False)
+    monkeypatch.setattr(agents.training, "make_env", make_env)
+    with pytest.raises(ValueError, match="does not begin as a monitor file"):
+        run.train(progress=False, trackers={"recorder": "a"})
+    assert len(made) == 1
+    assert recorder.runs["r0"][-1][0] == -1  # the tracker's run has ended
 
 
 def test_a_tracker_that_breaks_ends_no_training(recorder, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from math import inf, nan
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,54 @@ def _outer_products(scores: Tensor, u: Tensor) -> Tensor:
     """M u with M = (1/S) Σ g gᵀ and the scores g, (S, …, D)."""
     u = u.unsqueeze(-scores.ndim)
     return (scores * (scores * u).sum(-1, keepdim=True)).mean(-scores.ndim)
+
+
+class _Product(torch.autograd.Function):
+    """F v as a function of v: F is symmetric, so its derivative's transpose is F too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, fisher: Fisher) -> Tensor:
+        return fisher @ v
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Fisher], output: Tensor) -> None:
+        ctx.fisher = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.fisher @ gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return cast(Tensor, ctx.fisher @ tangent)
+
+
+class _Quadratic(torch.autograd.Function):
+    """vᵀFv as a function of v, with the derivative 2Fv."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor, fisher: Fisher) -> Tensor:
+        return fisher.quadratic(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Fisher], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.fisher = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (v,) = ctx.saved_tensors
+        return 2 * gradient * (ctx.fisher @ v), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (v,) = ctx.saved_tensors
+        return cast(Tensor, 2 * (tangent * (ctx.fisher @ v)).sum(0))
 
 
 class Fisher:
@@ -181,7 +229,7 @@ class Fisher:
         return mean_(tensor, self.process_group)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """F v; (P,) → (P,), or (P, K) → (P, K).
+        """F v; (P,) → (P,), or (P, K) → (P, K); differentiable in ``v``, as a function of which F is constant.
 
         Raises:
             TypeError: if ``v`` is no tensor.
@@ -192,14 +240,23 @@ class Fisher:
         self.parameters.check(v)
         if v.ndim == 2 and v.shape[1] == 0:
             return torch.zeros_like(v, dtype=self.dtype)
+        if v.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _Product.apply(v, self))
         u = self._metric(self.linearization.push_forward(v.to(self.dtype)))
         return self._mean_(self.linearization.pull_back(u).div_(self.events))
 
     def quadratic(self, v: Tensor) -> Tensor:
-        """vᵀFv for (P,) → (), or columnwise for (P, K) → (K,), at the cost of a push forward alone."""
+        """vᵀFv for (P,) → (), or columnwise for (P, K) → (K,), at the cost of a push forward alone.
+
+        It is differentiable in ``v``: the penalty ½(θ − θ₀)ᵀF(θ − θ₀) of elastic weight consolidation is
+        ``0.5 * fisher.quadratic(theta - theta_0)``, with θ as one vector (`torch.nn.utils.parameters_to_vector`), and
+        the Fisher of a copy of the model that stays as it is.
+        """
         self.parameters.check(v)
         if v.ndim == 2 and v.shape[1] == 0:
             return torch.zeros(0, dtype=self.dtype, device=self.device)
+        if v.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _Quadratic.apply(v, self))
         u = self.linearization.push_forward(v.to(self.dtype))
         products = (u * self._metric(u)).flatten(v.ndim - 1).sum(-1, dtype=torch.float64)
         return self._mean_(products / self.events).to(self.dtype)

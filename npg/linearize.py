@@ -45,7 +45,7 @@ from npg.acceleration import (
     same_outputs,
     sums_agree,
 )
-from npg.graph import graph_nodes, leaves_of
+from npg.graph import graph_nodes, leaves_of, source_of
 from npg.model import (
     Buffers,
     Model,
@@ -129,6 +129,7 @@ class Linearization:
         self._buffers = Buffers(model)
         self._statistics_move = move_statistics
         self._values = self.parameters.copy()
+        self._places = _places(model)
         mine = set(map(id, self.parameters.tensors))
         frozen = [p for p in model.parameters() if id(p) not in mine] if isinstance(model, nn.Module) else []
         self._check_history()
@@ -144,10 +145,18 @@ class Linearization:
         nodes = graph_nodes(self._graph)
         _check_checkpoints(nodes, model)
         self._lowest = _lowest(nodes, self._autocast)
-        if not self._graph.requires_grad:
-            raise ValueError("the outputs of model do not depend on any trainable parameter")
+        if not leaves_of(nodes).intersection(map(id, self.leaves)):
+            raise ValueError(f"the outputs of model do not depend on any trainable parameter{self._read_past(nodes)}")
+        if read := self._read_past(nodes):
+            raise ValueError(f"model must be a function of the parameters that it is given{read}")
         n, moved = len(self.leaves), self._present_versions()
-        self._versions = [*versions[:n], *moved[n:]]
+        if moved[:n] != versions[:n] and not all(map(_same, self.parameters.tensors, self._values)):
+            raise ValueError(
+                f"the forward pass of {_name(model)} writes to its trainable parameters, so that each pass is of "
+                "another function: compute the weight from the parameter (torch.nn.utils.parametrize), or write to it "
+                "outside of the forward pass. They have changed already"
+            )
+        self._versions = moved
         if moved[n:] != versions[n:] and not (self._repeats() and self._present_versions() == moved):
             raise ValueError(  # ReLU in place writes too, and changes nothing
                 f"the forward pass of {_name(model)} writes to its inputs (x.sub_(…), x -= …) or frozen parameters, "
@@ -195,6 +204,13 @@ class Linearization:
             return _copy(x) if isinstance(x, Tensor) and id(x) not in own and memory.meets(x) else x
 
         return pytree.tree_map(apart, inputs)
+
+    def _read_past(self, nodes: set[Any]) -> str:
+        """What to say of parameters that a function reads by itself, past the mapping; "" if there are none."""
+        named = {} if self._direct else self.parameters.named()
+        read = [name for name, p in named.items() if p.requires_grad and source_of(p) in nodes]
+        what = f": {_name(self.model)} reads {', '.join(read)} by itself, in place of its first argument's"
+        return f"{what}; for a module write lambda p, *x: torch.func.functional_call(module, p, x)" if read else ""
 
     def _check_history(self) -> None:
         """Raise ValueError where an input is computed by the parameters: products would see that, and no trial."""
@@ -312,7 +328,8 @@ class Linearization:
 
         A change through ``.data`` is not counted by PyTorch: to see it, the ``values`` have to be compared. That is
         done while products depend on the parameters' own memory, at the first push forward and with the recorded
-        graph. A program has copies: its products stay those of the point of linearisation whatever happens.
+        graph. A program has copies of the trained parameters. Frozen parameters and inputs are not compared: their
+        changes through ``.data`` are not seen.
         """
         now, tensors = self._present_versions(), self.parameters.tensors
         if self._graph is not None and not all(p.requires_grad for p in self.leaves):
@@ -320,9 +337,11 @@ class Linearization:
             raise RuntimeError(
                 f"{frozen} were frozen after they were linearised here: make a new Fisher (or Linearization)"
             )
-        if now == self._versions and not (values and not all(map(_same, tensors, self._values))):
+        replaced = any(held.get(name) is not x for held, name, x in self._places)
+        changed = now != self._versions or replaced
+        if not changed and not (values and not all(map(_same, tensors, self._values))):
             return
-        own = now[: len(tensors)] != self._versions[: len(tensors)] or now == self._versions
+        own = replaced or now[: len(tensors)] != self._versions[: len(tensors)] or now == self._versions
         what = "parameters" if own else "inputs or frozen parameters"
         raise RuntimeError(
             f"the {what} have changed since they were linearised here: make a new Fisher (or Linearization) at the "
@@ -587,6 +606,14 @@ def _pull(graph: Tensor, leaves: Sequence[Tensor], u: Tensor, create_graph: bool
     return torch.autograd.grad(
         graph, leaves, u, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
     )
+
+
+def _places(model: Model) -> list[tuple[dict[str, Any], str, Any]]:
+    """Where a module holds its parameters and parts: the dictionary, the name in it, and what is there now."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    holders = [held for m in plain for held in (m._parameters, m._modules)]
+    return [(cast(dict[str, Any], held), name, x) for held in holders for name, x in held.items()]
 
 
 def _check_mode() -> None:

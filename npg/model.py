@@ -71,6 +71,22 @@ class Buffers:
         named = ((f"{path}.{name}" if path else name, copy) for _, path, name, _, copy in self._copies)
         return {name: copy for name, copy in named if copy is not None}
 
+    def set_apart(self) -> None:
+        """Put copies in their places until `restore`, so that a recorded forward pass keeps what it has read.
+
+        Not of those that share memory with each other, or that a module of one's own also has as a plain attribute.
+        """
+        elsewhere = {id(x) for module in self._beside for x in vars(module).values() if isinstance(x, Tensor)}
+        held: dict[int | None, set[int]] = {}
+        for *_, buffer, _ in self._copies:
+            if buffer is not None:
+                held.setdefault(_memory(buffer), set()).add(id(buffer))
+        alone = {i for memory, ids in held.items() if memory is not None and len(ids) == 1 for i in ids - elsewhere}
+        copies: dict[int, Tensor] = {}
+        for module, _, name, buffer, copy in self._copies:
+            if id(buffer) in alone:
+                module._buffers[name] = copies.setdefault(id(buffer), cast(Tensor, copy).clone())
+
     @torch.no_grad()
     def restore(self, keep: Tensor | None = None) -> None:
         """Put them back as they were, bit for bit; all but where ``keep``, (), is true.
@@ -104,6 +120,11 @@ class Buffers:
         return undone_on_error(self.restore)
 
 
+def _memory(x: Tensor) -> int | None:
+    """Where the storage of a tensor begins; None of one that has none, or that is empty."""
+    return x.untyped_storage().data_ptr() or None if x.layout is torch.strided and x.device.type != "meta" else None
+
+
 @torch.no_grad()
 def overwrite(buffer: Tensor, values: Tensor) -> None:
     """Put ``values`` where the buffer is; of an axis that was expanded there is one element."""
@@ -128,10 +149,13 @@ def frozen_statistics(model: Model) -> Iterator[None]:
     """Normalise with the batch's own statistics, as in training, without moving the running ones or any other buffer.
 
     Dropping ``track_running_stats`` is the one switch that BatchNorm looks at in training mode; InstanceNorm looks at
-    none, and so has its running statistics taken away meanwhile.
+    none, and so has its running statistics taken away meanwhile. A graph that is recorded here keeps the buffers that
+    it has read, whatever becomes of the model's.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     buffers = Buffers(model)
+    if torch.is_grad_enabled():
+        buffers.set_apart()
     moved = [
         m
         for m in modules

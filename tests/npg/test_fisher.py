@@ -1,5 +1,6 @@
 """F @ v against the matrix written out, for every kind of network × every family; and the theorems about F."""
 
+import copy
 import gc
 import math
 import weakref
@@ -786,3 +787,30 @@ def test_a_metric_that_is_not_symmetric_has_no_dense_matrix():
     model, x = nn.Linear(3, 2), torch.randn(40, 3)
     with pytest.raises(ValueError, match=r"F is not symmetric: its halves differ by .*Check that the metric"):
         Fisher(model, x, families.Gaussian(), metric=lambda outputs: lambda u: u @ skew.T).dense()
+
+
+def test_products_are_differentiable_in_the_vector(assert_close):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    fisher = Fisher(model, torch.randn(5, 3, dtype=torch.float64), families.Categorical())
+    F = fisher.dense()
+    v, w = (torch.randn(len(F), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    V, c = torch.randn(len(F), 3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64)
+    assert_close(torch.autograd.grad(0.5 * fisher.quadratic(v), v)[0], F @ v.detach())
+    assert_close(torch.autograd.grad(w @ (fisher @ v), v)[0], F @ w.detach())
+    assert_close(torch.autograd.grad(fisher.quadratic(V) @ c, V)[0], 2 * F @ V.detach() * c)
+    assert_close(torch.func.hessian(lambda x: 0.5 * fisher.quadratic(x))(v.detach()), F)
+    assert torch.autograd.gradgradcheck(lambda x: (fisher @ x) ** 3, (v,))
+
+
+def test_the_penalty_of_elastic_weight_consolidation_pulls_back(assert_close):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    old = copy.deepcopy(model)
+    fisher = Fisher(old, torch.randn(5, 3, dtype=torch.float64), families.Categorical())
+    origin = torch.nn.utils.parameters_to_vector(old.parameters()).detach()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()) - origin
+    (0.5 * fisher.quadratic(moved)).backward()
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    assert_close(gradient, fisher.dense() @ moved.detach())

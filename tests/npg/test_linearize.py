@@ -17,10 +17,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from npg import Fisher, acceleration, families, linearize, optim
+from npg import Fisher, acceleration, families, linearize, natural_step, optim
 from npg.linearize import Linearization
 from npg.model import frozen_statistics
 from npg.randomness import replayed_randomness
+from npg.solvers import dense_solve
 from tests.npg.models import Cube
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -1319,3 +1320,177 @@ def test_a_named_tuple_is_one_input():
     linearization = Linearization(Last(), packed)
     for i, sequence in enumerate(rows):
         torch.testing.assert_close(linearization.outputs[i], gru(sequence)[1][0].detach())
+
+
+# ------------------------------------------------------------------------- buffers that move, and what is put elsewhere
+
+
+class RunningScale(nn.Module):
+    """Divides by a running mean that the same forward pass has moved in place: autograd saves the buffer."""
+
+    def __init__(self, width: int, *, tied: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((width,), 3.0))
+        if tied:
+            self.register_buffer("same", self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.scale.mul_(0.5).add_(0.5 * x.abs().mean(0))
+        return x / self._buffers.get("same", self.scale)
+
+
+class Steps(nn.Module):
+    """Multiplies by how many passes there were, counted in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return x * self.n
+
+
+MOVING = {
+    "scale": lambda: RunningScale(5),
+    "scale under two names": lambda: RunningScale(5, tied=True),
+    "steps": Steps,
+    "scale in TorchScript": lambda: torch.jit.script(_Scripted(5)),
+}
+
+
+class _Scripted(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((width,), 3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.5).add_(0.5 * x.abs().mean(0))
+        return x / self.scale
+
+
+def _moving(kind: str) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), MOVING[kind](), nn.Tanh(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.filterwarnings("ignore:no (forward mode|traced program)")
+def test_a_buffer_that_moves_and_is_read_in_one_pass(kind, acceleration_, jacobian, assert_close):
+    model, x = _moving(kind), torch.randn(6, 4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    J = jacobian(model(x), list(model.parameters()))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    with acceleration.mode(acceleration_):
+        fisher = Fisher(model, x, families.Categorical())
+        p = fisher.outputs.softmax(-1)
+        M = torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p))
+        F, v = J.T @ M @ J / 6, torch.randn(J.shape[1])
+        assert_close(fisher.dense(), F)
+        assert_close(fisher @ v, F @ v)
+        assert_close(fisher.diagonal(), F.diagonal())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+@pytest.mark.filterwarnings("ignore:no (forward mode|traced program)")
+def test_a_step_with_curvature_of_other_inputs_where_a_buffer_moves(acceleration_, jacobian, assert_close):
+    x, y = torch.randn(6, 4), torch.tensor([0, 2, 0, 2, 0, 1])
+    model = _moving("scale")
+    twin = copy.deepcopy(model)
+    parameters = list(twin.parameters())
+    g = torch.cat([t.reshape(-1) for t in torch.autograd.grad(-functional.cross_entropy(twin(x), y), parameters)])
+    outputs = twin(x)  # the curvature's own pass goes on from the buffer that the first one left
+    J, p = jacobian(outputs, parameters), outputs.detach().softmax(-1)
+    F = J.T @ torch.block_diag(*(torch.diag(row) - torch.outer(row, row) for row in p)) @ J / 6
+    s = torch.linalg.solve(F + 0.1 * torch.eye(len(F)), g)
+    with acceleration.mode(acceleration_):
+        report = natural_step(
+            model,
+            x,
+            families.Categorical(),
+            lambda outputs: -functional.cross_entropy(outputs, y),
+            learning_rate=0.1,
+            damping=0.1,
+            solver=dense_solve,
+            curvature_inputs=x,
+        )
+        assert_close(report.gradient, g)
+        assert_close(report.step, 0.1 * s)
+        ngd = optim.NGD(_moving("scale"), families.Categorical(), damping=0.01, curvature_fraction=0.5)
+        assert ngd.step(x, y).accepted
+
+
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+@pytest.mark.parametrize("used", [True, False])
+def test_statistics_that_move_later_leave_the_products_as_they_are(used, acceleration_, assert_close):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x, v = torch.randn(6, 4), torch.randn(53)
+    with acceleration.mode(acceleration_):
+        want = Fisher(model, x, families.Categorical()) @ v
+        fisher = Fisher(model, x, families.Categorical())
+        if used:
+            _ = fisher @ v
+        model.train()(3 * x)
+        model.eval()
+        assert_close(fisher @ v, want)
+
+
+@pytest.mark.parametrize("acceleration_", ["auto", "off"])
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("change", ["a parameter", "all by load_state_dict", "a layer"])
+def test_parameters_that_are_replaced_are_noticed(change, used, acceleration_):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with acceleration.mode(acceleration_):
+        fisher = Fisher(model, torch.randn(6, 4), families.Categorical())
+        if used:
+            _ = fisher @ torch.randn(43)
+        if change == "a parameter":
+            model[0].weight = nn.Parameter(torch.randn(5, 4))
+        elif change == "a layer":
+            model[2] = nn.Linear(5, 3)
+        else:
+            model.load_state_dict({k: 2 * t for k, t in model.state_dict().items()}, assign=True)
+        with pytest.raises(RuntimeError, match=r"the parameters have changed .*: make a new Fisher"):
+            fisher @ torch.randn(43)
+
+
+def test_a_function_that_reads_past_its_mapping_is_refused():
+    layer, x = nn.Linear(4, 3), torch.randn(6, 4)
+    named = dict(layer.named_parameters())
+    with pytest.raises(ValueError, match=r"do not depend on any .*: <lambda> reads weight, bias by itself"):
+        Linearization(lambda p, z: layer(z), x, named)
+    with pytest.raises(ValueError, match=r"<lambda> reads bias by itself.*functional_call\(module, p, x\)"):
+        Linearization(lambda p, z: z @ p["weight"].T + layer.bias, x, named)
+    head = nn.Linear(3, 2)
+    layer.head = head  # which its forward pass does not use
+    with pytest.raises(ValueError, match="do not depend on any trainable parameter"):
+        Linearization(layer, x, {"head.weight": head.weight})
+
+
+class Rewriting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.div_(self.weight.norm() / 2)
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:no (forward mode|traced program)")
+def test_a_forward_pass_that_moves_its_trained_weight_is_refused_and_one_that_leaves_it_is_taken(assert_close):
+    model, x = Rewriting(4, 3), torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"forward pass of Rewriting writes to its trainable parameters.*parametrize"):
+        Linearization(model, x)
+
+    class Clamped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    clamped, V = Clamped(4, 3), torch.randn(15)
+    clamped(x)
+    assert_close(Linearization(clamped, x).push_forward(V), x @ V[:12].view(3, 4).T + V[12:])

@@ -148,6 +148,12 @@ class _TorchFamily(Family):
                 f"the KL of {self!r} is taken at equal arguments. It has no minimum there or no second derivatives, so "
                 "there is no metric: check the map from outputs to distribution"
             )
+        if self._mixes(old):
+            raise ValueError(
+                f"{self!r} makes an event's distribution of other events' outputs too (such as o - o.mean(0)), so that "
+                "the metric has no block for each event: let the model compute that, and the distribution take each "
+                "event alone"
+            )
         blocks = 0.5 * (blocks + blocks.mT)
         if self._rises_unseen(old, blocks, max(torch.finfo(x.dtype).eps for x in (old, kl))):
             raise ValueError(
@@ -156,6 +162,19 @@ class _TorchFamily(Family):
                 "outside of agents also a Family whose metric(outputs) is known, as docs/howto_family.md shows"
             )
         return blocks
+
+    @torch.no_grad()
+    def _mixes(self, old: Tensor) -> bool:
+        """Whether the KL of an event changes with the outputs of others, of which about every second one is moved."""
+        index = torch.arange(old[..., 0].numel(), device=old.device).view(old.shape[:-1])
+        moved = index * 0.618034 % 1.0 < 0.5  # along no axis alike
+        new = torch.where(moved.unsqueeze(-1), old + 1e-3 * (1 + old.abs()), old)
+        try:
+            change = (self._kl(old, new) - self._kl(old, old)).abs().nan_to_num()
+        except ValueError:  # outside of the domain
+            return False
+        largest = torch.where(moved, change, 0.0).amax()
+        return bool((torch.where(moved, 0.0, change) > 1e-4 * largest).any())
 
     @torch.no_grad()
     def _rises_unseen(self, old: Tensor, blocks: Tensor, epsilon: float) -> bool:

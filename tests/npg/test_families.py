@@ -787,3 +787,10 @@ def test_draws_outside_of_the_support_are_refused():
     assert (poisson.sample(torch.full((5, 2), 3.0)) >= 0).all()
     with pytest.raises(families.OutOfDomainError, match="outside of its support"):
         poisson.sample(torch.full((5, 2), 46.0))
+
+
+@pytest.mark.parametrize("events", [(6,), (3, 4)])
+def test_a_distribution_that_mixes_events_is_refused(events):
+    family = families.from_torch(lambda o: D.Independent(D.Normal(o - o.mean(0), 1.0), 1))
+    with pytest.raises(ValueError, match=r"makes an event's distribution of other events' outputs .*let the model"):
+        family.metric(torch.randn(*events, 3, dtype=torch.float64))

@@ -330,7 +330,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def table_returns(rows: list[Row]) -> str:
     """Our algorithms, task by task, beside what shall be reached and what is published."""
-    head = ("task", "steps", "", "interquartile mean", "worst seed", "seeds", "to reach (worst)", "met", "published")
+    head = ("task", "steps", "", "interquartile mean", "worst seed", "seeds", "target (worst)", "met", "published")
     lines = []
     for task, entry in tasks().items():
         for algo in (a for a in algos_in(rows) if a in ALGORITHMS):
@@ -380,7 +380,7 @@ def table_seconds(rows: list[Row], points: list[Row]) -> str:
 
 def table_stability(rows: list[Row]) -> str:
     """Runs that go on after they reached what they shall: how deep the evaluations fall again."""
-    head = ("task", "", "steps", "reached at the latest", "by", "lowest evaluation after it", "in % of what it shall")
+    head = ("task", "", "steps", "reached at the latest", "by", "lowest evaluation after it", "% of target")
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         known = row["config"] == "preset" and int(row["seed"]) < TUNING and row["task"] in tasks()

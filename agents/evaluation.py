@@ -290,7 +290,7 @@ def table(rows: Sequence[tuple[str, Evaluation]]) -> str:
 def check_video(config: RunConfig) -> None:
     """Raise an error, with the remedy, if `record_video` could not work for the run."""
     if importlib.util.find_spec("moviepy") is None:
-        raise ImportError('a video needs moviepy: pip install "npg-toolkit[video]"')
+        raise ImportError("a video needs moviepy: pip install moviepy")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gymnasium's and Stable-Baselines3's, of what is said better here
         try:
@@ -308,7 +308,8 @@ def check_video(config: RunConfig) -> None:
             frame = env.render()
         except Exception as error:  # graphics libraries raise anything
             raise ValueError(
-                f'{config.env} does not render ({error}): leave out --video, or pip install "npg-toolkit[video]"'
+                f"{config.env} does not render ({error}): leave out --video, "
+                'or pip install "gymnasium[classic-control]"'
             ) from error
         finally:
             env.close()

@@ -68,7 +68,7 @@ def export_agent(
     """
     one_of("format", format, list(FORMATS))
     if format == "onnx" and (missing := [p for p in ("onnx", "onnxscript", "onnxruntime") if find_spec(p) is None]):
-        raise ImportError(f'format="onnx" needs {" and ".join(missing)}: pip install "npg-toolkit[export]"')
+        raise ImportError(f'format="onnx" needs {" and ".join(missing)}: pip install {" ".join(missing)}')
     policy = DeployedPolicy(agent, env, deterministic).eval()
     if agent.get_env() is None:
         warnings.warn(

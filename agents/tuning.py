@@ -515,6 +515,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ImportError('the search needs Optuna: pip install "npg-toolkit[tune]"') from error
+        raise ImportError("the search needs Optuna: pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

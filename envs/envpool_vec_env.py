@@ -94,7 +94,7 @@ def options(task: str) -> set[str]:
 def _spec(task: str, **config: Any) -> Any:
     envpool = import_envpool()
     if envpool is None:
-        raise ImportError(f'EnvPool is not installed, and {task!r} needs it: pip install "npg-toolkit[fast]".')
+        raise ImportError(f"EnvPool is not installed, and {task!r} needs it: pip install envpool.")
     return envpool.make_spec(task, **config)
 
 

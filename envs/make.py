@@ -415,7 +415,7 @@ def _install(env_id: str) -> str:
     if spec.version in (2, 3) and f"{spec.name}-v5" in gym.registry:  # MuJoCo's, which have left Gymnasium
         return f" Remedy: {spec.name}-v5."
     extra = next((extra for extra in ("mujoco", "box2d") if f".envs.{extra}." in str(spec.entry_point)), None)
-    return f' Remedy: pip install "npg-toolkit[{extra}]".' if extra else ""
+    return f' Remedy: pip install "gymnasium[{extra}]".' if extra else ""
 
 
 def _in_envpool(env_id: str, game: Game | None) -> bool:
@@ -432,8 +432,8 @@ def _in_gymnasium(env_id: str, game: Game | None) -> bool:
 def _absent(env_id: str, game: Game | None, backend: str, rendering: bool = False) -> Exception:
     """The error for an environment that `backend` does not have, and, if it is ``rendering``, EnvPool cannot show."""
     envpool = import_envpool()
-    get_envpool = 'EnvPool (pip install "npg-toolkit[fast]")'
-    get_ale = 'the Arcade Learning Environment (pip install "npg-toolkit[atari]")'
+    get_envpool = "EnvPool (pip install envpool)"
+    get_ale = "the Arcade Learning Environment (pip install ale-py opencv-python-headless)"
     if backend == "envpool" and envpool is None:
         return ImportError(f"backend='envpool' needs {get_envpool}; backend='gymnasium' does not.")
     if backend == "envpool" and _in_gymnasium(env_id, game):
@@ -470,7 +470,7 @@ def _gymnasium(env_id: str, n_envs: int, env_kwargs: dict[str, Any], python: _Py
         if _fits_envpool(env_id, env_kwargs):
             remedy += " Remedy: backend='envpool'."
         elif import_envpool() is None and (_task(env_id) in SAME_AS_GYMNASIUM or env_id.startswith(tuple(DIFFERENCES))):
-            remedy += ' Remedy: pip install "npg-toolkit[fast]" for EnvPool.'
+            remedy += " Remedy: pip install envpool."
         reason = str(error).rstrip(".")
         raise ImportError(
             f"{env_id} with backend='gymnasium' needs a package that is missing: {reason}.{remedy}"

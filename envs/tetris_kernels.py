@@ -14,7 +14,7 @@ try:
     from numba import njit, types
     from numba.extending import intrinsic
 except ImportError as error:
-    raise ImportError("npg/Tetris-v0 is compiled with Numba: pip install 'npg-toolkit[tetris]'") from error
+    raise ImportError("npg/Tetris-v0 is compiled with Numba: pip install numba") from error
 
 __all__ = [
     "CELLS",

@@ -22,6 +22,7 @@ from npg import acceleration
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = [
     "npg",
     "npg.families",
@@ -231,6 +232,11 @@ def test_the_errors_of_the_faq_are_those_of_the_code():
     for heading in headings:
         pattern = ".*".join(re.escape(part.strip()) for part in heading.split("…"))
         assert any(re.search(pattern, message) for message in known), heading
+
+
+def test_no_page_or_message_installs_from_an_index_what_is_not_there():
+    for text in [*messages(), *(page.read_text(encoding="utf-8") for page in PAGES), *map(Path.read_text, NOTEBOOKS)]:
+        assert "npg-toolkit[" not in text
 
 
 # A release ------------------------------------------------------------------------------------------------------------

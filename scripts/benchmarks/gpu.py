@@ -1,4 +1,4 @@
-"""What a GPU has to tell, in one command of at most eight minutes: one JSON file and one table.
+"""What a GPU has to tell, in one command: one JSON file and one table.
 
     python scripts/benchmarks/gpu.py --data PATH --out docs/results/gpu
     python scripts/benchmarks/gpu.py --device cpu --small        # the same on next to nothing
@@ -11,7 +11,8 @@
    whose seconds count and whose accuracies do not;
 5. trpo: an update on images.
 
-A part that would begin after that time is left out, and the files say so. Ratios are taken within one run.
+No part begins after eight minutes (--minutes), and the files say what was left out; the one under way is finished.
+Ratios are taken within one run.
 """
 
 from __future__ import annotations
@@ -204,7 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="[%(default)s]")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as for train_cifar.py; without, random images")
     parser.add_argument("--best", default="kl-shampoo", metavar="NAME", help="the natural gradient to train with")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no part begins after this [%(default)s]")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="no part begins after this; the one under way is finished (default: %(default)s)",
+    )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
     parser.add_argument("--small", action="store_true", help="next to nothing of everything: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="[%(default)s]")

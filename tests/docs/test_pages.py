@@ -130,6 +130,21 @@ def final(algo: str, task: str, timesteps: str) -> tuple[float, float]:
     return interquartile_mean(np.array(returns)), min(returns)
 
 
+def test_the_results_of_the_classifiers_are_those_of_their_files():
+    text = (ROOT / "docs" / "quickstart_supervised.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| ([\w-]+)(?:, exact)? \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", text, re.M)
+    assert len(table) == 9
+    names = {"KLShampoo": "kl-shampoo", "OnlineNGD": "online-ngd", "DiagonalNGD": "diagonal-ngd", "K-FAC": "kfac"}
+    for title, *shown in table:
+        name = names.get(title, title.lower())
+        expected = []
+        for file in ("cifar_small", "cifar_small_rivals"):
+            there = bool(rows_of(file, optimizer=name))
+            for column, digits in (("epochs_to_70", 1), ("seconds_to_70", 0)):
+                expected.append(f"{median_of(file, column, optimizer=name):.{digits}f}" if there else "–")
+        assert shown == expected, title
+
+
 def test_the_results_of_npg_are_those_of_their_file():
     text = (ROOT / "docs" / "npg.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\S+-v\d), ([\d,]+) steps \| (.*?) \|", text, re.M)

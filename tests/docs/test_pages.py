@@ -19,6 +19,7 @@ import yaml
 
 from agents.statistics import interquartile_mean
 from npg import acceleration
+from npg.optim import NGD, DiagonalNGD, KLShampoo, OnlineNGD
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -235,6 +236,32 @@ def test_every_argument_of_a_public_function_is_explained(module):
             continue
         for argument in inspect.signature(function).parameters:
             assert re.search(rf"^\s+{argument}\b.*:", function.__doc__, re.M), f"{module}.{name}: {argument}"
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+OPTIONS = {"ngd": NGD, "kfac": NGD, "kl_shampoo": KLShampoo, "online_ngd": OnlineNGD, "diagonal_ngd": DiagonalNGD}
+
+
+@pytest.mark.parametrize("page", OPTIONS)
+def test_the_defaults_of_a_page_are_those_of_the_code(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| Option.* \| Default \| Meaning \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", text, re.M)
+    arguments = inspect.signature(OPTIONS[page]).parameters
+    shown = {}
+    for row in table[1].splitlines():
+        names, defaults = re.match(r"\| (.*?) \| (.*?) \| ", row).groups()
+        for name, default in zip(names.split(", "), defaults.split(", "), strict=True):
+            value = arguments[name.strip("`")].default
+            assert (
+                value is inspect.Parameter.empty
+                if default == "required"
+                else value == ast.literal_eval(default.strip("`"))
+            ), row
+            shown[name.strip("`")] = value
+    if page != "kfac":
+        assert shown.keys() == arguments.keys() - {"model", "family", "params"}
 
 
 # The errors of the FAQ ------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def seconds_an_epoch(curve: Curve) -> float:
 def table(curves: list[Curve], beside: Sequence[Curve] = ()) -> str:
     """One line per network and optimizer, means over runs; beside the report's of the same kind of network."""
     head = ["network", "optimizer", "runs", "best, %", "last, %", "mean of the last five, %"]
-    head += [f"first epoch above {', '.join(map(str, LEVELS))} %", "s an epoch"]
+    head += [f"first epoch above {', '.join(map(str, LEVELS))} %", "seconds per epoch"]
     if beside:
         head.append("the report's: best, mean of the last five, %")
     lines = []

@@ -86,4 +86,4 @@ def test_the_table_has_means_over_runs_and_the_first_epochs_of_their_median(scri
     line = script.table(curves, [other]).splitlines()[-1]
     expected = "| wrn-16-1 | sgd | 2 | 77.00 | 75.00 | 72.20 | 2, 3, 4, –, –, – | 10 | 94.00, 92.00 |"
     assert line == expected  # 72.20 is (72 + 72.4) / 2; the fourth epoch's 60 s were a pause
-    assert script.table(curves).splitlines()[0].endswith("| s an epoch |")
+    assert script.table(curves).splitlines()[0].endswith("| seconds per epoch |")

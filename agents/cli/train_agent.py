@@ -28,7 +28,7 @@ EXAMPLES = """\
 examples:
   %(prog)s trpo CartPole-v1
   %(prog)s npg HalfCheetah-v5 --timesteps 1000000 --set target_kl=0.02
-  %(prog)s trpo Hopper-v5 --set policy_kwargs.net_arch=[256,256]
+  %(prog)s trpo Hopper-v5 --set "policy_kwargs.net_arch=[256,256]"
   %(prog)s --resume runs/trpo-CartPole-v1-s0-1 --timesteps 400000
   %(prog)s trpo Hopper-v5 --seeds 0-9 --jobs 2
   torchrun --nproc_per_node=4 -m agents.cli.train_agent trpo HalfCheetah-v5

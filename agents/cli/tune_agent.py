@@ -33,7 +33,12 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("search").add_argument
     add("--trials", type=int, metavar="N", help="trials in all, the preset's included (default: 20)")
     add("--jobs", type=int, default=1, metavar="N", help="processes that train at a time (default: 1)")
-    add("--seeds", type=int, metavar="N", help=f"training runs of a trial: seeds {FIRST_SEED}, … (default: 1)")
+    add(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help=f"training runs per trial, with the seeds {FIRST_SEED}, {FIRST_SEED + 1}, … (default: 1)",
+    )
     add("--evaluations", type=int, metavar="N", help="of each run; after each it may end early (default: 10)")
     add(
         "--search", type=Path, metavar="FILE", help="a YAML file of search spaces (default: agents/presets/search.yaml)"

@@ -99,10 +99,14 @@ def parts(env_id: str, n_envs: int, steps: int, seed: int) -> dict[str, tuple[Ca
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=12)
-    parser.add_argument("--env", type=environment, default="HalfCheetah-v5")
-    parser.add_argument("--n-envs", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--steps", type=int, default=128, help="vector steps of a turn")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--env", type=environment, default="HalfCheetah-v5", metavar="ENV_ID", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--n-envs", type=int, nargs="+", default=[8, 32], help="numbers of environments (default: 8 32)"
+    )
+    parser.add_argument("--steps", type=int, default=128, help="vector steps of a turn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of environments and agent (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []

@@ -81,11 +81,17 @@ FIRST = 5  #: so many rollouts show where all began, and are not counted
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", type=environment, default="HalfCheetah-v5")
-    parser.add_argument("--before", type=int, default=40_000, help="steps of training before the first rollout")
-    parser.add_argument("--rollouts", type=at_least(FIRST + 1), default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--env", type=environment, default="HalfCheetah-v5", metavar="ENV_ID", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--before", type=int, default=40_000, help="steps of training before the first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rollouts", type=at_least(FIRST + 1), default=60, help="to fit critics to (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of environments and agent (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -132,7 +132,7 @@ def main() -> None:
         default=[("mlp-64", 2048), ("mlp-64", 8192), ("densenet-19", 128), ("wrn-16-1", 128)],
         help="MODEL@BATCH",
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -202,18 +202,20 @@ PARTS = {"tests": tests, "products": products, "overhead": overhead, "training":
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="[%(default)s]")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu with --small (default: %(default)s)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as for train_cifar.py; without, random images")
-    parser.add_argument("--best", default="kl-shampoo", metavar="NAME", help="the natural gradient to train with")
+    parser.add_argument("--best", default="kl-shampoo", metavar="NAME", help="to train with (default: %(default)s)")
     parser.add_argument(
         "--minutes",
         type=float,
         default=8.0,
         help="no part begins after this; the one under way is finished (default: %(default)s)",
     )
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help="(default: all)"
+    )
     parser.add_argument("--small", action="store_true", help="next to nothing of everything: does it run?")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="[%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --small tries the script without one")

@@ -56,8 +56,8 @@ def with_number(separator: str, low: int) -> Callable[[str], tuple[str, int]]:
 def make_parser(description: str | None, rounds: int, threads: int = 2) -> argparse.ArgumentParser:
     """A parser with ``--rounds``, ``--threads`` and ``--csv``, which measurements in turns have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=at_least(1), default=rounds, help="turns of each [%(default)s]")
-    parser.add_argument("--threads", type=int, default=threads, help="CPU threads of PyTorch [%(default)s]")
+    parser.add_argument("--rounds", type=at_least(1), default=rounds, help="turns of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=threads, help="CPU threads of PyTorch (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     return parser
 

@@ -81,11 +81,21 @@ def time_steps(
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=40)
-    parser.add_argument("--models", nargs="+", default=["wrn-16-1", "densenet-19"])
-    parser.add_argument("--optimizers", nargs="+", choices=[*GRADIENT, *MODEL], default=["online-ngd", "adam"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, help="steps per round, a multiple of 4 [4; 20 with kl-shampoo]")
+    parser.add_argument(
+        "--models", nargs="+", default=["wrn-16-1", "densenet-19"], help="(default: wrn-16-1 densenet-19)"
+    )
+    optimizers = [*GRADIENT, *MODEL]
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=optimizers,
+        default=["online-ngd", "adam"],
+        metavar="NAME",
+        help=f"{', '.join(optimizers)} (default: online-ngd adam)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=128, help="images in a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="per round, a multiple of 4 (default: 4; with kl-shampoo 20)")
     parser.add_argument(
         "--clock",
         choices=CLOCKS,

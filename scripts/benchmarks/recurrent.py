@@ -80,13 +80,17 @@ def train(config: RunConfig, make: Any, episodes: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--agents", nargs="+", choices=("ours", "sb3-contrib"), default=("ours", "sb3-contrib"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="(default: all)")
+    parser.add_argument(
+        "--agents", nargs="+", choices=("ours", "sb3-contrib"), default=("ours", "sb3-contrib"), help="(default: both)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of the runs (default: 0)")
     parser.add_argument("--timesteps", type=int, help="by default those of our preset")
     parser.add_argument("--their-timesteps", type=int, help="of RecurrentPPO, where they are to differ")
-    parser.add_argument("--episodes", type=at_least(1), default=20)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--episodes", type=at_least(1), default=20, help="of the final evaluation (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--csv", type=Path, required=True, help="a table, to which rows are appended")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

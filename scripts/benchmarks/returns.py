@@ -225,19 +225,26 @@ def random_return(task: str, episodes: int = 100, n_envs: int = 20) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=(*suites(), *ALL), default="all", help="[%(default)s]")
-    add("--tasks", nargs="+", metavar="ENV_ID", help="these tasks instead")
-    add("--algos", nargs="+", choices=(*ALGORITHMS, *ZOO), default=["trpo"], help="[trpo]")
-    add("--seeds", default="0-9", metavar="LIST", help="[%(default)s]")
-    add("--timesteps", type=int, metavar="N", help="of each run [the task's in returns.yaml, else the preset's]")
-    add("--evaluations", type=int, default=20, metavar="N", help="on the way [%(default)s]")
+    add("--suite", choices=(*suites(), *ALL), default="all", help="of tasks (default: %(default)s)")
+    add("--tasks", nargs="+", metavar="ENV_ID", help="these tasks instead of a suite")
+    add("--algos", nargs="+", choices=(*ALGORITHMS, *ZOO), default=["trpo"], help="(default: trpo)")
+    add("--seeds", default="0-9", metavar="LIST", help="such as 0-4 or 0,3 (default: %(default)s)")
+    add("--timesteps", type=int, metavar="N", help="of each run (default: those of returns.yaml, else the preset's)")
+    add("--evaluations", type=int, default=20, metavar="N", help="on the way (default: %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as for train_agent.py. Repeatable")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each [%(default)s]")
-    add("--nice", type=int, default=10, metavar="N", help="priority, 0 is that of other work [%(default)s]")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each (default: %(default)s)")
+    add("--nice", type=int, default=10, metavar="N", help="priority, 0 is that of other work (default: %(default)s)")
     add("--keep", action="store_true", help="rows of other code count as done as well")
     add("--random", action="store_true", help="only print what uniformly drawn actions return, as in returns.yaml")
-    add("--csv", type=Path, default=ROOT / "docs" / "results" / "returns.csv", metavar="FILE")
-    add("--runs", type=Path, default=Path("runs/returns"), metavar="DIR", help="of the run folders [%(default)s]")
+    csv_help = "the table, to which the rows of new runs are added (default: docs/results/returns.csv)"
+    add("--csv", type=Path, default=ROOT / "docs" / "results" / "returns.csv", metavar="FILE", help=csv_help)
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs/returns"),
+        metavar="DIR",
+        help="of the run folders (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         for name in ("jobs", "evaluations", "timesteps"):

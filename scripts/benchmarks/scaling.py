@@ -191,7 +191,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=20)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--png", type=Path, help="draw it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -69,9 +69,13 @@ def reset_of(agent: Any, weights: dict[str, torch.Tensor], buffer: RolloutBuffer
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=10)
-    parser.add_argument("--env", type=environment, default="HalfCheetah-v5")
-    parser.add_argument("--before", type=int, default=100_000, help="steps of training before the rollout")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--env", type=environment, default="HalfCheetah-v5", metavar="ENV_ID", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--before", type=int, default=100_000, help="steps of training before the rollout (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of environments and agent (default: %(default)s)")
     parser.add_argument("--png", type=Path, help="draw it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -106,11 +106,15 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the picture and its CSV go")
     parser.add_argument("--cifar", type=Path, metavar="PATH", help="CIFAR-10: the archive, or image files")
     parser.add_argument("--dataset", default="CIFAR-10", help="what the last panel calls its data")
-    parser.add_argument("--updates", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--updates", type=int, default=48, help="of each agent, and steps of the classifier (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of environments, agents and classifier (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.updates < 1:
         parser.error(f"--updates must be at least 1, got {options.updates}")

@@ -232,7 +232,7 @@ def from_torch(distribution: Callable[[Tensor], Distribution]) -> Family:
 
     Args:
         distribution: maps outputs (…, D) to a distribution of batch shape (…), for example
-            ``lambda o: Independent(Poisson(o.exp()), 1)``.
+            ``lambda o: Independent(Poisson(o.exp()), 1)``. Targets have the shape of its draws: (…) and the event's.
 
     The KL and its Hessian are taken in float64 where ``distribution`` takes outputs in float64.
 

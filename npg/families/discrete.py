@@ -54,7 +54,7 @@ def _index_hint(outputs: Tensor, targets: Tensor) -> str:
 
 
 class Categorical(Family):
-    """One of C classes; outputs are logits (…, C), targets are class indices (…).
+    """One of C classes; outputs are logits (…, C), targets are class indices (…), integers from 0 to C − 1.
 
     Classes stand on the last axis, also for sequences and images, where `torch.nn.functional.cross_entropy` has them on
     axis 1. Forbidden classes may carry the logit −inf: they have probability, metric and KL contribution zero.
@@ -129,7 +129,7 @@ class Categorical(Family):
 
 
 class MultiCategorical(Product):
-    """Several independent categorical variables; outputs are their logits side by side, targets are indices (…, K).
+    """Several independent categorical variables; outputs are their logits side by side, targets are K indices (…, K).
 
     Args:
         sizes: the number of classes of each variable; they sum to the last axis of the outputs.

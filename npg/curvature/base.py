@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from math import nan
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from npg.checks import number, whole
+from npg.fisher import Fisher
 from npg.parameters import Parameters
 from npg.solvers import Solution, Status
 
@@ -29,22 +30,19 @@ Key: TypeAlias = tuple[int, ...]
 #: The tensors of each block. An optimizer keeps them in the state of the block's first parameter.
 State: TypeAlias = dict[Key, dict[str, Tensor]]
 
-Evidence = TypeVar("Evidence")
 
-
-class Curvature(ABC, Generic[Evidence]):
+class Curvature(ABC):
     """C ≈ F, symmetric positive semi-definite, from the batches so far: a mean in which earlier ones count less.
 
-    What it learns from, its ``Evidence``, is a `npg.Fisher` of each batch, or its gradients, one for each parameter.
-    Tensors of the state are replaced by `update`, and never changed in place, unless the class says otherwise: whoever
-    holds the former `state_dict` can go back by `load_state_dict`.
+    Tensors of the state are replaced by `update`, and never changed in place: whoever holds the former `state_dict` can
+    go back by `load_state_dict`.
 
     Parameters are known by their names: what was learnt of one stays with it while others are frozen or thawed.
 
     Attributes:
         name: under which an optimizer keeps the state.
         fields: the names of the tensors that a block may have.
-        parameters: what the vectors are made of; `update` sets it, where that is given a Fisher.
+        parameters: what the vectors are made of; `update` sets it.
         blocks: what it knows of the parameters; a class may hold it in another form.
     """
 
@@ -56,8 +54,8 @@ class Curvature(ABC, Generic[Evidence]):
         self.blocks: Any = {}
 
     @abstractmethod
-    def update(self, evidence: Evidence) -> None:
-        """Take a batch into C."""
+    def update(self, fisher: Fisher) -> None:
+        """Take F of a batch into C."""
 
     @abstractmethod
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
@@ -93,9 +91,9 @@ class Curvature(ABC, Generic[Evidence]):
             if all(names[i] in index for i in key)
         }
 
+    @abstractmethod
     def __matmul__(self, v: Tensor) -> Tensor:
         """C v; (P,) → (P,), or (P, K) → (P, K)."""
-        raise NotImplementedError(f"{type(self).__name__} has an inverse, and no product with C itself")
 
     def dense(self) -> Tensor:
         """C as a matrix (P, P)."""

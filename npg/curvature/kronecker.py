@@ -97,7 +97,7 @@ class Multiple(NamedTuple):
         return self.values * x
 
 
-class KroneckerFisher(Curvature[Fisher]):
+class KroneckerFisher(Curvature):
     """F̂ ≈ F, block by block, as a linear operator with an inverse.
 
     Linear layers and one- and two-dimensional convolutions without groups have a block G ⊗ A each, for weight and bias

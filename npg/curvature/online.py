@@ -32,13 +32,12 @@ axes as rows is what Kaldi does for convolutions.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from npg.curvature.base import Curvature, Key, State
 from npg.curvature.stacks import Dimension, Owner, Stack, batched, normalised, rows, stacks
 
 #: Eigenvalues of F below this fraction of the largest are raised to it (Kaldi's δ).
@@ -154,14 +153,12 @@ class Block(NamedTuple):
     axes: list[_Axis]  #: those of dimension above 1, in order
 
 
-class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
+class OnlinePreconditioner:
     """Preconditions a list of tensors on all axes in turn, all tensors of one shape together.
 
     The factors of one dimension are one batch, whichever tensor and axis they belong to, so an update solves one
     batched eigenproblem for each distinct dimension. On a CUDA device the error check inside that eigenproblem
     is the only thing that the host waits for.
-
-    As a curvature it is the metric C of the gradients so far, without damping: that would be in other units.
 
     Args:
         tensors: the parameters, none of them empty. Only shapes, dtypes and devices are used.
@@ -171,8 +168,6 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
         rank: the largest rank; an axis of dimension D gets min((D + 1) // 2, rank). With 0 nothing is
             preconditioned.
     """
-
-    name, fields = "online", ()  # an optimizer keeps views of the live factors, under names with their axes
 
     def __init__(
         self,
@@ -202,11 +197,6 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
 
         self.factors = batched(owners, make, states)
         self._fit()
-        self._views: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(tensors))}
-        for i, suffix in (owner for of in owners.values() for owner in of):
-            self._views[i].update(
-                {name: states[i][name] for name in (f"{field}_{suffix}" for field in Factors._fields)}
-            )
         self.blocks = [
             Block(stack, [_Axis(key, rows(self.factors[key], start, len(stack.indices))) for key, start in axes])
             for stack, axes in zip(found, places, strict=True)
@@ -246,47 +236,6 @@ class OnlinePreconditioner(Curvature[Sequence[Tensor]]):
         for key, parts in statistics.items():
             self._update(self.factors[key], *(torch.cat(part) for part in zip(*parts, strict=True)))
         return out
-
-    def update(self, evidence: Sequence[Tensor]) -> None:
-        """Take the gradients of a batch into the factors, which change in place."""
-        self(evidence, update=True, first=all(bool((f.rho == TINY).all()) for f in self.factors.values()))
-
-    def inverse(self, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
-        """The map v ↦ C⁻¹ v, of (P,).
-
-        Raises:
-            ValueError: if λ is not 0.
-        """
-        if damping:
-            raise ValueError(
-                f"damping must be 0, got {damping}: solve a system that is damped in the metric C by "
-                "npg.solvers.solve_in_metric, with root=inverse_root()"
-            )
-        root = self.inverse_root()
-        return lambda v: root(root(v))
-
-    def state_dict(self) -> State:
-        """Copies of the factors of each tensor, by axis."""
-        return {(i,): {name: x.clone() for name, x in views.items()} for i, views in self._views.items()}
-
-    def load_state_dict(self, state: Mapping[Key, Mapping[str, Tensor]]) -> None:
-        """Put other values into the factors.
-
-        Raises:
-            ValueError: unless they are of tensors of these shapes, with factors of this rank.
-        """
-        shapes, given = (
-            {key: {name: x.shape for name, x in entry.items()} for key, entry in held.items()}
-            for held in (self.state_dict(), state)
-        )
-        if shapes != given:
-            raise ValueError(
-                f"state must have factors of the shapes {shapes}, got {given}: load that of the same tensors"
-            )
-        for (i,), entry in state.items():
-            for name, value in entry.items():
-                self._views[i][name].copy_(value)
-        self._fit()
 
     def _fit(self) -> None:
         """W = E^{1/2} R of factors that were made with another α; R and F stay. Others keep every bit."""

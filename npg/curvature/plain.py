@@ -20,7 +20,7 @@ from npg.solvers.solution import check_damping
 __all__ = ["DenseFisher", "DiagonalFisher"]
 
 
-class DiagonalFisher(Curvature[Fisher]):
+class DiagonalFisher(Curvature):
     """C = diag F, the mean of batches.
 
     Args:
@@ -78,7 +78,7 @@ class DiagonalFisher(Curvature[Fisher]):
         return lambda v: self._scaled(inverse, v)
 
 
-class DenseFisher(Curvature[Fisher]):
+class DenseFisher(Curvature):
     """C = F as a matrix, the mean of batches: O(P²) memory, and O(P³) time for each inverse.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -31,11 +32,11 @@ from npg.trust_region import LevenbergMarquardt, TrustRegion
 
 __all__ = ["NGD"]
 
-AnyCurvature = Curvature[Fisher] | type[Curvature[Fisher]]
+AnyCurvature = Curvature | type[Curvature]
 
 _DENSE: Solver = partial(dense_solve, method="eigh")
 #: The curvatures that have a name, to be made with decay, probes and generator.
-_CURVATURES: dict[str, Callable[..., Curvature[Fisher]]] = {
+_CURVATURES: dict[str, Callable[..., Curvature]] = {
     "diagonal": DiagonalFisher,
     "kfac": KroneckerFisher,
     "ekfac": partial(KroneckerFisher, corrected=True),
@@ -44,7 +45,7 @@ _CURVATURES: dict[str, Callable[..., Curvature[Fisher]]] = {
 
 def _chosen(
     given: Any, functions: Mapping[str, Solver], names: Collection[str], options: Mapping[str, Any]
-) -> tuple[Solver | None, Curvature[Fisher] | None]:
+) -> tuple[Solver | None, Curvature | None]:
     """The function or the curvature that is meant, by its name, as it is, or by its class; neither, if it is none."""
     if isinstance(given, str):
         return functions.get(given), _CURVATURES[given](**options) if given in names else None
@@ -52,7 +53,18 @@ def _chosen(
         return None, given() if issubclass(given, Curvature) else None
     if isinstance(given, Curvature):
         return None, given
-    return given if callable(given) else None, None
+    return given if _solves(given) else None, None
+
+
+def _solves(given: Any) -> bool:
+    """Whether it may be called as a `Solver`."""
+    try:
+        inspect.signature(given).bind(None, None, x0=None, damping=0.0)
+    except TypeError:  # no function, or one of something else
+        return False
+    except ValueError:  # a function that does not tell
+        return True
+    return True
 
 
 class NGD(ModelOptimizer):
@@ -310,7 +322,7 @@ class NGD(ModelOptimizer):
             )
         return report
 
-    def _begin_with(self, curvature: Curvature[Fisher]) -> None:
+    def _begin_with(self, curvature: Curvature) -> None:
         """Put what a curvature was taught before into the state, which is what steps go by."""
         now, learnt = Parameters(self.model), curvature.parameters
         shapes = {name: p.shape for name, p in self.model.named_parameters()}
@@ -338,7 +350,7 @@ class NGD(ModelOptimizer):
 class KeptCurvature:
     """The curvature of `NGD` in one step, from the optimizer's state: updated where due, kept if the step is taken."""
 
-    def __init__(self, optimizer: NGD, curvature: Curvature[Fisher], params: list[Tensor], step: int) -> None:
+    def __init__(self, optimizer: NGD, curvature: Curvature, params: list[Tensor], step: int) -> None:
         self.optimizer, self.curvature, self.params, self.step = optimizer, curvature, params, step
         # The state names parameters by their places in the group, which do not change when some are frozen.
         places = {id(p): place for place, p in enumerate(optimizer.param_groups[0]["params"])}
@@ -367,7 +379,7 @@ class KeptCurvature:
         covered = sorted(i for key in self.blocks for i in key)
         return covered != list(range(len(self.params))) or is_due(self.step, self.optimizer.update_period)
 
-    def _updated(self, fisher: Fisher) -> Curvature[Fisher]:
+    def _updated(self, fisher: Fisher) -> Curvature:
         self.curvature.parameters = fisher.parameters
         self.curvature.load_state_dict(self.blocks)
         if self.due:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from npg import Fisher, Status, conjugate_gradient, families, natural_step
-from npg.curvature import Curvature, DenseFisher, DiagonalFisher, KroneckerFisher, OnlinePreconditioner
+from npg.curvature import Curvature, DenseFisher, DiagonalFisher, KroneckerFisher
+from npg.curvature.online import OnlinePreconditioner
 from npg.optim import NGD
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -51,23 +52,22 @@ def rows(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class CurvatureTests:
-    """What holds for every curvature. A subclass says how to make one, what a batch of evidence is, and its twin."""
+    """What holds for every curvature, in `NGD` too. A subclass says how to make one, and its twin."""
 
     numel = 31
-    undamped = 0.0  # the smallest damping for which C + λI is to be inverted
-    dampings: tuple[float, ...] = (1e-3, 0.1, 10.0)
+    dampings = (1e-3, 0.1, 10.0)
 
-    def make(self) -> Curvature[Any]:
+    def make(self) -> Curvature:
         raise NotImplementedError
 
-    def evidence(self, t: int) -> Any:
+    def evidence(self, t: int) -> Fisher:
         return Fisher(network(), batch(t), FAMILY)
 
     def twin(self, n: int) -> Tensor:
         """C after n batches, (P, P)."""
         raise NotImplementedError
 
-    def after(self, n: int) -> Curvature[Any]:
+    def after(self, n: int) -> Curvature:
         curvature = self.make()
         for t in range(n):
             curvature.update(self.evidence(t))
@@ -113,9 +113,8 @@ class CurvatureTests:
         indices = sorted(i for key in state for i in key)
         assert indices == list(range(len(list(network().parameters())))), "each parameter once"
         other = self.make()
-        if not isinstance(curvature, OnlinePreconditioner):  # which knows its tensors
-            assert all(set(block) <= set(curvature.fields) for block in state.values())
-            other.parameters = curvature.parameters
+        assert all(set(block) <= set(curvature.fields) for block in state.values())
+        other.parameters = curvature.parameters
         other.load_state_dict(state)
         damping = self.dampings[0]
         assert torch.equal(other.inverse(damping)(v), curvature.inverse(damping)(v))
@@ -135,10 +134,6 @@ class CurvatureTests:
     def test_dampings_that_are_refused(self, damping):
         with pytest.raises(ValueError, match="damping must"):
             self.after(1).inverse(damping)
-
-
-class InNGD(CurvatureTests):
-    """Those that learn from a Fisher are a solver and a preconditioner of `NGD`."""
 
     @pytest.mark.parametrize("role", ["solver", "preconditioner"])
     def test_in_an_optimizer(self, role, assert_close):
@@ -172,7 +167,7 @@ class InNGD(CurvatureTests):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
-class TestDense(InNGD):
+class TestDense(CurvatureTests):
     def make(self):
         return DenseFisher(decay=DECAY)
 
@@ -185,7 +180,7 @@ class TestDense(InNGD):
         assert_close(self.after(1).inverse(0.0)(C @ v), torch.linalg.pinv(C, rtol=1e-12) @ (C @ v), scale=1e4)
 
 
-class TestDiagonal(InNGD):
+class TestDiagonal(CurvatureTests):
     def make(self):
         return DiagonalFisher(decay=DECAY, probes=None)
 
@@ -194,7 +189,7 @@ class TestDiagonal(InNGD):
         return torch.diag(sum(w * r.square().sum(0) / 9 for w, r in zip(weights(n), parts)))
 
 
-class TestKronecker(InNGD):
+class TestKronecker(CurvatureTests):
     """Of the two layers of the network, whose inputs and gradients are written out here."""
 
     corrected = False
@@ -244,105 +239,6 @@ class TestCorrected(TestKronecker):
         """Of all that are diagonal in the basis of the factors, the nearest to the block of F of this batch."""
         basis = torch.kron(torch.linalg.eigh(G)[1], torch.linalg.eigh(A)[1])
         return basis @ torch.diag((basis.T @ exact @ basis).diagonal()) @ basis.T
-
-
-class TestOnline(CurvatureTests):
-    """Of gradients. C is the metric of the factors, whose formulas are at the head of `npg.curvature.online`."""
-
-    dampings = (0.0,)
-    alpha = 4.0
-
-    def make(self):
-        tensors = list(network().parameters())
-        return OnlinePreconditioner(tensors, [{} for _ in tensors], alpha=self.alpha)
-
-    def evidence(self, t):
-        return [randn(*p.shape, seed=100 * t + i) * (i + 1) for i, p in enumerate(network().parameters())]
-
-    def twin(self, n):
-        """By the recursion on dense F of every axis of every tensor, and the C of all tensors together."""
-        from npg.curvature.online import DELTA, INITIAL_PASSES, TINY
-
-        shapes = [p.shape for p in network().parameters()]
-        states = [[None] * len(shape) for shape in shapes]
-        for t in range(n):
-            for shape, state, gradient in zip(shapes, states, self.evidence(t)):
-                x = gradient
-                for axis, dim in enumerate(shape):
-                    matrix = x.movedim(axis, -1).reshape(-1, dim)
-                    if state[axis] is None:
-                        state[axis] = Axis(dim, TINY)
-                        for _ in range(INITIAL_PASSES):
-                            state[axis].update(matrix, DELTA)
-                    before = state[axis].inverse(self.alpha)
-                    state[axis].update(matrix, DELTA)
-                    x = (matrix @ before).reshape(x.movedim(axis, -1).shape).movedim(-1, axis)
-                    # the next axis sees the gradient at its former norm
-                    x = x * gradient.norm() / x.norm()
-        tau = torch.stack([axes[0].fisher().trace() / axes[0].dim for axes in states])
-        sizes = torch.tensor([float(shape.numel()) for shape in shapes])
-        mean = (tau * sizes).sum() / sizes.sum()
-        blocks = []
-        for axes, own in zip(states, tau):
-            inverse = (mean / own).sqrt() * torch.ones(1, 1)
-            for axis in axes:
-                kept = axis.inverse(self.alpha)
-                F = axis.fisher()
-                inverse = torch.kron(inverse, kept * (F.trace() / (kept @ F @ kept).trace()).sqrt())
-            blocks.append(torch.linalg.inv(inverse))
-        return torch.block_diag(*blocks)
-
-    def test_products_and_the_matrix_are_the_twin(self):
-        with pytest.raises(NotImplementedError, match="OnlinePreconditioner has an inverse, and no product"):
-            self.after(1) @ torch.ones(self.numel)
-
-    def test_a_solution_knows_its_model(self):
-        with pytest.raises(ValueError, match=r"damping must be 0, got 0\.1: .*solve_in_metric"):
-            self.after(1).solve(torch.ones(self.numel), damping=0.1)
-
-    def test_a_state_of_other_tensors_is_refused(self):
-        curvature, state = self.after(2), self.after(2).state_dict()
-        del state[1,]
-        v = randn(self.numel, seed=8)
-        before = curvature.inverse(0.0)(v)
-        with pytest.raises(ValueError, match="state must have factors of the shapes"):
-            curvature.load_state_dict(state)
-        assert torch.equal(curvature.inverse(0.0)(v), before)
-
-
-class Axis:
-    """F = Rᵀ diag(d) R + ρ I of one axis, as matrices."""
-
-    def __init__(self, dim: int, tiny: float) -> None:
-        self.dim, self.rank = dim, (dim + 1) // 2
-        R = torch.zeros(self.rank, dim)
-        for j in range(dim):
-            R[j % self.rank, j] = 1.1 if j < self.rank else 1.0
-        self.R = R / R.norm(dim=1, keepdim=True)
-        self.d, self.rho = torch.full((self.rank,), tiny), torch.tensor(tiny)
-
-    def fisher(self) -> Tensor:
-        return self.R.T @ torch.diag(self.d) @ self.R + self.rho * torch.eye(self.dim)
-
-    def inverse(self, alpha: float) -> Tensor:
-        """β G⁻¹, with G = F + (α/D) tr F I and β its eigenvalue outside of R's rows."""
-        F = self.fisher()
-        scale = F.trace()
-        beta = (1 + alpha) * self.rho + alpha / self.dim * self.d.sum()
-        return beta / scale * torch.linalg.inv(F / scale + alpha / self.dim * torch.eye(self.dim))
-
-    def update(self, x: Tensor, delta: float, eta: float = 0.1) -> None:
-        S = x.T @ x / len(x)
-        floor = delta * eta * S.trace()
-        self.d, self.rho = self.d.clamp(min=float(floor)), self.rho.clamp(min=float(floor))
-        T = eta * S + (1 - eta) * self.fisher()
-        Y = self.R @ T
-        c, U = torch.linalg.eigh(Y @ Y.T)
-        root = c.sqrt()
-        self.R = torch.diag(1 / root) @ U.T @ Y
-        rho = (T.trace() - root.sum()) / (self.dim - self.rank)
-        least = delta * root.max()
-        self.d, self.rho = torch.maximum(root - rho, least), torch.maximum(rho, least)
 
 
 # ------------------------------------------------------------------------------------------------- solvers by name
@@ -401,7 +297,12 @@ def test_a_curvature_of_ones_own(assert_close):
     assert report.accepted
 
 
-@pytest.mark.parametrize("solver", ["kaldi", 3, None, NGD, nn.Linear(1, 1).weight])
+FACTORS = OnlinePreconditioner([torch.zeros(3)], [{}])  # of gradients, for an optimizer of its own
+
+
+@pytest.mark.parametrize(
+    "solver", ["kaldi", 3, None, NGD, nn.Linear(1, 1).weight, OnlinePreconditioner, FACTORS, lambda A, b: b]
+)
 def test_what_is_no_solver_is_named(solver):
     known = r"solver must be 'cg', 'dense', 'diagonal', 'kfac', 'ekfac', a function of npg\.solvers, or a curvature"
     with pytest.raises(ValueError, match=known):
@@ -409,7 +310,7 @@ def test_what_is_no_solver_is_named(solver):
 
 
 def test_what_is_no_preconditioner_is_named():
-    for wrong in ("diagonal", conjugate_gradient, NGD):
+    for wrong in ("diagonal", conjugate_gradient, NGD, OnlinePreconditioner, FACTORS):
         with pytest.raises(ValueError, match=r"preconditioner must be None, 'kfac', 'ekfac', or a curvature"):
             NGD(network(), FAMILY, preconditioner=wrong)
     with pytest.raises(ValueError, match=r"preconditioner must be None without solver='cg'"):
@@ -424,7 +325,7 @@ def test_what_was_learnt_of_a_parameter_stays_with_it_when_another_is_frozen(kin
     curvature, second = kind(decay=0.95, probes=None), slice(12, None)
     v = randn(12, seed=5)
 
-    def update() -> Curvature[Any]:
+    def update() -> Curvature:
         curvature.update(Fisher(model, batch(0), FAMILY))
         return curvature
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,10 +16,12 @@ from npg.parameters import Parameters
 from npg.solvers import Solution, Status
 
 __all__ = [
+    "RESIZED",
     "Curvature",
     "Key",
     "State",
     "check_average",
+    "check_shape",
     "count",
     "eigenvectors",
     "inverted",
@@ -29,6 +31,8 @@ __all__ = [
 Key: TypeAlias = tuple[int, ...]
 #: The tensors of each block. An optimizer keeps them in the state of the block's first parameter.
 State: TypeAlias = dict[Key, dict[str, Tensor]]
+#: The remedy where blocks are of tensors of other sizes.
+RESIZED = "give the state of this model, and to a resized model a new curvature or optimizer"
 
 
 class Curvature(ABC):
@@ -55,7 +59,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def update(self, fisher: Fisher) -> None:
-        """Take F of a batch into C."""
+        """Take F of a batch into C; an update that raises changes nothing."""
 
     @abstractmethod
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
@@ -82,14 +86,21 @@ class Curvature(ABC):
         }
 
     def _former(self, parameters: Parameters) -> dict[Key, Any]:
-        """The blocks by the indices that their parameters have among these, by name, without those that are gone."""
-        names = getattr(self, "parameters", parameters).names
+        """The blocks by the indices that their parameters have among these, by name, without those that are gone.
+
+        Raises:
+            ValueError: if one of these parameters had another shape.
+        """
+        known = getattr(self, "parameters", parameters)
         index = {name: i for i, name in enumerate(parameters.names)}
-        return {
-            tuple(index[names[i]] for i in key): block
-            for key, block in self.blocks.items()
-            if all(names[i] in index for i in key)
-        }
+        former = {}
+        for key, block in self.blocks.items():
+            if all(known.names[i] in index for i in key):
+                now = tuple(index[known.names[i]] for i in key)
+                for i, j in zip(key, now):
+                    check_shape(known.names[i], known.tensors[i].shape, parameters.tensors[j].shape)
+                former[now] = block
+        return former
 
     @abstractmethod
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -111,6 +122,14 @@ class Curvature(ABC):
         value = 0.5 * curvature - torch.dot(b.double(), x.double())
         status = Status.CONVERGED if bool(torch.isfinite(value)) else Status.NON_FINITE
         return Solution(x, status, (status,), 0, torch.full_like(curvature, nan), curvature, value)
+
+
+def check_shape(name: str, former: Sequence[int], now: Sequence[int]) -> None:
+    """Raise ValueError for what was learnt of a tensor ``name`` of a ``former`` shape, unless it is that of ``now``."""
+    if tuple(former) != tuple(now):
+        raise ValueError(
+            f"what was learnt of {name!r} is of the shape {tuple(former)}, but it has {tuple(now)}: {RESIZED}"
+        )
 
 
 def check_average(decay: float, probes: int | None = None) -> None:

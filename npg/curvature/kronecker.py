@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from npg.curvature.base import Curvature, Key, State, check_average, count, eigenvectors, inverted
+from npg.curvature.base import RESIZED, Curvature, Key, State, check_average, count, eigenvectors, inverted
 from npg.curvature.layers import (
     Pulled,
     events_apart,
@@ -155,7 +155,7 @@ class KroneckerFisher(Curvature):
         """Take the factors of a batch into their mean; its eigenvectors and corrected values are then the new ones.
 
         Raises:
-            ValueError: if ``fisher`` is of a function.
+            ValueError: if ``fisher`` is of a function, or a parameter had another shape before.
             RuntimeError: if the parameters have changed since ``fisher`` was made.
         """
         parameters = fisher.parameters
@@ -260,11 +260,11 @@ def _size(key: Key, parameters: Parameters) -> tuple[int, int]:
 
 
 def _check_size(block: Block, key: Key, parameters: Parameters) -> None:
-    size = _size(key, parameters)
-    if block.values.shape != size:
+    size, former = _size(key, parameters), tuple(block.values.shape)
+    if former != size:
         raise ValueError(
-            f"the factors of {parameters.names[key[0]]!r} are of outputs and inputs {tuple(block.values.shape)}, but "
-            f"it has {size}: take blocks of this model as previous, and for a resized model a new optimizer"
+            f"the factors of {parameters.names[key[0]]!r} are of outputs and inputs {former}, but it has {size}: "
+            f"{RESIZED}"
         )
 
 

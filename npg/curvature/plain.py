@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from npg.curvature.base import (
     Curvature,
     check_average,
+    check_shape,
     count,
     eigenvectors,
     inverted,
@@ -50,15 +51,22 @@ class DiagonalFisher(Curvature):
             self.update(fisher)
 
     def update(self, fisher: Fisher) -> None:
-        """Take the diagonal of a batch into the mean."""
-        parts = fisher.diagonal(self.probes, self.generator).split(fisher.parameters.sizes)
-        former, self.blocks, self.parameters = self._former(fisher.parameters), {}, fisher.parameters
-        for i, (part, p) in enumerate(zip(parts, self.parameters.tensors)):
+        """Take the diagonal of a batch into the mean.
+
+        Raises:
+            ValueError: if a parameter had another shape before; nothing is changed then.
+        """
+        parameters, blocks = fisher.parameters, {}
+        former = self._former(parameters)
+        parts = fisher.diagonal(self.probes, self.generator).split(parameters.sizes)
+        for i, (part, p) in enumerate(zip(parts, parameters.tensors)):
             values, before = part.view(p.shape), former.get((i,), {})
             updates, newest = count(before.get("updates"), self.decay)
             if before:
+                check_shape(parameters.names[i], before["values"].shape, p.shape)
                 values = before["values"].lerp(values, newest)
-            self.blocks[i,] = {"values": values, "updates": updates}
+            blocks[i,] = {"values": values, "updates": updates}
+        self.parameters, self.blocks = parameters, blocks
 
     def _diagonal(self) -> Tensor:
         return torch.cat([self.blocks[i,]["values"].flatten() for i in range(len(self.parameters.tensors))])
@@ -103,11 +111,19 @@ class DenseFisher(Curvature):
         return self.blocks[tuple(range(len(self.parameters.tensors)))]["matrix"]
 
     def update(self, fisher: Fisher) -> None:
-        """Take F of a batch into the mean."""
-        matrix, key = fisher.dense(), tuple(range(len(fisher.parameters.tensors)))
-        before, self.parameters = self._former(fisher.parameters).get(key, {}), fisher.parameters
+        """Take F of a batch into the mean.
+
+        Raises:
+            ValueError: if a parameter had another shape before; nothing is changed then.
+        """
+        key = tuple(range(len(fisher.parameters.tensors)))
+        before = self._former(fisher.parameters).get(key, {})
+        matrix = fisher.dense()
         updates, newest = count(before.get("updates"), self.decay)
-        self.blocks = {key: {"matrix": before["matrix"].lerp(matrix, newest) if before else matrix, "updates": updates}}
+        if before:
+            check_shape("F", before["matrix"].shape, matrix.shape)
+            matrix = before["matrix"].lerp(matrix, newest)
+        self.parameters, self.blocks = fisher.parameters, {key: {"matrix": matrix, "updates": updates}}
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """C v; (P,) → (P,), or (P, K) → (P, K)."""

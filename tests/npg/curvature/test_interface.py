@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -130,6 +131,16 @@ class CurvatureTests:
         curvature.load_state_dict(state)
         assert torch.equal(curvature.inverse(damping)(v), before)
 
+    def test_an_update_that_fails_changes_nothing(self):
+        """Of a model with a tensor of the same name and another shape."""
+        curvature, v, damping = self.after(2), randn(self.numel, seed=6), self.dampings[0]
+        before, wide = curvature.inverse(damping)(v), nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        with pytest.raises(ValueError, match=r"learnt of '0\.weight' is of the shape \(4, 3\), but it has \(4, 5\): "):
+            curvature.update(Fisher(wide, randn(9, 5, seed=0), FAMILY))
+        assert torch.equal(curvature.inverse(damping)(v), before)
+        curvature.update(self.evidence(2))
+        assert torch.equal(curvature.inverse(damping)(v), self.after(3).inverse(damping)(v))
+
     @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
     def test_dampings_that_are_refused(self, damping):
         with pytest.raises(ValueError, match="damping must"):
@@ -239,6 +250,20 @@ class TestCorrected(TestKronecker):
         """Of all that are diagonal in the basis of the factors, the nearest to the block of F of this batch."""
         basis = torch.kron(torch.linalg.eigh(G)[1], torch.linalg.eigh(A)[1])
         return basis @ torch.diag((basis.T @ exact @ basis).diagonal()) @ basis.T
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "size"), [(DiagonalFisher, "values", "(4, 3)"), (DenseFisher, "matrix", "(31, 31)")]
+)
+def test_a_loaded_state_of_other_shapes_fails_by_name_and_stays(kind, field, size):
+    curvature, fisher = kind(decay=DECAY), Fisher(network(), batch(0), FAMILY)
+    curvature.update(fisher)
+    key, block = next(iter(curvature.state_dict().items()))
+    wrong = {**curvature.state_dict(), key: {**block, field: torch.ones(2, 2)}}
+    curvature.load_state_dict(wrong)
+    with pytest.raises(ValueError, match=rf"is of the shape \(2, 2\), but it has {re.escape(size)}: give the state of"):
+        curvature.update(fisher)
+    assert torch.equal(curvature.blocks[key][field], torch.ones(2, 2))
 
 
 # ------------------------------------------------------------------------------------------------- solvers by name

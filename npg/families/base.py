@@ -81,6 +81,8 @@ def in_double(function: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
     """``function(*outputs)`` in float64, or in the outputs' own dtype where it takes no other (float32 constants)."""
     try:
         return function(*(x.double() for x in outputs))
+    except torch.OutOfMemoryError:  # a RuntimeError, but none of the dtype
+        raise
     except (RuntimeError, TypeError):
         if all(x.dtype is torch.float64 for x in outputs):
             raise

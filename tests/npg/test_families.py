@@ -357,6 +357,18 @@ def test_half_precision_kl_and_metric_stay_in_the_dtype():
         assert family.sample(outputs).shape == family.sample(outputs.double()).shape
 
 
+def test_too_little_memory_for_float64_is_said():
+    """And not taken for a function of float32 alone, whose result would have other digits."""
+
+    def function(outputs):
+        if outputs.dtype is torch.float64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outputs
+
+    with pytest.raises(torch.OutOfMemoryError):
+        families.in_double(function, torch.ones(2, dtype=torch.float32))
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 

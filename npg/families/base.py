@@ -127,8 +127,29 @@ class Geometry(ABC):
         return lambda epsilon: (factor @ epsilon.unsqueeze(-1)).squeeze(-1)
 
 
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or ((a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b))
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # arrays, or lists of tensors, have no single answer
+        return a is b
+
+
 class Family(ABC):
-    """A family of distributions p(y | η), with η the last axis of ``outputs``."""
+    """A family of distributions p(y | η), with η the last axis of ``outputs``.
+
+    Two are equal if they are of exactly one class and their attributes are equal.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        mine, others = vars(self), vars(other)
+        return mine.keys() == others.keys() and all(_same(value, others[name]) for name, value in mine.items())
+
+    def __hash__(self) -> int:
+        return hash(type(self))  # attributes may have none
 
     @abstractmethod
     def log_likelihood(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -357,6 +357,53 @@ def test_half_precision_kl_and_metric_stay_in_the_dtype():
         assert family.sample(outputs).shape == family.sample(outputs.double()).shape
 
 
+# ---------------------------------------------------------------------------------------------------------- equality
+
+
+class Scaled(families.Categorical):
+    """With an attribute of its own."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def beta(outputs):
+    return D.Beta(*outputs.exp().unbind(-1))
+
+
+FAMILIES = [
+    families.Categorical,
+    families.Bernoulli,
+    families.DiagonalGaussian,
+    families.Gaussian,
+    lambda: families.Gaussian(2),
+    lambda: families.MultiCategorical([2, 3]),
+    lambda: families.Product([families.Categorical(), families.Categorical()], [2, 3]),
+    lambda: families.Product([families.Categorical(), families.Gaussian(2.0)], [2, 3]),
+    lambda: families.Product([families.Categorical(), families.Gaussian(3.0)], [2, 3]),
+    lambda: families.from_torch(beta),
+    lambda: families.from_torch(lambda o: beta(o)),  # another function each time would be another family
+    lambda: Scaled(2.0),
+    lambda: Scaled(torch.tensor([1.0, 2.0])),
+    lambda: Scaled(torch.tensor([1.0, 3.0])),
+    lambda: Scaled(torch.tensor([1.0, 2.0], dtype=torch.float32)),
+    lambda: Scaled(np.ones(2)),
+]
+
+
+def test_families_are_equal_by_class_and_attributes():
+    made = [make() for make in FAMILIES]
+    for i, family in enumerate(made):
+        assert [j for j, other in enumerate(made) if family == other] == [i]
+    for make in FAMILIES:
+        one, other = make(), make()
+        if not isinstance(getattr(one, "scale", None), np.ndarray) and "lambda" not in repr(one):
+            assert one == other
+            assert {one: "found"}[other] == "found"
+    assert Scaled(2.0) != Scaled(torch.ones(2))
+    assert families.Categorical() != "categorical"
+
+
 def test_too_little_memory_for_float64_is_said():
     """And not taken for a function of float32 alone, whose result would have other digits."""
 

@@ -236,3 +236,19 @@ def test_a_family_is_its_fisher_rao_geometry(mlp, assert_close):
         for g in (family, FisherRao(family))
     ]
     assert_close(kinds[0].dense(), kinds[1].dense(), scale=0)
+
+
+def test_an_equal_family_is_the_metric_of_the_loss(mlp):
+    """Whose Hessian is about F: the predicted gain is gᵀd − ½dᵀFd, and labels may be drawn from it."""
+    x, y = randn(20, 3, seed=17), torch.arange(20) % 4
+    gains = []
+    for metric in ("fisher", FisherRao(families.Categorical())):
+        model = mlp(4)
+        optimizer = NGD(model, families.Categorical(), damping=0.1, metric=metric)
+        report = optimizer.step(x, y)
+        assert report.predicted_gain == pytest.approx(float(report.gradient @ report.step) - report.predicted_kl)
+        gains.append(report.predicted_gain)
+        assert NGD(model, families.Categorical(), metric=metric, fisher="sampled").step(x, y).accepted
+    assert gains[0] == gains[1]
+    with pytest.raises(ValueError, match="fisher must be 'exact' with another metric"):
+        NGD(mlp(4), families.Gaussian(2.0), metric=FisherRao(families.Gaussian(1.0)), fisher="sampled")

@@ -520,7 +520,7 @@ def test_bad_graphs_are_named(graph, message):
 def test_bad_metrics_are_named():
     family, model = families.Categorical(), network(4)
     assert geometry("fisher", family) == FisherRao(family)
-    assert geometry("fisher", family) != FisherRao(families.Categorical()), "another family's"
+    assert geometry("fisher", families.Gaussian()) != FisherRao(families.Gaussian(2.0)), "another family's"
     assert geometry("euclidean", family) == Euclidean()
     own = wasserstein(family, chain(4))
     assert geometry(own, family) is own

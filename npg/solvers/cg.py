@@ -159,7 +159,9 @@ def conjugate_gradient(
         x0: where to start, zero by default (a warm start costs one more product, and one where it has converged).
         damping: λ ≥ 0, added to A.
         preconditioner: r ↦ C⁻¹r, a fixed symmetric positive definite approximation of (A + λI)⁻¹.
-        max_iterations: the most products with A.
+        max_iterations: the most iterations, each of one product with A. One more each is spent on an ``x0``, on every
+            refresh of the residual, on the look of 9. and on the start after it, and on a solution whose smallest
+            entries are below the numbers of its dtype.
         rtol: stop where ‖r‖ ≤ rtol·‖b‖.
         progress_tolerance: stop as well where the quadratic model φ has fallen, over the last
             k = max(10, i/10) of i iterations, by less than k·progress_tolerance·|φ| (Martens 2010, section 4.4,
@@ -183,6 +185,8 @@ def conjugate_gradient(
         )
     whole("max_iterations", max_iterations, 1)
     number("rtol", rtol, 0)
+    if progress_tolerance is not None:
+        number("progress_tolerance", progress_tolerance, 0)
     whole("residual_refresh", residual_refresh, 1)
     if sync_every is not None:
         whole("sync_every", sync_every, 1)

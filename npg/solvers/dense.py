@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from npg.checks import number
 from npg.solvers.solution import CODE, Solution, Status, check_system, column_units, finish, norms_in_double
 
 __all__ = ["dense_solve"]
@@ -49,6 +50,8 @@ def dense_solve(
     check_system(b, x0, damping)
     if method not in ("cholesky", "eigh"):
         raise ValueError(f"method must be 'cholesky' or 'eigh', got {method!r}")
+    if rcond is not None:
+        number("rcond", rcond, 0)
     if not isinstance(A, Tensor) and not hasattr(A, "dense"):
         raise TypeError(
             f"A must be a matrix, or have a method dense(), got {type(A).__name__}: conjugate_gradient(A, b) needs its "

@@ -669,6 +669,9 @@ def test_in_a_metric_there_is_no_start_and_what_is_not_finite_is_said(spd):
         ({"max_iterations": 0}, "max_iterations must be at least 1, got 0"),
         ({"rtol": -1e-3}, r"rtol must lie in \[0, inf\), got -0.001"),
         ({"rtol": nan}, r"rtol must lie in \[0, inf\), got nan"),
+        ({"progress_tolerance": -5}, r"progress_tolerance must lie in \[0, inf\), got -5"),
+        ({"progress_tolerance": nan}, r"progress_tolerance must lie in \[0, inf\), got nan"),
+        ({"progress_tolerance": "x"}, "progress_tolerance must be a number, got 'x'"),
         ({"residual_refresh": 0}, "residual_refresh must be at least 1, got 0"),
         ({"sync_every": 0}, "sync_every must be at least 1, got 0"),
         ({"x0": torch.zeros(4)}, r"x0 must have the shape \(3,\) of b, got \(4,\)"),
@@ -676,7 +679,7 @@ def test_in_a_metric_there_is_no_start_and_what_is_not_finite_is_said(spd):
 )
 def test_cg_refuses_bad_arguments_before_any_work(options, match):
     A = Counting(torch.eye(3))
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         conjugate_gradient(A, torch.ones(3), **options)
     assert A.products == 0
 
@@ -693,6 +696,9 @@ def test_bad_systems_are_refused():
         dense_solve(torch.eye(4), torch.ones(3))
     with pytest.raises(ValueError, match="method must be 'cholesky' or 'eigh', got 'qr'"):
         dense_solve(torch.eye(3), torch.ones(3), method="qr")
+    for rcond in (-1, nan):
+        with pytest.raises(ValueError, match=rf"rcond must lie in \[0, inf\), got {rcond}"):
+            dense_solve(torch.eye(3), torch.ones(3), method="eigh", rcond=rcond)
 
 
 # -------------------------------------------------------------------------------------------------------- properties

@@ -50,7 +50,10 @@ def _chosen(
     if isinstance(given, str):
         return functions.get(given), _CURVATURES[given](**options) if given in names else None
     if isinstance(given, type):
-        return None, given() if issubclass(given, Curvature) else None
+        if not issubclass(given, Curvature):
+            return None, None
+        takes = inspect.signature(given).parameters
+        return None, given(**{name: value for name, value in options.items() if name in takes})
     if isinstance(given, Curvature):
         return None, given
     return given if _solves(given) else None, None
@@ -97,10 +100,11 @@ class NGD(ModelOptimizer):
             is K-FAC's direction at the length that is best for F; more of them lead from there to the solution.
         max_iterations: of ``"cg"``, each about the cost of one gradient.
         rtol: ``"cg"`` stops where the residual is below ``rtol`` · ‖g‖.
-        factor_decay: of a curvature by its name: γ, in [0, 1): F̂ is an average over mini-batches, that of k updates ago
-            with the weight γᵏ.
+        factor_decay: of a curvature by its name, or by a class with a ``decay``: γ, in [0, 1): F̂ is an average over
+            mini-batches, that of k updates ago with the weight γᵏ.
         update_period: F̂ is updated on each of the first 10 steps and on every ``update_period``-th step after them.
-        probes: of a curvature by its name: backward passes per update of F̂; None takes one for each output.
+        probes: of a curvature by its name, or by a class with ``probes``: backward passes per update of F̂; None takes
+            one for each output.
         generator: the source of their signs, and of sampled labels, by default torch's global one, which a checkpoint
             has to hold anyway.
         warm_start: start the solver from this multiple of the last solution; 0 starts from zero.

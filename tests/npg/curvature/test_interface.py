@@ -279,14 +279,24 @@ class Halved(DiagonalFisher):
         return lambda v: 0.5 * whole(v)
 
 
+class Latest(DenseFisher):
+    """Without options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     ("short", "long"),
     [
         ("dense", DenseFisher()),
-        ("dense", DenseFisher),
-        ("diagonal", DiagonalFisher(decay=0.95, probes=None)),
-        ("kfac", KroneckerFisher(decay=0.95, probes=None)),
-        ("ekfac", KroneckerFisher(decay=0.95, probes=None, corrected=True)),
+        ("diagonal", DiagonalFisher(decay=0.8, probes=None)),
+        ("diagonal", DiagonalFisher),
+        ("kfac", KroneckerFisher(decay=0.8, probes=None)),
+        ("kfac", KroneckerFisher),
+        ("ekfac", KroneckerFisher(decay=0.8, probes=None, corrected=True)),
+        (DenseFisher(decay=0.8), DenseFisher),
+        (DenseFisher(), Latest),
         ("cg", lambda A, b, *, x0, damping: conjugate_gradient(A, b, x0=x0, damping=damping, max_iterations=7, rtol=0)),
     ],
 )
@@ -294,7 +304,8 @@ def test_names_are_short_for_functions_and_curvatures(short, long, assert_close)
     ends = []
     for solver in (short, long):
         model = network()
-        optimizer = NGD(model, FAMILY, lr=0.3, damping=0.1, solver=solver, probes=None, max_iterations=7, rtol=0.0)
+        options = {"factor_decay": 0.8, "probes": None, "max_iterations": 7, "rtol": 0.0}
+        optimizer = NGD(model, FAMILY, lr=0.3, damping=0.1, solver=solver, **options)
         for t in range(3):
             optimizer.step(batch(t), torch.arange(9) % 3)
         ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())

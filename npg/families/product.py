@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from npg.families.base import Family, LinearMap, blockwise
 from npg.families.mistakes import family_of
+from npg.families.normal import DiagonalGaussian
 
 __all__ = ["Product"]
 
@@ -48,6 +49,11 @@ class Product(Family):
                 raise ValueError(f"sizes must be whole numbers of outputs, at least 1, got {size!r} for {part!r}")
             if isinstance(part, Product) and size != sum(part.sizes):
                 raise ValueError(f"sizes has {size} for {part!r}, which takes {sum(part.sizes)} outputs: write that")
+            if isinstance(part, DiagonalGaussian) and size % 2:
+                raise ValueError(
+                    f"sizes has {size} for {part!r}, which takes an even number of outputs, [mean, log std]: write 2 "
+                    "for each of its components"
+                )
         self.parts = list(parts)
         self.sizes = [int(size) for size in sizes]
 

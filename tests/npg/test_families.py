@@ -264,6 +264,12 @@ def test_what_a_product_cannot_be_made_of_is_refused():
         ([one], [2.0], ValueError, "whole numbers of outputs, at least 1, got 2.0"),
         ([one], [True], ValueError, "got True"),
         ([one, families.Product([one], [3])], [3, 4], ValueError, r"has 4 for Product.*takes 3 outputs: write that"),
+        (
+            [families.DiagonalGaussian()],
+            [3],
+            ValueError,
+            r"has 3 for DiagonalGaussian\(\), which .* even .*: write 2",
+        ),
         ([families.MultiCategorical([2, 2])], [3], ValueError, r"has 3 for MultiCategorical.*takes 4 outputs"),
         ([torch.nn.MSELoss()], [3], TypeError, r"families.Gaussian\(\)"),
         (one, [3], TypeError, r"must be lists.*write Product\(\["),

@@ -115,7 +115,7 @@ class KroneckerFisher(Curvature):
             warning names it.
         probes: backward passes, each with random signs over outputs (or labels); with None one for each output (or
             label), after which A and G have no randomness but the data's, if no event has a part in the outputs of
-            another. Where events interact (BatchNorm in training mode, tokens that attend to each other), what is
+            another, and no row of a layer a part in two events' outputs. Where events interact (BatchNorm in training mode, tokens that attend to each other), what is
             between two events keeps its random signs: its expectation is zero, and more batches average it out.
         generator: the source of signs, by default torch's global one.
         previous: the ``blocks`` of earlier batches, to average with.

@@ -118,7 +118,6 @@ class KroneckerFisher(Curvature):
             another, and no row of a layer a part in two events' outputs. Where events interact (BatchNorm in training mode, tokens that attend to each other), what is
             between two events keeps its random signs: its expectation is zero, and more batches average it out.
         generator: the source of signs, by default torch's global one.
-        previous: the ``blocks`` of earlier batches, to average with.
         decay: γ, in [0, 1): in the average an estimate of k updates ago has the weight γᵏ. Corrected values are of this
             batch alone, since the basis is new. Blocks of layers that the model no longer has in this form, a bias
             being frozen or thawed, are dropped.
@@ -128,8 +127,7 @@ class KroneckerFisher(Curvature):
             the gradients were not finite, neither are their values.
 
     Raises:
-        ValueError: if an argument is out of its range, ``fisher`` is of a function, or ``previous`` is of
-            layers of other sizes.
+        ValueError: if an argument is out of its range, ``fisher`` is of a function.
         RuntimeError: if the parameters have changed since ``fisher`` was made.
     """
 
@@ -142,12 +140,11 @@ class KroneckerFisher(Curvature):
         corrected: bool = False,
         probes: int | None = 1,
         generator: Generator | None = None,
-        previous: Mapping[Key, Block | Multiple] | None = None,
         decay: float = 0.0,
     ) -> None:
         check_average(decay, probes)
         self.corrected, self.probes, self.generator, self.decay = corrected, probes, generator, decay
-        self.blocks: dict[Key, Block | Multiple] = dict(previous or {})
+        self.blocks: dict[Key, Block | Multiple] = {}
         if fisher is not None:
             self.update(fisher)
 

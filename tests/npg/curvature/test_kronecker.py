@@ -238,16 +238,17 @@ def test_an_average_weighs_earlier_batches_less(assert_close):
     model = made(NETWORKS["mlp"][0])
     fishers = [Fisher(model, torch.randn(9, 5, generator=generator(s)), FAMILY) for s in range(3)]
     alone = [KroneckerFisher(fisher, probes=None) for fisher in fishers]
-    blocks = None
+    average = KroneckerFisher(probes=None, decay=0.8)
     for fisher in fishers:
-        blocks = KroneckerFisher(fisher, probes=None, previous=blocks, decay=0.8).blocks
+        average.update(fisher)
     weights = torch.tensor([0.8**2, 0.8, 1.0]) / (0.8**2 + 0.8 + 1)
-    for key, block in blocks.items():
+    for key, block in average.blocks.items():
         for name in ("inputs", "outputs"):
             expected = sum(w * getattr(a.blocks[key], name) for w, a in zip(weights, alone))
             assert_close(getattr(block, name), expected)
         assert int(block.updates) == 3
-    newest = KroneckerFisher(fishers[2], probes=None, previous=alone[0].blocks, decay=0.0)
+    newest = KroneckerFisher(fishers[0], probes=None, decay=0.0)
+    newest.update(fishers[2])
     assert_close(newest.dense(), alone[2].dense())
 
 
@@ -409,21 +410,22 @@ def test_other_modules_have_no_factors_and_layers_may_come_into_use():
     model, x = made(Odd), torch.randn(5, 6, 4, generator=generator())
     names = [name for name, _ in model.named_parameters()]
 
-    def factored(approximation):
-        return {names[i] for key, block in approximation.blocks.items() if isinstance(block, Block) for i in key}
+    def factored(blocks):
+        return {names[i] for key, block in blocks.items() if isinstance(block, Block) for i in key}
 
-    first = KroneckerFisher(Fisher(model, x, FAMILY))
-    assert factored(first) == {"head.weight", "head.bias"}
-    v = torch.randn(first.shape[0], generator=generator())
-    assert torch.isfinite(first.inverse(0.1)(v)).all()
+    curvature = KroneckerFisher(Fisher(model, x, FAMILY), decay=0.5)
+    assert factored(curvature.blocks) == {"head.weight", "head.bias"}
+    v = torch.randn(curvature.shape[0], generator=generator())
+    assert torch.isfinite(curvature.inverse(0.1)(v)).all()
     model.use = True
-    second = KroneckerFisher(Fisher(model, x, FAMILY), previous=first.blocks, decay=0.5)
+    curvature.update(Fisher(model, x, FAMILY))
+    second = curvature.blocks
     assert factored(second) == {"head.weight", "head.bias", "unused.weight", "unused.bias"}
-    assert sorted(i for key in second.blocks for i in key) == list(range(len(names))), "each parameter once"
+    assert sorted(i for key in second for i in key) == list(range(len(names))), "each parameter once"
     model.use = False
-    third = KroneckerFisher(Fisher(model, x, FAMILY), previous=second.blocks, decay=0.5)
-    key = next(k for k in second.blocks if names[k[0]] == "unused.weight")
-    assert third.blocks[key] is second.blocks[key], "a layer that is not in use keeps its factors"
+    curvature.update(Fisher(model, x, FAMILY))
+    key = next(k for k in second if names[k[0]] == "unused.weight")
+    assert curvature.blocks[key] is second[key], "a layer that is not in use keeps its factors"
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -811,36 +813,36 @@ def test_calls_under_vmap_count_as_uses_outside_of_the_layer():
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("thawed", ["0.bias", "0.weight", "0.", "2.bias"])
 def test_blocks_never_overlap_when_parameters_are_frozen_and_thawed(thawed, corrected, assert_close):
-    """Freeze, take the blocks, thaw, and average with them: those of the layer in its present form, once."""
+    """Freeze, learn, thaw, and average with that: each has the blocks of the layer in its present form, once."""
     model, x = made(NETWORKS["mlp"][0]), torch.randn(9, 5, generator=generator())
-    names = [name for name, _ in model.named_parameters()]
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(thawed))
-    frozen = KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected)
-    places = [names.index(name) for name in frozen.parameters.names]
-    previous = {tuple(places[i] for i in key): block for key, block in frozen.blocks.items()}
+    after = KroneckerFisher(Fisher(model, x, FAMILY), probes=None, corrected=corrected, decay=0.9)
     model.requires_grad_(True)
     fisher = Fisher(model, x, FAMILY)
-    after = KroneckerFisher(fisher, probes=None, corrected=corrected, previous=previous, decay=0.9)
+    after.update(fisher)
     assert sorted(i for key in after.blocks for i in key) == [0, 1, 2, 3]
     assert_close(after.dense(), KroneckerFisher(fisher, probes=None, corrected=corrected).dense())
     assert_close(after.inverse(0.1)(after.dense() @ torch.ones(39) + 0.1), torch.ones(39))
     model[0].bias.requires_grad_(False)
-    former = {(0, 1): after.blocks[0, 1], (1, 2): after.blocks[2, 3]}  # the first of a layer that is no longer so
-    fewer = KroneckerFisher(Fisher(model, x, FAMILY), previous=former, decay=0.9)
-    assert {key: int(block.updates) for key, block in fewer.blocks.items()} == {
+    former, fewer = after.state_dict(), Fisher(model, x, FAMILY)
+    after.parameters = fewer.parameters
+    after.load_state_dict({(0, 1): former[0, 1], (1, 2): former[2, 3]})  # the first of a layer that is no longer so
+    after.update(fewer)
+    assert {key: int(block.updates) for key, block in after.blocks.items()} == {
         (0,): 1,
-        (1, 2): int(after.blocks[2, 3].updates) + 1,
+        (1, 2): int(former[2, 3]["updates"]) + 1,
     }
 
 
 def test_blocks_of_another_model_are_refused():
     model, x = made(NETWORKS["mlp"][0]), torch.randn(9, 5, generator=generator())
     fisher = Fisher(model, x, FAMILY)
-    blocks = KroneckerFisher(fisher).blocks
-    swapped = {(0, 1): blocks[2, 3], (2, 3): blocks[0, 1]}
+    curvature = KroneckerFisher(fisher)
+    state = curvature.state_dict()
+    curvature.load_state_dict({(0, 1): state[2, 3], (2, 3): state[0, 1]})
     with pytest.raises(ValueError, match=r"factors of '0\.weight' are .*\(3, 5\), but it has \(4, 6\): give"):
-        KroneckerFisher(fisher, previous=swapped)
+        curvature.update(fisher)
 
 
 @pytest.mark.parametrize("solver", ["kfac", "ekfac"])

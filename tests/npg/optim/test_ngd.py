@@ -368,14 +368,13 @@ def test_kfac_takes_its_own_matrix_for_the_fisher(solver, kind, metric):
     model, twin = classifier(), classifier()
     optimizer = NGD(model, families.Categorical(), lr=0.3, damping=0.1, solver=solver, fisher=kind, probes=None,
                     factor_decay=0.5, curvature_fraction=0.5, damping_metric=metric)  # fmt: skip
-    blocks = None
+    f = KroneckerFisher(corrected=solver == "ekfac", probes=None, decay=0.5)
     for x, y in batches(4):
         g = gradient(twin, x, y)
         fisher = Fisher(
             twin, x[:20], families.Categorical(), kind=kind, targets=y[:20] if kind == "empirical" else None
         )
-        f = KroneckerFisher(fisher, corrected=solver == "ekfac", probes=None, previous=blocks, decay=0.5)
-        blocks = f.blocks
+        f.update(fisher)
         step = torch.linalg.solve(f.dense() + 0.1 * torch.eye(len(g)).double(), -g)
         if metric == "factors":
             step = -f.inverse(0.1, shared=True)(g)
@@ -410,8 +409,9 @@ def test_kfac_goes_on_when_parameters_are_frozen_and_thawed():
         loss = functional.cross_entropy(model(x), y)
         g = torch.cat([part.flatten() for part in torch.autograd.grad(loss, trained)])
         fisher = Fisher(model, x, families.Categorical())
-        curvature = KroneckerFisher(previous=blocks)
+        curvature = KroneckerFisher()
         curvature.parameters = fisher.parameters
+        curvature.load_state_dict({key: block._asdict() for key, block in blocks.items()})
         step = curvature.inverse(0.1)(g)
         optimizer.step(x, y)
         after = nn.utils.parameters_to_vector(trained).detach()

@@ -115,8 +115,9 @@ class KroneckerFisher(Curvature):
             warning names it.
         probes: backward passes, each with random signs over outputs (or labels); with None one for each output (or
             label), after which A and G have no randomness but the data's, if no event has a part in the outputs of
-            another, and no row of a layer a part in two events' outputs. Where events interact (BatchNorm in training mode, tokens that attend to each other), what is
-            between two events keeps its random signs: its expectation is zero, and more batches average it out.
+            another, and no row of a layer a part in the outputs of two. Where events interact (BatchNorm in training
+            mode, tokens that attend to each other), what is between two events keeps its random signs: its expectation
+            is zero, and more batches average it out.
         generator: the source of signs, by default torch's global one.
         decay: γ, in [0, 1): in the average an estimate of k updates ago has the weight γᵏ. Corrected values are of this
             batch alone, since the basis is new. Blocks of layers that the model no longer has in this form, a bias

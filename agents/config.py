@@ -225,12 +225,7 @@ def given_settings(
 
 def hyperparameters_of(algo: str) -> dict[str, Any]:
     """The arguments of the algorithm's constructor that a run can set, and their defaults."""
-    parameters = inspect.signature(ALGORITHMS[algo].__init__).parameters.values()
-    return {
-        p.name: p.default
-        for p in parameters
-        if p.name != "self" and p.name not in _NOT_SET and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    return {name: option.default for name, option in ALGORITHMS[algo].options.items() if name not in _NOT_SET}
 
 
 # Presets --------------------------------------------------------------------------------------------------------------

@@ -136,11 +136,6 @@ class HybridDistribution(DiagGaussianDistribution):
         """The most likely ones."""
         return self.family.mode(self.outputs)
 
-    def log_prob_from_params(self, mean_actions: Tensor, log_std: Any) -> tuple[Tensor, Tensor]:
-        """Drawn actions, and their log-likelihoods."""
-        actions = self.actions_from_params(mean_actions, log_std)
-        return actions, self.log_prob(actions)
-
 
 def _beside(outputs: Tensor, log_std: Tensor) -> Tensor:
     return torch.cat([outputs, log_std.expand(*outputs.shape[:-1], *log_std.shape)], -1)

@@ -35,7 +35,7 @@ from agents.config import ALGORITHMS, RunConfig, given_settings, preset_of, reso
 from agents.evaluation import make_env
 from agents.runs import normalized, save_agent
 from agents.schedules import first_value, is_named
-from agents.search_space import coded, load_space, settings_of, suggested, value_of, value_or, widened
+from agents.search_space import coded, settings_of, suggested, value_of, value_or, widened
 from agents.training import check, check_named, start
 from npg.checks import require
 from npg.parallel import World
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "load_space", "result_of"]
+__all__ = ["FIRST_SEED", "Tuning", "TuningConfig", "result_of"]
 
 FIRST_SEED = 100
 """Of the seeds that tune; smaller ones are for reports."""

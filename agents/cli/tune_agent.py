@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agents.config import ALGORITHMS
+from agents.search_space import load_space
 from agents.training import MISTAKES, continuation
-from agents.tuning import FIRST_SEED, Tuning, TuningConfig, load_space, result_of
+from agents.tuning import FIRST_SEED, Tuning, TuningConfig, result_of
 from npg.checks import require
 from npg.runs.command_line import Parser, again, command
 from npg.runs.presets import parse_settings

@@ -20,8 +20,8 @@ from agents import tuning
 from agents.cli.tune_agent import main
 from agents.config import ALGORITHMS, RunConfig, preset_of, resolve
 from agents.runs import RunFolder
-from agents.search_space import value_or, widened
-from agents.tuning import Tuning, TuningConfig, load_space
+from agents.search_space import load_space, value_or, widened
+from agents.tuning import Tuning, TuningConfig
 from npg.runs.folder import FolderInUse
 from npg.runs.presets import read_yaml
 

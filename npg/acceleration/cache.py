@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ R = TypeVar("R")
 _PROGRAMS = 8  # kept for each owner
 _SHAPES = 64  # counted for each owner
 _IN_A_ROW = 3  # the same shape so often, one after the other, is here to stay
+_FUNCTIONS = (FunctionType, partial)
 _PAYS = 32  # a trace takes about as long as so many steps without one
 
 
@@ -42,11 +44,12 @@ class Cache(Generic[P]):
     """Programs by owner (a model) and key (the shapes of its tensors, and all else that a trace depends on).
 
     **When a shape is traced.** A trace costs some tens of steps, so its shape must come often enough to pay for it. The
-    first shape of an owner is traced at once. Another one is traced when it comes for the third time in a row, or for
-    the 32nd time in all: a new batch size is here to stay, one length among many is not. A program that was found wrong
-    is dropped, and traced anew at once; for the trace after that the shape has to come 2 times more, then 6, 14, …
-    times (32 times as often for one that had to come 32 times): what changes in every step has few traces. A trace that
-    gives the same program again does not count: then what looked wrong was rounding.
+    first shape of an owner is traced at once; that of a function when it comes for the second time, since many a
+    function, such as a lambda, is made anew in each step. Another one is traced when it comes for the third time in a
+    row, or for the 32nd time in all: a new batch size is here to stay, one length among many is not. A program that was
+    found wrong is dropped, and traced anew at once; for the trace after that the shape has to come 2 times more, then
+    6, 14, … times (32 times as often for one that had to come 32 times): what changes in every step has few traces. A
+    trace that gives the same program again does not count: then what looked wrong was rounding.
 
     The 8 programs used most recently are kept for each owner, and the counts of 64 shapes. Owners are not kept alive.
     What cannot be hashed or weakly referenced has no programs.
@@ -88,8 +91,10 @@ class Cache(Generic[P]):
         history.times = history.times + 1 if key == history.last else 1
         history.last = key
         shapes, in_a_row = history.shapes, history.times >= _IN_A_ROW
-        at_once = self._every_shape or not shapes
-        shape = shapes.pop(key, None) or (_Shape(0, 1) if at_once else _Shape(_PAYS - 1, _PAYS))
+        shape = shapes.pop(key, None)
+        if shape is None:
+            at_once = self._every_shape or not (shapes or isinstance(held, _FUNCTIONS))
+            shape = _Shape(0, 1) if at_once else _Shape(_PAYS - 1, _PAYS) if shapes else _Shape(1, 1)
         shapes[key] = shape
         while len(shapes) > _SHAPES:
             del shapes[next(iter(shapes))]

@@ -1,6 +1,7 @@
 """The cache of programs: when a shape is traced, what is kept, and what is dropped."""
 
 import gc
+from functools import partial
 
 import pytest
 
@@ -34,6 +35,19 @@ def test_the_first_shape_is_traced_at_once_and_another_at_the_third_in_a_row(use
     cache, owner = Cache(), Owner()
     assert [use(cache, owner, key) for key in "aabbabbbb"] == ["a", "a", None, None, "a", None, None, "b", "b"]
     assert use.traces == ["a", "b"]
+
+
+def test_the_first_shape_of_a_function_is_traced_when_it_comes_again(use):
+    """One that is made for a single call has no trace."""
+    cache = Cache()
+    for make in (lambda: lambda: None, lambda: partial(print, 1)):
+        del use.traces[:]
+        assert [use(cache, make(), "a") for _ in range(40)] == [None] * 40
+        assert use.traces == []
+        function = make()
+        assert [use(cache, function, key) for key in "aaabbb"] == [None, "a", "a", None, None, "b"]
+        assert use.traces == ["a", "b"]
+        assert use(Cache(every_shape=True), make(), "a") == "a"
 
 
 def test_a_shape_among_others_is_traced_when_it_came_for_the_32nd_time(use):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from npg.parameters import Memory
+from npg.parameters import Memory, apart
 
 __all__ = [
     "Buffers",
@@ -77,11 +77,8 @@ class Buffers:
         Not of those that share memory with each other, or that a module of one's own also has as a plain attribute.
         """
         elsewhere = {id(x) for module in self._beside for x in vars(module).values() if isinstance(x, Tensor)}
-        held: dict[int | None, set[int]] = {}
-        for *_, buffer, _ in self._copies:
-            if buffer is not None:
-                held.setdefault(_memory(buffer), set()).add(id(buffer))
-        alone = {i for memory, ids in held.items() if memory is not None and len(ids) == 1 for i in ids - elsewhere}
+        distinct = {id(buffer): buffer for *_, buffer, _ in self._copies if buffer is not None}
+        alone = apart(distinct) - elsewhere
         copies: dict[int, Tensor] = {}
         for module, _, name, buffer, copy in self._copies:
             if id(buffer) in alone:
@@ -118,11 +115,6 @@ class Buffers:
     def restored_on_error(self) -> AbstractContextManager[None]:
         """Put them back if an error, or an interrupt, leaves the block."""
         return undone_on_error(self.restore)
-
-
-def _memory(x: Tensor) -> int | None:
-    """Where the storage of a tensor begins; None of one that has none, or that is empty."""
-    return x.untyped_storage().data_ptr() or None if x.layout is torch.strided and x.device.type != "meta" else None
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from npg.graph import graph_nodes, leaves_of
 
-__all__ = ["Memory", "Parameters", "check_beside", "check_dtypes", "power_of_two"]
+__all__ = ["Memory", "Parameters", "apart", "check_beside", "check_dtypes", "power_of_two"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,6 +79,20 @@ class Memory:
             return False
         before = bisect_left(self._starts, place[1])
         return before > 0 and self._ends[before - 1] > place[0]
+
+
+def apart(tensors: Mapping[int, Tensor]) -> set[int]:
+    """The keys of tensors whose memory can be looked at, and that no other one reaches into."""
+    places = [(place, key) for key, x in tensors.items() if (place := _place(x)) is not None]
+    places.sort(key=lambda entry: entry[0])
+    shared: set[int] = set()
+    last: tuple[int, int] | None = None  # the one that reaches furthest so far
+    for (start, end), key in places:
+        if last is not None and start < last[0]:
+            shared |= {last[1], key}
+        if last is None or end > last[0]:
+            last = end, key
+    return {key for _, key in places} - shared
 
 
 def _check_memory(named: Mapping[str, Tensor]) -> None:

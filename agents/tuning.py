@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
@@ -274,13 +274,15 @@ class Tuning:
 
     def _run(self, jobs: int) -> None:
         remaining = self.config.trials - len(self.finished)
-        with _signals():
+        with _signals() as check:
             if remaining > 0 and not any("preset" in t.user_attrs for t in self.finished):
                 self.trial()  # alone, so that a mistake is one error; the others are compared with it
                 remaining -= 1
+            check()
             if jobs == 1 or remaining <= 1:
                 for _ in range(remaining):
                     self.trial()
+                    check()
                 return
             context = multiprocessing.get_context("spawn")
             tickets = context.Value("i", remaining)
@@ -491,24 +493,36 @@ def _alone_in(path: Path) -> Iterator[folder.RunFolder]:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM is as Ctrl-C, and both stay what they are wherever they come."""
+def _signals() -> Iterator[Callable[[], None]]:
+    """SIGTERM is as Ctrl-C, and both stay what they are wherever they come.
+
+    Python ignores an exception in a destructor or in a weak reference's callback, where a signal may be handled too.
+    So what this gives raises it again.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
-    former = None
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    former: dict[int, Any] = {}
     with suppress(ValueError):  # outside of the main thread
-        former = signal.signal(signal.SIGTERM, stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGTERM or signal.getsignal(number) is signal.default_int_handler:
+                former[number] = signal.signal(number, stop)
     try:
-        yield
+        yield check
     except OSError as error:  # Optuna's lock, interrupted while it is let go, misses its own file
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
     finally:
-        if former is not None:
-            signal.signal(signal.SIGTERM, former)
+        for which, handler in former.items():
+            signal.signal(which, handler)
 
 
 def _optuna() -> Any:

@@ -337,11 +337,12 @@ class Linearization:
             raise RuntimeError(
                 f"{frozen} were frozen after they were linearised here: make a new Fisher (or Linearization)"
             )
-        replaced = any(held.get(name) is not x for held, name, x in self._places)
-        changed = now != self._versions or replaced
-        if not changed and not (values and not all(map(_same, tensors, self._values))):
-            return
-        own = replaced or now[: len(tensors)] != self._versions[: len(tensors)] or now == self._versions
+        n, replaced = len(tensors), any(held.get(name) is not x for held, name, x in self._places)
+        own = replaced or now[:n] != self._versions[:n]
+        if not own and now == self._versions:
+            own = values and not all(map(_same, tensors, self._values))
+            if not own:
+                return
         what = "parameters" if own else "inputs or frozen parameters"
         raise RuntimeError(
             f"the {what} have changed since they were linearised here: make a new Fisher (or Linearization) at the "

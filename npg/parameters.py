@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ def _place(x: Tensor) -> tuple[int, int] | None:
     return first, first + (sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1) * x.itemsize
 
 
+K = TypeVar("K")
+
+
 class Memory:
     """Where tensors lie.
 
@@ -83,28 +87,24 @@ class Memory:
 
 def apart(tensors: Mapping[int, Tensor]) -> set[int]:
     """The keys of tensors whose memory can be looked at, and that no other one reaches into."""
+    return {group[0] for _, group in _groups(tensors) if len(group) == 1}
+
+
+def _groups(tensors: Mapping[K, Tensor]) -> list[tuple[int, list[K]]]:
+    """Those that reach over each other's memory, by key, and where each group ends."""
     places = [(place, key) for key, x in tensors.items() if (place := _place(x)) is not None]
-    places.sort(key=lambda entry: entry[0])
-    shared: set[int] = set()
-    last: tuple[int, int] | None = None  # the one that reaches furthest so far
-    for (start, end), key in places:
-        if last is not None and start < last[0]:
-            shared |= {last[1], key}
-        if last is None or end > last[0]:
-            last = end, key
-    return {key for _, key in places} - shared
+    groups: list[tuple[int, list[K]]] = []
+    for (start, end), key in sorted(places, key=lambda entry: entry[0]):
+        if groups and start < groups[-1][0]:
+            groups[-1] = max(end, groups[-1][0]), [*groups[-1][1], key]
+        else:
+            groups.append((end, [key]))
+    return groups
 
 
 def _check_memory(named: Mapping[str, Tensor]) -> None:
     """Raise ValueError, with the names, where parameters share an element of memory: one's step would be lost."""
-    places = sorted((*place, name) for name, p in named.items() if (place := _place(p)) is not None)
-    groups: list[tuple[int, list[str]]] = []  # of those that reach over each other: where they end, and their names
-    for start, end, name in places:
-        if groups and start < groups[-1][0]:
-            groups[-1] = max(end, groups[-1][0]), [*groups[-1][1], name]
-        else:
-            groups.append((end, [name]))
-    for end, names in groups:
+    for end, names in _groups(named):
         names.sort(key=list(named).index)
         tensors = [named[name] for name in names]
         if len(names) == 1 and (tensors[0].is_contiguous() or _apart_within(tensors[0])):

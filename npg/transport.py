@@ -41,8 +41,8 @@ __all__ = ["check_metric", "geometry", "wasserstein"]
 
 def check_metric(name: str, metric: Any) -> None:
     """Raise ValueError for what is neither the name of a geometry nor a geometry."""
-    known = metric in ("fisher", "euclidean", "wasserstein") if isinstance(metric, str) else callable(metric)
-    if not known or not (isinstance(metric, str) or hasattr(metric, "divergence")):
+    is_geometry = callable(metric) and hasattr(metric, "divergence")
+    if not (metric in ("fisher", "euclidean", "wasserstein") if isinstance(metric, str) else is_geometry):
         raise ValueError(
             f"{name} must be 'fisher', 'euclidean', 'wasserstein', or a geometry such as wasserstein(family, graph): a "
             f"function of the outputs with a method divergence(old, new), got {metric!r}"

@@ -57,6 +57,7 @@ class Buffers:
         if self._copies:
             memory = Memory(cast(nn.Module, model).parameters())
             self._copies = [entry for entry in self._copies if entry[3] is None or not memory.meets(entry[3])]
+        self._in_place: list[tuple[str, Tensor, int]] = []  # what `set_apart` left where it is
         self._beside = {
             module: {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float)) and k not in _MODES}
             for module, *_ in self._copies
@@ -80,9 +81,19 @@ class Buffers:
         distinct = {id(buffer): buffer for *_, buffer, _ in self._copies if buffer is not None}
         alone = apart(distinct) - elsewhere
         copies: dict[int, Tensor] = {}
-        for module, _, name, buffer, copy in self._copies:
+        for module, path, name, buffer, copy in self._copies:
             if id(buffer) in alone:
                 module._buffers[name] = copies.setdefault(id(buffer), cast(Tensor, copy).clone())
+            elif buffer is not None and not buffer.is_inference():
+                self._in_place.append((f"{path}.{name}" if path else name, buffer, buffer._version))
+
+    def check_apart(self) -> None:
+        """Raise ValueError if the pass wrote to a buffer that it might have read, and that `set_apart` left there."""
+        if moved := [name for name, buffer, version in self._in_place if buffer._version != version]:
+            raise ValueError(
+                f"the forward pass writes to the buffers {moved}, which share memory with other tensors of the model, "
+                "so that a recorded pass would not keep what it has read: give each buffer memory of its own (clone())"
+            )
 
     @torch.no_grad()
     def restore(self, keep: Tensor | None = None) -> None:
@@ -163,6 +174,7 @@ def frozen_statistics(model: Model) -> Iterator[None]:
         for norm, *_ in hidden:
             norm.running_mean = norm.running_var = None
         yield
+        buffers.check_apart()
     finally:
         for m in moved:
             m.track_running_stats = True  # type: ignore[assignment]

@@ -1396,6 +1396,30 @@ def test_a_buffer_that_moves_and_is_read_in_one_pass(kind, acceleration_, jacobi
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+class Aliased(nn.Module):
+    """Moves a buffer in place, and reads it by another tensor in the same memory."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((5,), 3.0))
+        if kind == "a view":
+            self.register_buffer("part", self.scale[:])
+        else:
+            self.part = self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(0.5)
+        return x / self.part
+
+
+@pytest.mark.parametrize("kind", ["a view", "an attribute"])
+def test_a_buffer_that_moves_in_memory_that_others_have_is_refused(kind):
+    model = nn.Sequential(nn.Linear(4, 5), Aliased(kind))
+    with pytest.raises(ValueError, match=r"writes to the buffers \['1\.scale'.*share memory.*clone\(\)"):
+        Linearization(model, torch.randn(6, 4))
+    assert torch.equal(model[1].scale, torch.full((5,), 3.0))
+
+
 @pytest.mark.parametrize("acceleration_", ["auto", "off"])
 @pytest.mark.filterwarnings("ignore:no (forward mode|traced program)")
 def test_a_step_with_curvature_of_other_inputs_where_a_buffer_moves(acceleration_, jacobian, assert_close):
